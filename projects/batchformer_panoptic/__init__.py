@@ -1,0 +1,28 @@
+"""BatchFormerV2 (arXiv 2204.01254) for panoptic segmentation with Detectron2.
+
+Importing a public name registers the models with Detectron2. The subpackage ``batchformer`` needs
+torch alone, which is why nothing of Detectron2 is imported before a name is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import add_batchformer_panoptic_config
+    from .data import register_panoptic_dataset
+    from .modeling.meta_arch import PanopticDETR
+
+__all__ = ["PanopticDETR", "add_batchformer_panoptic_config", "register_panoptic_dataset"]
+
+_HOME_OF_NAME = {
+    "PanopticDETR": ".modeling.meta_arch",
+    "add_batchformer_panoptic_config": ".config",
+    "register_panoptic_dataset": ".data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(".modeling", __name__)  # registers the models
+    return getattr(importlib.import_module(_HOME_OF_NAME[name], __name__), name)

@@ -1,0 +1,14 @@
+"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention over the batch axis. Needs torch alone."""
+
+from .block import BatchFormerV2
+from .hook import BatchFormerHook, IdentityHook
+from .streams import BATCHFORMER, ORIGINAL, StreamState
+
+__all__ = [
+    "BATCHFORMER",
+    "ORIGINAL",
+    "BatchFormerHook",
+    "BatchFormerV2",
+    "IdentityHook",
+    "StreamState",
+]

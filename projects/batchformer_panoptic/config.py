@@ -1,0 +1,138 @@
+"""Every configuration key this project adds to Detectron2's defaults."""
+
+import torch
+from detectron2.config import CfgNode as CN
+
+
+def add_batchformer_panoptic_config(cfg: CN) -> None:
+    """Add this project's keys, with defaults that run, to a Detectron2 config in place.
+
+    Existing Detectron2 keys are reused where they mean the same thing: ``MODEL.MASK_ON`` asks for
+    the panoptic mask head, ``MODEL.WEIGHTS``, ``SOLVER.*``, ``INPUT.*``, ``TEST.*`` are as usual.
+    """
+    _add_input_keys(cfg)
+    _add_detr_keys(cfg)
+    _add_batchformer_keys(cfg)
+    _add_panoptic_keys(cfg)
+    _add_solver_keys(cfg)
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_input_keys(cfg: CN) -> None:
+    # Data sets of one's own: a list of [name, image_root, panoptic_root, panoptic_json]. Things and
+    # stuff, class names, colours and the number of classes come from the JSON's "categories".
+    cfg.DATASETS.CUSTOM_PANOPTIC = []
+
+    # The augmentation of DETR: half of the images are resized as INPUT.MIN_SIZE_TRAIN says; the
+    # other half is resized to one of MIN_SIZES, cropped with both sides drawn from CROP_RANGE
+    # (pixels, inclusive), and then resized as INPUT.MIN_SIZE_TRAIN says.
+    cfg.INPUT.RESIZE_OR_CROP = CN()
+    cfg.INPUT.RESIZE_OR_CROP.ENABLED = False
+    cfg.INPUT.RESIZE_OR_CROP.MIN_SIZES = [400, 500, 600]
+    cfg.INPUT.RESIZE_OR_CROP.CROP_RANGE = [384, 600]
+
+    # Images per process in one evaluation step.
+    cfg.TEST.IMS_PER_BATCH = 1
+
+
+def _add_detr_keys(cfg: CN) -> None:
+    cfg.MODEL.DETR = CN()
+    # Which transformer of the TRANSFORMER registry to build.
+    cfg.MODEL.DETR.TRANSFORMER_NAME = "detr"
+    # Number of classes, things and stuff together. 0: that of the data sets.
+    cfg.MODEL.DETR.NUM_CLASSES = 0
+    cfg.MODEL.DETR.NUM_OBJECT_QUERIES = 100
+    # Backbone map that becomes the tokens of the encoder.
+    cfg.MODEL.DETR.IN_FEATURE = "res5"
+    cfg.MODEL.DETR.HIDDEN_DIM = 256
+    cfg.MODEL.DETR.NHEADS = 8
+    cfg.MODEL.DETR.DIM_FEEDFORWARD = 2048
+    cfg.MODEL.DETR.ENC_LAYERS = 6
+    cfg.MODEL.DETR.DEC_LAYERS = 6
+    cfg.MODEL.DETR.DROPOUT = 0.1
+    # Layer norm before instead of after attention and feed-forward.
+    cfg.MODEL.DETR.PRE_NORM = False
+    # Losses on every decoder layer and not on the last one alone.
+    cfg.MODEL.DETR.DEEP_SUPERVISION = True
+    # How classes are scored: "softmax" (with a "no object" class) or "focal" (sigmoid, without).
+    cfg.MODEL.DETR.SCORING = "softmax"
+    cfg.MODEL.DETR.NO_OBJECT_WEIGHT = 0.1  # class weight of "no object" (softmax only)
+    cfg.MODEL.DETR.FOCAL_ALPHA = 0.25  # weight of the positives (focal only)
+    # Weights of the matching cost and of the losses.
+    cfg.MODEL.DETR.COST_CLASS = 1.0
+    cfg.MODEL.DETR.COST_BBOX = 5.0
+    cfg.MODEL.DETR.COST_GIOU = 2.0
+    cfg.MODEL.DETR.CLASS_WEIGHT = 1.0
+    cfg.MODEL.DETR.BBOX_WEIGHT = 5.0
+    cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
+    # False: in evaluation images of different sizes run one after the other, so that no image is
+    # padded and no result depends on its batch mates. True: they are padded to a common size.
+    cfg.MODEL.DETR.PAD_IN_TEST = False
+
+    # The mask head (built when MODEL.MASK_ON): backbone maps it mixes in, coarse to fine.
+    cfg.MODEL.MASK_HEAD = CN()
+    cfg.MODEL.MASK_HEAD.IN_FEATURES = ["res4", "res3", "res2"]
+    cfg.MODEL.MASK_HEAD.MASK_WEIGHT = 1.0
+    cfg.MODEL.MASK_HEAD.DICE_WEIGHT = 1.0
+    # Train the mask head alone: everything else keeps the weights it was given.
+    cfg.MODEL.MASK_HEAD.FREEZE_DETR = False
+
+    # The backbone "build_small_resnet_backbone": a ResNet of basic blocks for small images.
+    cfg.MODEL.SMALL_RESNET = CN()
+    cfg.MODEL.SMALL_RESNET.STEM_CHANNELS = 32
+    cfg.MODEL.SMALL_RESNET.STAGE_CHANNELS = [32, 64, 96, 128]  # res2, res3, ...
+    cfg.MODEL.SMALL_RESNET.STAGE_STRIDES = [1, 2, 2, 1]  # after the stem's stride of 4
+    cfg.MODEL.SMALL_RESNET.BLOCKS_PER_STAGE = 1
+    cfg.MODEL.SMALL_RESNET.NORM = "BN"
+
+
+def _add_batchformer_keys(cfg: CN) -> None:
+    cfg.MODEL.BATCHFORMER = CN()
+    cfg.MODEL.BATCHFORMER.ENABLED = False
+    # Encoder layers (from 0) after which the batch attention acts.
+    cfg.MODEL.BATCHFORMER.INSERT_LAYERS = [0]
+    cfg.MODEL.BATCHFORMER.NUM_HEADS = 4
+    # Width of the feed-forward layer. 0: MODEL.DETR.HIDDEN_DIM, as published.
+    cfg.MODEL.BATCHFORMER.DIM_FEEDFORWARD = 0
+    cfg.MODEL.BATCHFORMER.DROPOUT = 0.5
+    # One block for all INSERT_LAYERS instead of one each.
+    cfg.MODEL.BATCHFORMER.SHARED = False
+    # True: positions that are padding in an image are not attended to. Published: False.
+    cfg.MODEL.BATCHFORMER.MASK_PADDING = False
+    # Factors on the losses of the (original, batchformer) stream. The published total, an average
+    # over both streams, is [1.0, 1.0].
+    cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS = [1.0, 1.0]
+    # Learning rate of the block relative to SOLVER.BASE_LR.
+    cfg.MODEL.BATCHFORMER.LR_FACTOR = 1.0
+
+
+def _add_panoptic_keys(cfg: CN) -> None:
+    cfg.MODEL.PANOPTIC = CN()
+    # Contiguous ids of the thing classes. Empty: those of the data sets.
+    cfg.MODEL.PANOPTIC.THING_CLASS_IDS = []
+    # Queries whose best class scores no more than this are dropped (0 to 1).
+    cfg.MODEL.PANOPTIC.SCORE_THRESHOLD_TEST = 0.85
+    # Segments of no more than this many pixels are dropped.
+    cfg.MODEL.PANOPTIC.MIN_AREA_TEST = 4
+    # Pixels that no kept mask claims with at least this probability stay void (0 to 1).
+    cfg.MODEL.PANOPTIC.MASK_THRESHOLD_TEST = 0.0
+    # Instances (boxes, masks, scores of things) beside the panoptic map: box and mask AP need them.
+    # Their masks cost time; of TEST.DETECTIONS_PER_IMAGE at the most, those above the threshold.
+    cfg.MODEL.PANOPTIC.INSTANCES_TEST = True
+    cfg.MODEL.PANOPTIC.INSTANCE_SCORE_THRESHOLD_TEST = 0.0
+
+
+def _add_solver_keys(cfg: CN) -> None:
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Learning rate of the backbone relative to SOLVER.BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    # Detectron2 clips each parameter by itself; DETR clips the norm over the whole model. That is
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model".
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    cfg.SOLVER.BASE_LR = 1e-4
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    # Evaluate the exponential moving average of the weights instead of the last ones. 0: off.
+    cfg.SOLVER.EMA_DECAY = 0.0

@@ -1,0 +1,13 @@
+"""Building blocks that know nothing of images, streams or configs."""
+
+from .box_ops import cxcywh_to_xyxy, generalized_box_iou, xyxy_to_cxcywh
+from .mlp import MLP
+from .position_encoding import SinePositionEncoding
+
+__all__ = [
+    "MLP",
+    "SinePositionEncoding",
+    "cxcywh_to_xyxy",
+    "generalized_box_iou",
+    "xyxy_to_cxcywh",
+]

@@ -1,0 +1,26 @@
+"""The multi-layer perceptron of DETR's box head."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them (DETR, section 3.2: "prediction feed-forward network").
+
+    The layers sit under ``layers.0``, ``layers.1``, ... as in the published checkpoints.
+    """
+
+    def __init__(
+        self, *, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int
+    ) -> None:
+        super().__init__()
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., input_dim) -> (..., output_dim)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)

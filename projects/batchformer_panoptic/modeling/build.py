@@ -1,0 +1,74 @@
+"""Heads, scoring, matcher and criterion from a config."""
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+
+from ..errors import UserError
+from .criterion import SetCriterion
+from .heads import BoxHead, MaskHead
+from .matcher import HungarianMatcher
+from .scoring import Scoring, build_scoring
+
+
+def build_scoring_from_config(cfg: CfgNode) -> Scoring:
+    """The scoring of ``MODEL.DETR.SCORING`` for ``MODEL.DETR.NUM_CLASSES`` classes."""
+    node = cfg.MODEL.DETR
+    if node.NUM_CLASSES < 1:
+        raise UserError(
+            f"MODEL.DETR.NUM_CLASSES is {node.NUM_CLASSES}; set it, or call "
+            "batchformer_panoptic.data.setup_datasets(cfg) to derive it from the data sets"
+        )
+    return build_scoring(
+        node.SCORING,
+        node.NUM_CLASSES,
+        no_object_weight=node.NO_OBJECT_WEIGHT,
+        focal_alpha=node.FOCAL_ALPHA,
+    )
+
+
+def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead:
+    """The box head for the logits that ``scoring`` wants."""
+    return BoxHead(
+        embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
+        num_class_outputs=scoring.num_outputs,
+        class_bias=scoring.initial_bias,
+    )
+
+
+def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
+    """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``."""
+    names = cfg.MODEL.MASK_HEAD.IN_FEATURES
+    missing = [name for name in names if name not in input_shape]
+    if missing:
+        raise UserError(
+            f"MODEL.MASK_HEAD.IN_FEATURES names {', '.join(missing)}, but the backbone returns "
+            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES"
+        )
+    return MaskHead(
+        embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
+        num_heads=cfg.MODEL.DETR.NHEADS,
+        in_channels=[input_shape[name].channels for name in names],
+    )
+
+
+def build_matcher(cfg: CfgNode, scoring: Scoring) -> HungarianMatcher:
+    """The matcher with the cost weights of ``MODEL.DETR``."""
+    node = cfg.MODEL.DETR
+    return HungarianMatcher(
+        scoring,
+        cost_class=node.COST_CLASS,
+        cost_bbox=node.COST_BBOX,
+        cost_giou=node.COST_GIOU,
+    )
+
+
+def build_criterion(cfg: CfgNode, scoring: Scoring) -> SetCriterion:
+    """The criterion with the loss weights of ``MODEL.DETR`` and ``MODEL.MASK_HEAD``."""
+    weights = {
+        "ce": cfg.MODEL.DETR.CLASS_WEIGHT,
+        "bbox": cfg.MODEL.DETR.BBOX_WEIGHT,
+        "giou": cfg.MODEL.DETR.GIOU_WEIGHT,
+        "mask": cfg.MODEL.MASK_HEAD.MASK_WEIGHT,
+        "dice": cfg.MODEL.MASK_HEAD.DICE_WEIGHT,
+    }
+    return SetCriterion(scoring, weights=weights)

@@ -1,0 +1,141 @@
+"""The panoptic mask head of DETR: attention maps, then a small feature pyramid network.
+
+Shapes: K queries of interest gathered from all images, B' = streams * B, h heads, C channels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..transformer import TransformerOutput
+
+
+class AttentionMap(nn.Module):
+    """Attention of each query over the memory, one map a head, without values.
+
+    The softmax runs over heads and positions together, as published
+    (``MHAttentionMap`` of facebookresearch/detr).
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(embed_dim, embed_dim)
+        self.k_linear = nn.Linear(embed_dim, embed_dim)
+        for layer in (self.q_linear, self.k_linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, queries: Tensor, memory_map: Tensor, padding_mask: Tensor, image_index: Tensor
+    ) -> Tensor:
+        """Attention maps of the chosen queries.
+
+        Args:
+            queries: (K, C).
+            memory_map: (B', C, H, W).
+            padding_mask: (B', H, W) bool, True where a cell is padding.
+            image_index: (K,) int64, the entry of the batch that a query belongs to.
+
+        Returns:
+            (K, heads, H, W), non-negative; sums to 1 over heads and valid cells.
+        """
+        height, width = memory_map.shape[-2:]
+        query = self.q_linear(queries).unflatten(1, (self.num_heads, -1))
+        query = query / math.sqrt(query.shape[-1])
+        key = self.k_linear(memory_map.flatten(2).transpose(1, 2))  # (B', H * W, C)
+        key = key.unflatten(2, (self.num_heads, -1))[image_index]  # (K, H * W, heads, C / heads)
+        scores = torch.einsum("khc,knhc->khn", query, key)
+        scores = scores.masked_fill(padding_mask.flatten(1)[image_index][:, None], -math.inf)
+        weights = scores.flatten(1).softmax(dim=1)
+        return weights.view(-1, self.num_heads, height, width)
+
+
+class MaskHead(nn.Module):
+    """Masks of chosen queries at the resolution of the finest backbone map.
+
+    DETR, section 4.4 (``MaskHeadSmallConv``): projected map and attention maps are mixed by
+    convolutions and brought up through three backbone maps. Queries do not see each other, so
+    masks of a subset are the masks of all, restricted. What depends on the image alone (the image
+    half of the first convolution, the adapters) is computed once for each image of a stream, and
+    the backbone maps once for both streams.
+
+    Group norm uses 8 groups as published wherever 8 divides the channels, else their greatest
+    common divisor, so that any width is possible.
+
+    Args:
+        embed_dim: channels C of memory and queries; a multiple of 16.
+        num_heads: attention maps of a query.
+        in_channels: channels of the three backbone maps, coarse to fine.
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int, in_channels: Sequence[int]) -> None:
+        super().__init__()
+        if embed_dim % 16:
+            raise ValueError(f"embed_dim must be a multiple of 16, not {embed_dim}")
+        if len(in_channels) != 3:
+            raise ValueError(f"the mask head reads three backbone maps, not {len(in_channels)}")
+        first = embed_dim + num_heads
+        widths = [first, first, *[embed_dim // 2**i for i in range(1, 5)]]
+        self.embed_dim = embed_dim
+        self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(n_in, n_out, kernel_size=3, padding=1)
+            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, n), n) for n in widths[1:])
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(n_in, n_out, kernel_size=1)
+            for n_in, n_out in zip(in_channels, widths[2:5], strict=True)
+        )
+        self.predictor = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+        for conv in [*self.convs, *self.adapters, self.predictor]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(
+        self,
+        output: TransformerOutput,
+        backbone_maps: Sequence[Tensor],
+        image_index: Tensor,
+        query_index: Tensor,
+    ) -> Tensor:
+        """Masks of chosen queries of the last decoder layer.
+
+        Args:
+            output: what the transformer returned.
+            backbone_maps: three maps (B, C_i, H_i, W_i), coarse to fine, not expanded.
+            image_index: (K,) int64 in [0, B').
+            query_index: (K,) int64 in [0, Q).
+
+        Returns:
+            (K, H_3, W_3) mask logits; K may be 0.
+        """
+        streams = output.streams
+        queries = output.hidden_states[-1][image_index, query_index]
+        attention = self.attention(
+            queries, output.memory_map, streams.expand(output.padding_mask), image_index
+        )
+        source_index = streams.image_of(image_index, output.projected_map.shape[0])
+        x = self._first_conv(output.projected_map, attention, source_index)
+        x = F.relu(self.norms[0](x))
+        x = F.relu(self.norms[1](self.convs[1](x)))
+        for level, backbone_map in enumerate(backbone_maps):
+            adapted = self.adapters[level](backbone_map)
+            x = F.interpolate(x, size=adapted.shape[-2:], mode="nearest") + adapted[source_index]
+            x = F.relu(self.norms[level + 2](self.convs[level + 2](x)))
+        return self.predictor(x)[:, 0]
+
+    def _first_conv(
+        self, projected_map: Tensor, attention: Tensor, source_index: Tensor
+    ) -> Tensor:
+        """The first convolution over [projected map, attention maps], its image half shared."""
+        conv = self.convs[0]
+        weight_image, weight_attention = conv.weight.split(
+            [self.embed_dim, attention.shape[1]], dim=1
+        )
+        from_image = F.conv2d(projected_map, weight_image, conv.bias, padding=1)
+        return F.conv2d(attention, weight_attention, padding=1) + from_image[source_index]

@@ -1,0 +1,136 @@
+"""How class logits are read: width, initial bias, matching cost, loss and decoding together.
+
+Shapes: L decoder layers, B' streams * images, Q queries, K classes, T objects.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+
+class Decoded(NamedTuple):
+    """Best class of each query.
+
+    Attributes:
+        scores: (...) in 0 to 1, probability of the best class.
+        labels: (...) int64, that class.
+        is_object: (...) bool, whether the query prefers a class to "no object".
+    """
+
+    scores: Tensor
+    labels: Tensor
+    is_object: Tensor
+
+
+class Scoring(ABC):
+    """Meaning of the class logits.
+
+    Attributes:
+        num_classes: classes K without "no object".
+        num_outputs: logits of a query.
+        initial_bias: bias that the class layer starts from, or None for the layer's default.
+    """
+
+    num_classes: int
+    num_outputs: int
+    initial_bias: float | None
+
+    @abstractmethod
+    def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Matching cost (..., Q, T) of logits (..., Q, num_outputs) for labels (..., T)."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+        """Classification loss as contributions (L, B') of the images; a layer's sum is its loss.
+
+        Args:
+            logits: (L, B', Q, num_outputs).
+            classes: (L, B', Q) int64, the class a query is to predict; ``num_classes`` for none.
+            num_objects: 0-d, the normaliser of box losses.
+        """
+
+    @abstractmethod
+    def decode(self, logits: Tensor) -> Decoded:
+        """Best class of logits (..., Q, num_outputs)."""
+
+
+class SoftmaxScoring(Scoring):
+    """Softmax over the classes and "no object", the last column (DETR, equations 1 and 2)."""
+
+    def __init__(self, num_classes: int, *, no_object_weight: float = 0.1) -> None:
+        self.num_classes = num_classes
+        self.num_outputs = num_classes + 1
+        self.initial_bias = None
+        self.no_object_weight = no_object_weight
+
+    def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Minus the probability of the object's class."""
+        return -_gather_classes(logits.softmax(-1), labels)
+
+    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+        """Weighted cross entropy, averaged with its weights over all queries of the batch."""
+        weight = torch.ones(self.num_outputs, device=logits.device)
+        weight[-1] = self.no_object_weight
+        each = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), weight, reduction="none")
+        total_weight = weight[classes].sum(dim=(1, 2))  # (L,)
+        return each.view(classes.shape).sum(-1) / total_weight[:, None]
+
+    def decode(self, logits: Tensor) -> Decoded:
+        """Scores of the classes alone; "no object" only decides ``is_object``."""
+        probabilities = logits.softmax(-1)
+        scores, labels = probabilities[..., :-1].max(-1)
+        return Decoded(scores, labels, scores > probabilities[..., -1])
+
+
+class FocalScoring(Scoring):
+    """One sigmoid a class, trained with the focal loss (Deformable-DETR and its relatives)."""
+
+    _GAMMA = 2.0
+    _PRIOR = 0.01
+    _EPS = 1e-8
+
+    def __init__(self, num_classes: int, *, alpha: float = 0.25) -> None:
+        self.num_classes = num_classes
+        self.num_outputs = num_classes
+        self.initial_bias = -math.log((1 - self._PRIOR) / self._PRIOR)
+        self.alpha = alpha
+
+    def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Focal loss of saying "yes" minus that of saying "no", for the object's class."""
+        p = _gather_classes(logits.sigmoid(), labels)
+        yes = self.alpha * (1 - p) ** self._GAMMA * -(p + self._EPS).log()
+        no = (1 - self.alpha) * p**self._GAMMA * -(1 - p + self._EPS).log()
+        return yes - no
+
+    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+        """Focal loss summed over queries and classes, divided by the number of objects."""
+        one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
+        each = sigmoid_focal_loss(logits, one_hot, alpha=self.alpha, gamma=self._GAMMA)
+        return each.sum(dim=(2, 3)) / num_objects
+
+    def decode(self, logits: Tensor) -> Decoded:
+        """Best class by its sigmoid; every query counts as an object."""
+        scores, labels = logits.sigmoid().max(-1)
+        return Decoded(scores, labels, torch.ones_like(labels, dtype=torch.bool))
+
+
+def build_scoring(
+    name: str, num_classes: int, *, no_object_weight: float, focal_alpha: float
+) -> Scoring:
+    """The scoring called ``name``: "softmax" or "focal"."""
+    if name == "softmax":
+        return SoftmaxScoring(num_classes, no_object_weight=no_object_weight)
+    if name == "focal":
+        return FocalScoring(num_classes, alpha=focal_alpha)
+    raise ValueError(f"MODEL.DETR.SCORING is {name!r}; known: softmax, focal")
+
+
+def _gather_classes(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(..., Q, K) and (..., T) -> (..., Q, T): each query's value for each object's class."""
+    index = labels[..., None, :].expand(*probabilities.shape[:-1], labels.shape[-1])
+    return probabilities.gather(-1, index)

@@ -1,0 +1,83 @@
+"""What the criterion is given for each image: classes, boxes and, for panoptic, masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class SegmentMap:
+    """Masks that do not overlap, as one map: lossless, and free of charge for 1000 segments.
+
+    Attributes:
+        index_map: (H, W) int, k at the pixels of target k, negative elsewhere.
+    """
+
+    index_map: Tensor
+
+
+@dataclass(frozen=True)
+class DenseMasks:
+    """Masks that may overlap.
+
+    Attributes:
+        masks: (T, H, W) bool.
+    """
+
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class ImageTarget:
+    """The objects of one image.
+
+    Attributes:
+        labels: (T,) int64, contiguous class ids.
+        boxes_cxcywh: (T, 4) float32, normalised by the image's size before padding.
+        masks: the objects' masks in pixels of the image before padding, or None for boxes alone.
+    """
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    masks: SegmentMap | DenseMasks | None = None
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+def gather_masks(
+    targets: Sequence[ImageTarget], image_index: Tensor, local_index: Tensor
+) -> Tensor:
+    """Masks of chosen objects, padded with False to the largest height and width of the batch.
+
+    Args:
+        targets: of all B' entries of the batch, each with masks of the same kind.
+        image_index: (K,) int64, which entry of ``targets``.
+        local_index: (K,) int64, which object of that image.
+
+    Returns:
+        (K, H, W) bool.
+    """
+    if all(isinstance(target.masks, SegmentMap) for target in targets):
+        maps = _pad_and_stack([target.masks.index_map for target in targets], value=-1)
+        return maps[image_index] == local_index[:, None, None]
+    dense = [target.masks.masks for target in targets]
+    height = max(m.shape[-2] for m in dense)
+    width = max(m.shape[-1] for m in dense)
+    padded = torch.cat([_pad_to(m, height, width, value=0) for m in dense])
+    counts = torch.tensor([len(m) for m in dense], device=padded.device)
+    first = counts.cumsum(0) - counts
+    return padded[first[image_index] + local_index]
+
+
+def _pad_and_stack(maps: list[Tensor], value: int) -> Tensor:
+    height = max(m.shape[-2] for m in maps)
+    width = max(m.shape[-1] for m in maps)
+    return torch.stack([_pad_to(m, height, width, value) for m in maps])
+
+
+def _pad_to(x: Tensor, height: int, width: int, value: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)

@@ -1,0 +1,6 @@
+"""Transformers by name: feature maps in, query states and memory out."""
+
+from .base import TRANSFORMER_REGISTRY, TransformerOutput, build_transformer
+from .detr import DETRTransformer
+
+__all__ = ["TRANSFORMER_REGISTRY", "DETRTransformer", "TransformerOutput", "build_transformer"]

@@ -1,0 +1,84 @@
+"""What every transformer takes and returns, and the registry that finds one by name."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...errors import UserError
+
+TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
+TRANSFORMER_REGISTRY.__doc__ = """
+Transformers, found by ``MODEL.DETR.TRANSFORMER_NAME``.
+
+What is registered is a function ``(cfg, input_shape) -> nn.Module`` with the name that configs
+use. The module is called as ``transformer(features, padding_masks, any_padding)``:
+
+* ``features``: feature maps by name, each (B, C_in, H, W);
+* ``padding_masks``: (B, H, W) bool by the same names, True where a cell is padding;
+* ``any_padding``: False when no image of the batch is padded, known on the host.
+
+It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
+"""
+
+
+class TransformerOutput(NamedTuple):
+    """The one result of all transformers. B' is the number of streams times B.
+
+    Attributes:
+        hidden_states: (L, B', Q, C), normalised query states after each decoder layer.
+        reference_points: None (DETR), or (L, B', Q, 2 or 4) as logits: what the box head's
+            offsets are added to before the sigmoid.
+        projected_map: (B, C, H, W), the coarsest backbone map brought to C channels; not expanded.
+        memory_map: (B', C, H, W), the encoder's output at the same positions.
+        padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
+        streams: the streams along dimension 0 of everything that is B'.
+    """
+
+    hidden_states: Tensor
+    reference_points: Tensor | None
+    projected_map: Tensor
+    memory_map: Tensor
+    padding_mask: Tensor
+    streams: StreamState
+
+
+def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+    """Build the transformer that ``cfg.MODEL.DETR.TRANSFORMER_NAME`` names."""
+    name = cfg.MODEL.DETR.TRANSFORMER_NAME
+    if name not in TRANSFORMER_REGISTRY:
+        known = sorted(key for key, _ in TRANSFORMER_REGISTRY)
+        raise UserError(f"MODEL.DETR.TRANSFORMER_NAME is {name!r}; known: {', '.join(known)}")
+    return TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
+
+
+def build_batchformer_hook(cfg: CfgNode) -> nn.Module:
+    """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes for an encoder."""
+    node = cfg.MODEL.BATCHFORMER
+    if not node.ENABLED:
+        return IdentityHook()
+    check_insert_layers(node.INSERT_LAYERS, cfg.MODEL.DETR.ENC_LAYERS)
+    return BatchFormerHook(
+        cfg.MODEL.DETR.HIDDEN_DIM,
+        insert_layers=node.INSERT_LAYERS,
+        num_heads=node.NUM_HEADS,
+        dim_feedforward=node.DIM_FEEDFORWARD or None,
+        dropout=node.DROPOUT,
+        shared=node.SHARED,
+        mask_padding=node.MASK_PADDING,
+    )
+
+
+def check_insert_layers(insert_layers: Sequence[int], num_layers: int) -> None:
+    """Raise when a block would sit after an encoder layer that does not exist."""
+    layers = list(insert_layers)
+    in_range = all(0 <= layer < num_layers for layer in layers)
+    if not layers or not in_range or len(set(layers)) != len(layers):
+        raise UserError(
+            f"MODEL.BATCHFORMER.INSERT_LAYERS is {layers}; it must name distinct encoder layers "
+            f"from 0 to {num_layers - 1} (MODEL.DETR.ENC_LAYERS is {num_layers})"
+        )

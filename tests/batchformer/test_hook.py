@@ -1,0 +1,90 @@
+import copy
+
+import pytest
+import torch
+
+from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook
+from batchformer_panoptic.batchformer.streams import SINGLE, TWO_STREAMS
+
+
+def make_hook(**kwargs) -> BatchFormerHook:
+    return BatchFormerHook(16, dropout=0.0, **kwargs)
+
+
+def run(hook, tokens, num_layers=3, mask=None):
+    streams = SINGLE
+    for index in range(num_layers):
+        layer_mask = None if mask is None else streams.expand(mask)
+        tokens, streams = hook.after_layer(index, tokens, streams, layer_mask)
+    return tokens, streams
+
+
+def test_first_insertion_keeps_the_batch_and_adds_the_block_output():
+    hook, tokens = make_hook(insert_layers=[1]), torch.randn(3, 4, 16)
+    out, streams = run(hook, tokens)
+    assert streams == TWO_STREAMS
+    original, batchformer = streams.split(out)
+    assert torch.equal(original, tokens)
+    assert torch.equal(batchformer, hook.blocks["1"](tokens))
+
+
+def test_later_insertions_touch_the_second_stream_alone():
+    hook, tokens = make_hook(insert_layers=[0, 2]), torch.randn(3, 4, 16)
+    original, batchformer = TWO_STREAMS.split(run(hook, tokens)[0])
+    assert torch.equal(original, tokens)
+    torch.testing.assert_close(batchformer, hook.blocks["2"](hook.blocks["0"](tokens)))
+
+
+def test_shared_block_is_one_module():
+    hook, tokens = make_hook(insert_layers=[0, 2], shared=True), torch.randn(3, 4, 16)
+    assert list(hook.blocks) == ["shared"]
+    block = hook.blocks["shared"]
+    _, batchformer = TWO_STREAMS.split(run(hook, tokens)[0])
+    torch.testing.assert_close(batchformer, block(block(tokens)))
+
+
+def test_nothing_happens_in_evaluation():
+    hook, tokens = make_hook().eval(), torch.randn(3, 4, 16)
+    out, streams = run(hook, tokens)
+    assert out is tokens
+    assert streams == SINGLE
+
+
+def test_identity_hook_has_no_state():
+    tokens = torch.randn(2, 3, 16)
+    out, streams = run(IdentityHook(), tokens)
+    assert out is tokens
+    assert streams == SINGLE
+    assert not IdentityHook().state_dict()
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_padding_takes_part_only_when_asked(mask_padding):
+    hook = make_hook(insert_layers=[0, 1], mask_padding=mask_padding)
+    tokens, mask = torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)
+    mask[0, 2:] = True
+    changed = tokens.clone()
+    changed[0, 2:] += 1.0
+    before, after = (TWO_STREAMS.split(run(hook, t, mask=mask)[0])[1] for t in (tokens, changed))
+    unaffected = torch.allclose(before[1], after[1])
+    assert unaffected == mask_padding
+
+
+def test_a_single_image_is_warned_about():
+    with pytest.warns(UserWarning, match="batch of one image"):
+        run(make_hook(), torch.randn(1, 4, 16))
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [0, 0]])
+def test_refuses_meaningless_layers(layers):
+    with pytest.raises(ValueError, match="insert_layers"):
+        make_hook(insert_layers=layers)
+
+
+def test_every_parameter_gets_a_gradient_and_copies_are_independent():
+    hook = make_hook(insert_layers=[0, 1])
+    twin = copy.deepcopy(hook)
+    run(hook, torch.randn(3, 4, 16))[0].square().sum().backward()
+    for name, parameter in hook.named_parameters():
+        assert parameter.grad is not None, name
+    assert all(parameter.grad is None for parameter in twin.parameters())

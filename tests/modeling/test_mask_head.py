@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from batchformer_panoptic.batchformer.streams import SINGLE, TWO_STREAMS
+from batchformer_panoptic.modeling.heads import MaskHead
+from batchformer_panoptic.modeling.transformer import TransformerOutput
+
+CHANNELS, HEADS, QUERIES = 32, 4, 5
+
+
+def make_head() -> MaskHead:
+    head = MaskHead(embed_dim=CHANNELS, num_heads=HEADS, in_channels=[6, 5, 4])
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return head
+
+
+def make_inputs(streams=SINGLE, num_images=2):
+    batch = num_images * streams.num_streams
+    padding = torch.zeros(num_images, 3, 4, dtype=torch.bool)
+    padding[-1, :, 3:] = True
+    output = TransformerOutput(
+        torch.randn(2, batch, QUERIES, CHANNELS),
+        None,
+        torch.randn(num_images, CHANNELS, 3, 4),
+        torch.randn(batch, CHANNELS, 3, 4),
+        padding,
+        streams,
+    )
+    maps = [torch.randn(num_images, c, *s) for c, s in ((6, (3, 4)), (5, (6, 7)), (4, (12, 14)))]
+    return output, maps
+
+
+def slow_mask(head: MaskHead, output: TransformerOutput, maps, entry: int, query: int):
+    """The published head for one query: everything concatenated, nothing shared."""
+    image = entry % output.projected_map.shape[0]
+    q = head.attention.q_linear(output.hidden_states[-1, entry, query]).view(HEADS, -1)
+    k = head.attention.k_linear(output.memory_map[entry].permute(1, 2, 0)).unflatten(-1, (HEADS, -1))
+    scores = torch.einsum("hc,yxhc->hyx", q * (CHANNELS / HEADS) ** -0.5, k)
+    scores = scores.masked_fill(output.padding_mask[image], float("-inf"))
+    attention = scores.flatten().softmax(0).view_as(scores)
+    x = torch.cat([output.projected_map[image], attention])[None]
+    for i, (conv, norm) in enumerate(zip(head.convs, head.norms, strict=True)):
+        if i >= 2:
+            adapted = head.adapters[i - 2](maps[i - 2][image : image + 1])
+            x = adapted + F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
+        x = norm(conv(x)).relu()
+    return head.predictor(x)[0, 0]
+
+
+@pytest.mark.parametrize("streams", [SINGLE, TWO_STREAMS])
+def test_chosen_queries_equal_the_published_head_one_by_one(streams):
+    head = make_head()
+    output, maps = make_inputs(streams)
+    batch = 2 * streams.num_streams
+    entries = torch.tensor([batch - 1, 0, 1, batch - 1, 0])
+    queries = torch.tensor([2, 4, 0, 3, 0])
+    masks = head(output, maps, entries, queries)
+    assert masks.shape == (5, 12, 14)
+    for mask, entry, query in zip(masks, entries.tolist(), queries.tolist(), strict=True):
+        torch.testing.assert_close(mask, slow_mask(head, output, maps, entry, query))
+
+
+def test_no_queries_give_no_masks_and_zero_gradients_everywhere():
+    head = make_head()
+    output, maps = make_inputs()
+    none = torch.zeros(0, dtype=torch.int64)
+    masks = head(output, maps, none, none)
+    assert masks.shape == (0, 12, 14)
+    masks.sum().backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
+def test_published_width_has_the_published_group_norms():
+    head = MaskHead(embed_dim=256, num_heads=8, in_channels=[1024, 512, 256])
+    assert [norm.num_groups for norm in head.norms] == [8] * 5
+    assert [conv.out_channels for conv in head.convs] == [264, 128, 64, 32, 16]
+
+
+def test_refuses_what_it_cannot_build():
+    with pytest.raises(ValueError, match="multiple of 16, not 24"):
+        MaskHead(embed_dim=24, num_heads=4, in_channels=[4, 4, 4])
+    with pytest.raises(ValueError, match="three backbone maps, not 2"):
+        MaskHead(embed_dim=32, num_heads=4, in_channels=[4, 4])

@@ -1,0 +1,288 @@
+"""The whole model: streams, batch invariants, gradients, learning."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.utils.analysis import FlopCountAnalysis
+from tiny_model import NUM_THINGS, random_inputs, tiny_cfg, tiny_model, total
+
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.modeling.transformer import build_transformer
+
+SIZES = [(48, 64), (64, 56), (40, 40)]
+PLAIN = {"MODEL__BATCHFORMER__ENABLED": False}
+BLOCK = {"MODEL__BATCHFORMER__ENABLED": True}
+
+
+def without_block(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state.items() if "batchformer" not in k}
+
+
+def pair_of_models(**overrides):
+    """A model with the block, and the plain model with the same weights otherwise."""
+    with_block = tiny_model(**BLOCK, **overrides)
+    plain = tiny_model(**PLAIN, **overrides)
+    plain.load_state_dict(without_block(with_block.state_dict()))
+    return with_block, plain
+
+
+def predictions(model, sizes=SIZES):
+    images = model.preprocess(random_inputs(sizes))
+    features = model.backbone(images.tensor)
+    return model.predict(features, images.image_sizes, tuple(images.tensor.shape[-2:]))
+
+
+def assert_same_results(results, others, *, pixels=0.0, **tolerance):
+    """``pixels``: the share of pixels that may differ where two random masks are as good as equal."""
+    for a, b in zip(results, others, strict=True):
+        torch.testing.assert_close(
+            a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor, **tolerance
+        )
+        torch.testing.assert_close(a["instances"].scores, b["instances"].scores, **tolerance)
+        assert torch.equal(a["instances"].pred_classes, b["instances"].pred_classes)
+        if "panoptic_seg" in a:
+            differ = (a["panoptic_seg"][0] != b["panoptic_seg"][0]).float().mean()
+            assert differ <= pixels
+            assert [(s["id"], s["category_id"]) for s in a["panoptic_seg"][1]] == [
+                (s["id"], s["category_id"]) for s in b["panoptic_seg"][1]
+            ]
+
+
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_evaluation_is_that_of_the_plain_model_bit_for_bit(mask_on):
+    with_block, plain = pair_of_models(MODEL__MASK_ON=mask_on)
+    with_block.eval(), plain.eval()
+    inputs = random_inputs(SIZES)
+    assert_same_results(with_block(inputs), plain(inputs), rtol=0, atol=0)
+    a, b = predictions(with_block), predictions(plain)
+    assert torch.equal(a.logits, b.logits)
+    assert torch.equal(a.boxes, b.boxes)
+
+
+def test_evaluation_costs_what_the_plain_model_costs():
+    with_block, plain = pair_of_models()
+    counts = []
+    for model in (with_block, plain):
+        analysis = FlopCountAnalysis(model.eval(), random_inputs([(48, 64)]))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counts.append((analysis.total(), dict(analysis.unsupported_ops())))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 1e6
+
+
+@pytest.mark.parametrize("insert_layers", [[0], [1], [0, 1]])
+def test_original_stream_is_the_plain_model_in_training(insert_layers):
+    with_block, plain = pair_of_models(MODEL__BATCHFORMER__INSERT_LAYERS=insert_layers)
+    with_block.train(), plain.train()
+    a, b = predictions(with_block), predictions(plain)
+    original, other = a.streams.split(a.logits.transpose(0, 1))
+    torch.testing.assert_close(original.transpose(0, 1), b.logits)
+    assert not torch.allclose(other.transpose(0, 1), b.logits, atol=1e-3)
+
+
+def test_original_stream_ignores_its_neighbours_and_the_other_does_not():
+    model = tiny_model(**BLOCK, MODEL__SMALL_RESNET__NORM="").train()
+    inputs = random_inputs([(48, 64), (48, 64)])
+    changed = copy.deepcopy(inputs)
+    changed[1]["image"] = 255 - changed[1]["image"]
+    streams = []
+    for batch in (inputs, changed):
+        images = model.preprocess(batch)
+        features = model.backbone(images.tensor)
+        out = model.predict(features, images.image_sizes, (48, 64))
+        streams.append(out.streams.split(out.logits[-1]))
+    (original, mixed), (original_changed, mixed_changed) = streams
+    torch.testing.assert_close(original[0], original_changed[0])
+    assert not torch.allclose(mixed[0], mixed_changed[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
+def test_results_do_not_depend_on_batch_mates(overrides):
+    model = tiny_model(**overrides).eval()
+    inputs = random_inputs([(48, 64), (64, 56), (48, 64), (40, 40)])
+    alone = [model([x])[0] for x in inputs]
+    assert_same_results(model(inputs), alone, rtol=1e-4, atol=1e-5, pixels=0.02)
+    order = [2, 3, 0, 1]
+    permuted = model([inputs[i] for i in order])
+    assert_same_results(permuted, [alone[i] for i in order], rtol=1e-4, atol=1e-5, pixels=0.02)
+
+
+def test_padding_changes_nothing_from_features_on():
+    model = tiny_model().eval()
+    features = {name: torch.randn(1, c, *s) for name, c, s in _feature_shapes((64, 64))}
+    alone = model.predict(features, [(64, 64)], (64, 64))
+    padded = {
+        name: torch.randn(1, c, *s) * 50 for name, c, s in _feature_shapes((96, 128))
+    }  # what lies in the padding must not matter
+    for name, value in features.items():
+        padded[name][..., : value.shape[-2], : value.shape[-1]] = value
+    batched = model.predict(padded, [(64, 64)], (96, 128))
+    torch.testing.assert_close(alone.logits, batched.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone.boxes, batched.boxes, rtol=1e-4, atol=1e-5)
+
+
+def _feature_shapes(size):
+    height, width = size
+    for name, channels, stride in (("res2", 8, 4), ("res3", 12, 8), ("res4", 16, 16)):
+        yield name, channels, (height // stride, width // stride)
+    yield "res5", 20, (height // 16, width // 16)
+
+
+def test_padded_batches_stay_close_when_asked_for():
+    """A convolutional backbone leaks at the border: boxes and scores move a little, no more."""
+    model = tiny_model(MODEL__DETR__PAD_IN_TEST=True).eval()
+    inputs = random_inputs(SIZES)
+    for together, one in zip(model(inputs), inputs, strict=True):
+        (alone,) = model([one])
+        torch.testing.assert_close(
+            together["instances"].scores, alone["instances"].scores, atol=0.05, rtol=0.1
+        )
+        assert together["panoptic_seg"][0].shape == (one["height"], one["width"])
+
+
+@pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_every_parameter_gets_a_finite_gradient(overrides, mask_on):
+    model = tiny_model(**overrides, MODEL__MASK_ON=mask_on).train()
+    losses = model(random_inputs(SIZES))
+    total(losses).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    used = {name for name, p in model.named_parameters() if p.grad.abs().amax() > 0}
+    assert any("batchformer" in name for name in used) == overrides["MODEL__BATCHFORMER__ENABLED"]
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [3, 0]])
+def test_images_without_objects_train(counts):
+    model = tiny_model(**BLOCK).train()
+    losses = model(random_inputs([(48, 64), (40, 40)], counts))
+    assert total(losses).isfinite()
+    total(losses).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # nothing unused: DDP needs that
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_loss_names_say_their_stream():
+    terms = ["ce", "bbox", "giou", "mask", "dice", "ce_0", "bbox_0", "giou_0"]
+    plain = tiny_model(**PLAIN).train()(random_inputs(SIZES))
+    assert set(plain) == {f"loss_{t}" for t in terms}
+    both = tiny_model(**BLOCK).train()(random_inputs(SIZES))
+    assert set(both) == {f"loss_{t}/{s}" for t in terms for s in ("original", "batchformer")}
+
+
+def test_original_stream_carries_half_of_the_plain_loss():
+    with_block, plain = pair_of_models()
+    both = with_block.train()(random_inputs(SIZES))
+    alone = plain.train()(random_inputs(SIZES))
+    for name, value in alone.items():
+        torch.testing.assert_close(2 * both[f"{name}/original"], value)
+
+
+def test_training_metrics_are_refreshed_and_detached():
+    model = tiny_model(**BLOCK).train()
+    model(random_inputs(SIZES))
+    assert set(model.training_metrics) == {"class_error", "cardinality_error"}
+    assert not any(value.requires_grad for value in model.training_metrics.values())
+
+
+def test_without_deep_supervision_only_the_last_layer_is_trained():
+    model = tiny_model(MODEL__DETR__DEEP_SUPERVISION=False).train()
+    losses = model(random_inputs(SIZES))
+    assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice"}
+
+
+def test_frozen_stage_trains_the_mask_head_alone():
+    model = tiny_model(**BLOCK, MODEL__MASK_HEAD__FREEZE_DETR=True).train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    total(model(random_inputs(SIZES))).backward()
+    optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(name.startswith("mask_head.") for name in changed)
+    with pytest.raises(ValueError, match="set MODEL.MASK_ON"):
+        tiny_model(MODEL__MASK_HEAD__FREEZE_DETR=True, MODEL__MASK_ON=False)
+
+
+def test_results_cover_things_and_the_output_size():
+    model = tiny_model().eval()
+    inputs = random_inputs([(48, 64)])
+    inputs[0]["height"], inputs[0]["width"] = 96, 120
+    (result,) = model(inputs)
+    segment_map, segments = result["panoptic_seg"]
+    assert segment_map.shape == (96, 120)
+    assert segment_map.dtype == torch.int32
+    assert segments
+    instances = result["instances"]
+    assert instances.image_size == (96, 120)
+    assert len(instances) > 0
+    assert instances.pred_masks.shape == (len(instances), 96, 120)
+    assert (instances.pred_classes < NUM_THINGS).all()
+    assert (instances.pred_boxes.tensor[:, 2] <= 120).all()
+
+
+def test_inputs_are_not_touched():
+    inputs = random_inputs(SIZES)
+    before = copy.deepcopy(inputs)
+    model = tiny_model(**BLOCK)
+    model.train()(inputs), model.eval()(inputs)
+    for a, b in zip(inputs, before, strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["segment_map"], b["segment_map"])
+        assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
+
+
+def test_nan_in_the_network_names_the_images():
+    model = tiny_model(**BLOCK).train()
+    with torch.no_grad():
+        model.box_head.class_embed.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"terms: class\) for images image_0.png, image_1"):
+        model(random_inputs([(48, 64), (40, 40)]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"MODEL__DETR__TRANSFORMER_NAME": "detrr"}, "'detrr'; known: .*detr"),
+        ({"MODEL__DETR__IN_FEATURE": "res6"}, "'res6', but the backbone returns res2"),
+        ({"MODEL__BATCHFORMER__INSERT_LAYERS": [2], **BLOCK}, r"\[2\].*from 0 to 1"),
+    ],
+)
+def test_wrong_names_in_the_config_are_explained(overrides, message):
+    from detectron2.layers import ShapeSpec
+
+    shapes = {f"res{i}": ShapeSpec(channels=8, stride=2**i) for i in range(2, 6)}
+    with pytest.raises(UserError, match=message):
+        build_transformer(tiny_cfg(**overrides), shapes)
+
+
+@pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
+def test_overfits_two_images(overrides):
+    model = tiny_model(
+        **overrides, MODEL__DETR__PRE_NORM=False, MODEL__PANOPTIC__SCORE_THRESHOLD_TEST=0.5
+    )
+    inputs = random_inputs([(48, 48), (48, 48)], [2, 3])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    model.train()
+    first = None
+    for _ in range(120):
+        loss = total(model(inputs))
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.35 * first
+    hits = 0
+    for x, result in zip(inputs, model.eval()(inputs), strict=True):
+        segment_map, segments = result["panoptic_seg"]
+        for k, label in enumerate(x["instances"].gt_classes.tolist()):
+            truth = x["segment_map"] == k
+            for s in segments:
+                mask = segment_map == s["id"]
+                iou = (mask & truth).sum() / (mask | truth).sum()
+                hits += int(s["category_id"] == label and iou > 0.5)
+    assert hits >= 4  # of 5; stuff of one class may be one segment

@@ -1,0 +1,86 @@
+"""Tiny models for tests: width 32, two layers, a handful of queries, images below 64 pixels."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from batchformer_panoptic import PanopticDETR, add_batchformer_panoptic_config
+
+NUM_THINGS = 2
+NUM_CLASSES = 4
+
+
+def tiny_cfg(**overrides: Any) -> CfgNode:
+    """A config of a tiny panoptic model; overrides are keys with dots written as ``__``."""
+    cfg = get_cfg()
+    add_batchformer_panoptic_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "PanopticDETR"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [128.0] * 3, [64.0] * 3
+    cfg.MODEL.BACKBONE.NAME = "build_small_resnet_backbone"
+    cfg.MODEL.SMALL_RESNET.STEM_CHANNELS = 8
+    cfg.MODEL.SMALL_RESNET.STAGE_CHANNELS = [8, 12, 16, 20]
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    node = cfg.MODEL.DETR
+    node.NUM_CLASSES, node.NUM_OBJECT_QUERIES, node.HIDDEN_DIM, node.NHEADS = NUM_CLASSES, 6, 32, 4
+    node.ENC_LAYERS, node.DEC_LAYERS, node.DIM_FEEDFORWARD, node.DROPOUT = 2, 2, 48, 0.0
+    cfg.MODEL.BATCHFORMER.DROPOUT = 0.0
+    cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(NUM_THINGS))
+    cfg.MODEL.PANOPTIC.SCORE_THRESHOLD_TEST = 0.0
+    cfg.merge_from_list([x for k, v in overrides.items() for x in (k.replace("__", "."), v)])
+    return cfg
+
+
+def tiny_model(**overrides: Any) -> PanopticDETR:
+    """Build :func:`tiny_cfg` with every parameter random, biases and norms included."""
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(**overrides))
+    assert isinstance(model, PanopticDETR)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 2.0)
+                module.running_mean.normal_(std=0.2)
+    return model
+
+
+def random_inputs(
+    sizes: list[tuple[int, int]], counts: list[int] | None = None, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Training inputs: noise images cut into vertical stripes, one object a stripe."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = counts or [2 + i % 3 for i in range(len(sizes))]
+    inputs = []
+    for image_id, ((height, width), count) in enumerate(zip(sizes, counts, strict=True)):
+        edges = torch.linspace(0, width - 4, count + 1).round().int()  # 4 columns stay void
+        segment_map = torch.full((height, width), -1, dtype=torch.int16)
+        boxes = torch.zeros(count, 4)
+        for k in range(count):
+            segment_map[2:, edges[k] : edges[k + 1]] = k
+            boxes[k] = torch.tensor([edges[k], 2, edges[k + 1], height])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        inputs.append(
+            {
+                "image": image,
+                "instances": instances,
+                "segment_map": segment_map,
+                "height": height,
+                "width": width,
+                "image_id": image_id,
+                "file_name": f"image_{image_id}.png",
+            }
+        )
+    return inputs
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The training objective: the plain sum of the model's losses."""
+    return torch.stack(list(losses.values())).sum()
