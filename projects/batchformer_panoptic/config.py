@@ -31,6 +31,11 @@ def _add_input_keys(cfg: CN) -> None:
     cfg.INPUT.RESIZE_OR_CROP.MIN_SIZES = [400, 500, 600]
     cfg.INPUT.RESIZE_OR_CROP.CROP_RANGE = [384, 600]
 
+    # Detectron2 groups images by aspect ratio; such a stream cannot be resumed exactly.
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    # An image without objects teaches "no object".
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+
     # Images per process in one evaluation step.
     cfg.TEST.IMS_PER_BATCH = 1
 

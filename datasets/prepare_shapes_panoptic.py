@@ -1,0 +1,479 @@
+"""Write the embedded default data set: seeded synthetic pictures in COCO's panoptic layout.
+
+Stuff (brick, grass, water) differs by texture and things (disc, square, triangle, star) by shape;
+all colours come from one distribution, so that colour alone tells no class from another.
+
+    DIR/train, DIR/val                       pictures (PNG)
+    DIR/panoptic_train, DIR/panoptic_val     segment ids (RGB PNG, id = R + 256 G + 256^2 B)
+    DIR/annotations/panoptic_{train,val}.json
+    DIR/manifest.json                        the arguments, marked complete at the very end
+
+Shapes below: H = W = size. Pictures are float32 RGB in 0..1 until they are written. ``x`` and ``y``
+are (H, W) float32 pixel centres in units of 1/96 of the side, so that every size looks alike.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from panopticapi.utils import id2rgb
+
+from batchformer_panoptic.errors import UserError
+
+UNITS = 96.0  # side of a picture in the units of x and y
+SPLITS = {"train": 0, "val": 1_000_000}  # first image id less one; also keeps the seeds apart
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1  # raise it whenever the same arguments give other pictures
+
+MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # what every segment keeps
+MAX_THINGS = 5
+THING_DIAMETER = (15.0, 46.0)  # units
+THING_CONTRAST, STUFF_CONTRAST = 40.0, 15.0  # least CIE Lab distance to what is beside it
+
+RGB = tuple[int, int, int]
+
+
+class Category(NamedTuple):
+    """A class as in COCO; the ids have gaps on purpose, as COCO's have."""
+
+    id: int
+    name: str
+    isthing: int
+    supercategory: str
+    color: RGB
+
+
+THINGS = (
+    Category(1, "disc", 1, "shape", (220, 60, 70)),
+    Category(2, "square", 1, "shape", (60, 110, 230)),
+    Category(4, "triangle", 1, "shape", (240, 170, 40)),
+    Category(7, "star", 1, "shape", (170, 70, 210)),
+)
+STUFF = (
+    Category(101, "brick", 0, "texture", (150, 90, 70)),
+    Category(103, "grass", 0, "texture", (90, 150, 70)),
+    Category(106, "water", 0, "texture", (80, 150, 170)),
+)
+
+
+def inside_disc(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return u * u + v * v <= 1.0
+
+
+def inside_square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(u), abs(v)) <= 0.85
+
+
+def inside_triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    slope = math.sqrt(3.0)
+    return np.maximum(v, 0.5 * (slope * abs(u) - v)) <= 0.62
+
+
+def inside_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Five points: fold the plane into one half arm and compare with its straight edge."""
+    tip, notch, half_arm = 1.2, 0.52, math.pi / 5
+    angle = abs(np.mod(np.arctan2(v, u) + half_arm, 2 * half_arm) - half_arm)
+    radius = np.hypot(u, v)
+    across, along = radius * np.sin(angle), radius * np.cos(angle)
+    notch_across, notch_along = notch * math.sin(half_arm), notch * math.cos(half_arm)
+    return across * (tip - notch_along) <= notch_across * (tip - along)
+
+
+def brick_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Courses of bricks in running bond, each brick with its own tone, between mortar lines."""
+    height = rng.uniform(7.5, 11.0)
+    width, mortar = height * rng.uniform(1.9, 2.4), rng.uniform(1.2, 1.8)
+    across, down = rotate(x + 40.0, y + 40.0, rng.uniform(-0.2, 0.2))
+    course = np.floor(down / height).astype(int)
+    shifted = across + 0.5 * width * (course % 2) + rng.uniform(0.0, width)
+    column = np.floor(shifted / width).astype(int)
+    tones = rng.uniform(-0.13, 0.13, (16, 16))
+    joint = (np.mod(down, height) < mortar) | (np.mod(shifted, width) < mortar)
+    joint_tone = rng.uniform(0.35, 0.5) * rng.choice([-1.0, 1.0])
+    return np.where(joint, joint_tone, tones[course % 16, column % 16])
+
+
+def grass_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Short steep blades over one another, dark ones below and light ones on top."""
+    side = x.shape[0]
+    scale = side / UNITS
+    wind, count = rng.uniform(-0.35, 0.35), 150
+    tone = np.full(x.shape, -0.3, np.float32)
+    for level in np.linspace(-0.35, 0.4, 5):
+        foot = rng.uniform(0.0, side * 1.1, (count, 2))
+        length = rng.uniform(5.0, 12.0, count) * scale
+        lean = wind + rng.normal(0.0, 0.25, count)
+        head = foot - np.stack([length * np.sin(lean), length * np.cos(lean)], 1)
+        blades = np.stack([foot, head], 1).round().astype(np.int32)
+        cv2.polylines(tone, list(blades), False, (float(level),), max(1, round(scale)))
+    return tone
+
+
+def water_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Long rolling ripples, nearly level, with narrow crests of light."""
+    across, down = rotate(x, y, rng.uniform(-0.25, 0.25))
+    pitch, swell = rng.uniform(8.0, 13.0), rng.uniform(24.0, 42.0)
+    phases = rng.uniform(0.0, 2 * math.pi, 3)
+    bend = np.sin(2 * math.pi * across / swell + 0.06 * down + phases[0])
+    bend += 0.6 * np.sin(2 * math.pi * across / (0.61 * swell) - 0.09 * down + phases[1])
+    wave = np.sin(2 * math.pi * down / pitch + 0.9 * bend + phases[2])
+    return 0.22 * wave + 0.25 * np.clip(wave - 0.55, 0.0, None) / 0.45
+
+
+INSIDE: dict[int, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    1: inside_disc,
+    2: inside_square,
+    4: inside_triangle,
+    7: inside_star,
+}
+STUFF_TONE: dict[int, Callable[..., np.ndarray]] = {
+    101: brick_tone,
+    103: grass_tone,
+    106: water_tone,
+}
+
+
+@dataclass
+class Scene:
+    """A picture being painted.
+
+    Attributes:
+        picture: (H, W, 3) float32 RGB.
+        owner: (H, W) int64, index of the region that each pixel shows.
+        categories: one per region, in the order of painting.
+        colors: the plain RGB colour of each region.
+        painted: how many pixels each region had when it was painted.
+    """
+
+    picture: np.ndarray
+    owner: np.ndarray
+    categories: list[Category] = field(default_factory=list)
+    colors: list[np.ndarray] = field(default_factory=list)
+    painted: list[int] = field(default_factory=list)
+
+    def paint(
+        self, mask: np.ndarray, category: Category, color: np.ndarray, tone: np.ndarray
+    ) -> None:
+        """Cover ``mask`` (H, W bool) with ``color``, lightened by ``tone`` (H, W; 0 = as is)."""
+        self.owner[mask] = len(self.categories)
+        self.picture[mask] = color * (1.0 + tone[mask][:, None])
+        self.categories.append(category)
+        self.colors.append(color)
+        self.painted.append(int(mask.sum()))
+
+    def has_room_for(self, mask: np.ndarray) -> bool:
+        """Whether everything, ``mask`` included, stays visible when ``mask`` is painted on top."""
+        if mask.sum() < MIN_VISIBLE_PIXELS:
+            return False
+        left = np.bincount(self.owner[~mask], minlength=len(self.painted))
+        least = np.maximum(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * np.array(self.painted))
+        return bool((left >= least).all())
+
+
+def rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def pick_color(rng: np.random.Generator, beside: list[np.ndarray], contrast: float) -> np.ndarray:
+    """Draw an RGB colour at least ``contrast`` (Lab) from each of ``beside``, or the best of 24."""
+    hsv = rng.uniform((0.0, 0.15, 0.35), (360.0, 0.75, 0.9), (24, 3)).astype(np.float32)
+    candidates = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)
+    if not beside:
+        return candidates[0, 0]
+    lab = cv2.cvtColor(candidates, cv2.COLOR_RGB2LAB)[0]
+    other_lab = cv2.cvtColor(np.stack(beside)[None], cv2.COLOR_RGB2LAB)[0]
+    distance = np.linalg.norm(lab[:, None] - other_lab, axis=2).min(axis=1)
+    enough = np.flatnonzero(distance >= contrast)
+    return candidates[0, enough[0] if len(enough) else distance.argmax()]
+
+
+def random_side(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """One side (bool) of a straight or wavy line that passes near the centre."""
+    half = UNITS / 2
+    across, along = rotate(x - half, y - half, rng.uniform(0.0, 2 * math.pi))
+    waviness = rng.uniform(3.0, 10.0) if rng.random() < 0.65 else 0.0
+    wave = np.sin(along * rng.uniform(0.05, 0.12) + rng.uniform(0.0, 2 * math.pi))
+    return across + waviness * wave > rng.uniform(-0.3, 0.3) * UNITS
+
+
+def random_layout(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Split the frame into 2 or 3 regions of at least 1/12 each: (H, W) int64 in 0..2."""
+    num_regions = int(rng.integers(2, 4))
+    while True:
+        layout = random_side(rng, x, y).astype(int)
+        if num_regions == 3:
+            layout += (layout == 1) & random_side(rng, x, y)
+        if np.bincount(layout.ravel(), minlength=num_regions).min() >= x.size / 12:
+            return layout
+
+
+def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
+    """Fill the frame; regions 0 and 2 are now and then of one class, hence one segment."""
+    layout = random_layout(rng, x, y)
+    classes = rng.permutation(len(STUFF))
+    if rng.random() < 0.25:
+        classes[2] = classes[0]
+    for region in range(int(layout.max()) + 1):
+        category = STUFF[classes[region]]
+        color = pick_color(rng, scene.colors, STUFF_CONTRAST)
+        scene.paint(layout == region, category, color, STUFF_TONE[category.id](rng, x, y))
+
+
+def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Shading from one side, over a plain, striped or dotted finish."""
+    toward_light, _ = rotate(u, v, rng.uniform(0.0, 2 * math.pi))
+    finish, pitch = rng.choice(["plain", "stripes", "dots"]), rng.uniform(0.45, 0.8)
+    tone = rng.uniform(0.05, 0.22) * toward_light
+    if finish == "stripes":
+        tone += 0.1 * np.sign(np.sin(2 * math.pi * u / pitch))
+    elif finish == "dots":
+        tone += 0.2 * (np.hypot(np.mod(u / pitch, 1.0) - 0.5, np.mod(v / pitch, 1.0) - 0.5) < 0.3)
+    return tone
+
+
+def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
+    """Paint 1 to 5 things, the later over the earlier; one that would hide another is left out."""
+    wanted, placed, tries = int(rng.integers(1, MAX_THINGS + 1)), 0, 0
+    while placed < wanted and (placed == 0 or tries < 4 * wanted):
+        tries += 1
+        category = THINGS[rng.integers(len(THINGS))]
+        radius = rng.uniform(*THING_DIAMETER) / 2
+        center_x, center_y = rng.uniform(0.08 * UNITS, 0.92 * UNITS, 2)
+        angle = rng.uniform(0.0, 2 * math.pi)
+        u, v = rotate((x - center_x) / radius, (y - center_y) / radius, angle)
+        mask = INSIDE[category.id](u, v)
+        if not scene.has_room_for(mask):
+            continue
+        near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        beside = [scene.colors[region] for region in np.unique(scene.owner[near])]
+        color = pick_color(rng, beside, THING_CONTRAST)
+        scene.paint(mask, category, color, thing_tone(rng, u, v))
+        placed += 1
+
+
+def finish_picture(
+    rng: np.random.Generator, picture: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Light the picture from one side and add camera noise; returns (H, W, 3) uint8 RGB."""
+    toward_light, _ = rotate(x / UNITS - 0.5, y / UNITS - 0.5, rng.uniform(0.0, 2 * math.pi))
+    lit = picture * (1.0 + rng.uniform(0.0, 0.35) * toward_light)[..., None]
+    lit += rng.uniform(0.01, 0.03) * rng.standard_normal(picture.shape, dtype=np.float32)
+    return (np.clip(lit, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def make_segments(
+    rng: np.random.Generator, scene: Scene
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Number the segments: (H, W) int64 ids and COCO's ``segments_info``.
+
+    Every thing is a segment; all regions of one stuff class are one. Ids are colours near the
+    class's own, so that the PNG can be looked at.
+    """
+    members: dict[object, list[int]] = {}
+    for region, category in enumerate(scene.categories):
+        key = region if category.isthing else category.name
+        members.setdefault(key, []).append(region)
+    id_map = np.zeros(scene.owner.shape, np.int64)
+    segments: list[dict[str, Any]] = []
+    for regions in members.values():
+        category = scene.categories[regions[0]]
+        taken = {segment["id"] for segment in segments}
+        segment_id = 0
+        while segment_id == 0 or segment_id in taken:
+            red, green, blue = np.clip(category.color + rng.integers(-30, 31, 3), 1, 255).tolist()
+            segment_id = red + 256 * green + 256**2 * blue
+        mask = np.isin(scene.owner, regions)
+        id_map[mask] = segment_id
+        left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+        segments.append(
+            {
+                "id": segment_id,
+                "category_id": category.id,
+                "area": int(mask.sum()),
+                "bbox": [left, top, width, height],
+                "iscrowd": 0,
+            }
+        )
+    return id_map, segments
+
+
+def make_example(
+    seed: int, split: str, index: int, size: int
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Paint image ``index`` of a split; it depends on the arguments alone.
+
+    Returns:
+        (H, W, 3) uint8 RGB picture, (H, W) int64 segment ids, and COCO's ``segments_info``.
+    """
+    rng = np.random.default_rng([list(SPLITS).index(split), index, seed])
+    centres = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
+    x, y = np.meshgrid(centres, centres)
+    scene = Scene(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64))
+    add_stuff(rng, scene, x, y)
+    add_things(rng, scene, x, y)
+    id_map, segments = make_segments(rng, scene)
+    return finish_picture(rng, scene.picture, x, y), id_map, segments
+
+
+def write_png(path: Path, rgb: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), np.ascontiguousarray(rgb[..., ::-1])):
+        raise OSError(f"cannot write {path}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write in one step, so that nobody ever finds half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_split(output: Path, split: str, count: int, seed: int, size: int) -> int:
+    """Write the pictures, segment PNGs and JSON of one split; returns the number of segments."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for folder in (split, f"panoptic_{split}", "annotations"):
+        (output / folder).mkdir(exist_ok=True)
+    for index in range(count):
+        picture, id_map, segments = make_example(seed, split, index, size)
+        image_id = SPLITS[split] + index + 1
+        name = f"{image_id:012d}.png"
+        write_png(output / split / name, picture)
+        write_png(output / f"panoptic_{split}" / name, id2rgb(id_map))
+        images.append({"id": image_id, "file_name": name, "height": size, "width": size})
+        annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
+    content = {
+        "info": {"description": f"synthetic shapes, {split}", "version": str(FORMAT_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [category._asdict() for category in THINGS + STUFF],
+    }
+    write_json(output / "annotations" / f"panoptic_{split}.json", content)
+    return sum(len(annotation["segments_info"]) for annotation in annotations)
+
+
+def is_intact(output: Path, counts: dict[str, int]) -> bool:
+    """Whether no file of a finished set has been lost since."""
+    return all(
+        (output / "annotations" / f"panoptic_{split}.json").is_file()
+        and all(
+            sum(1 for _ in (output / folder).glob("*.png")) == count
+            for folder in (split, f"panoptic_{split}")
+        )
+        for split, count in counts.items()
+    )
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """What this command noted in ``output``, or None for a new or empty folder.
+
+    Raises:
+        UserError: ``output`` holds files that this command did not write.
+    """
+    if not output.exists():
+        return None
+    if not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a new folder")
+    if not any(output.iterdir()):
+        return None
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("generator") != "shapes_panoptic":
+        raise UserError(f"--output {output} holds other files; name a new or empty folder")
+    return manifest
+
+
+def clear(output: Path) -> None:
+    """Remove what this command wrote, and nothing else."""
+    folders = [name for split in SPLITS for name in (split, f"panoptic_{split}")]
+    for folder in (*folders, "annotations"):
+        if (output / folder).exists():
+            shutil.rmtree(output / folder)
+
+
+def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrite: bool) -> str:
+    """Make the set unless it is there already; returns one line about what was done.
+
+    Raises:
+        UserError: ``output`` holds something else, or an unfinished or different set and
+            ``overwrite`` is False.
+    """
+    wanted = {
+        "generator": "shapes_panoptic",
+        "version": FORMAT_VERSION,
+        "seed": seed,
+        "size": size,
+        **{f"num_{split}": count for split, count in counts.items()},
+    }
+    found = read_manifest(output)
+    if found == {**wanted, "complete": True} and is_intact(output, counts) and not overwrite:
+        return f"{output}: already complete, nothing to do"
+    if found is not None and not overwrite:
+        state = describe_difference(found, wanted)
+        raise UserError(f"{output} holds {state}; add --overwrite to replace it")
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / MANIFEST, {**wanted, "complete": False})
+    clear(output)
+    segments = sum(write_split(output, split, n, seed, size) for split, n in counts.items())
+    write_json(output / MANIFEST, {**wanted, "complete": True})
+    made = ", ".join(f"{count} {split}" for split, count in counts.items())
+    seconds = time.perf_counter() - started
+    return f"{output}: {made} images with {segments} segments in {seconds:.1f} s"
+
+
+def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    changed = [
+        f"{key} {found.get(key)} (asked: {value})"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    return "a set with " + ", ".join(changed) if changed else "an incomplete set"
+
+
+def integer_between(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    positive = integer_between(1, 999_999)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write, made if needed"
+    )
+    parser.add_argument("--num-train", type=positive, default=1000, help="default: %(default)s")
+    parser.add_argument("--num-val", type=positive, default=100, help="default: %(default)s")
+    parser.add_argument("--seed", type=integer_between(0, 2**32 - 1), default=0)
+    parser.add_argument(
+        "--size", type=integer_between(64, 2048), default=96, help="side in pixels (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the set in --output")
+    args = parser.parse_args(argv)
+    counts = {"train": args.num_train, "val": args.num_val}
+    try:
+        print(prepare(args.output, counts, args.seed, args.size, args.overwrite))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

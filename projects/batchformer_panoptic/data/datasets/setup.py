@@ -1,0 +1,95 @@
+"""What the data sets of a config decide: registrations, classes, things."""
+
+import difflib
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ...errors import UserError
+from ..categories import ClassTable
+from .panoptic import register_panoptic_dataset
+
+
+def setup_datasets(cfg: CfgNode) -> None:
+    """Register DATASETS.CUSTOM_PANOPTIC and derive the classes from DATASETS.TRAIN and TEST.
+
+    MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of [] are filled in. Calling
+    this again with the same config changes nothing.
+
+    Args:
+        cfg: changed in place, therefore not frozen.
+
+    Raises:
+        UserError: a wrong row, an unknown data set, data sets that do not share their classes, or
+            classes in the config that are not those of the data sets.
+    """
+    for row in cfg.DATASETS.CUSTOM_PANOPTIC:
+        _register_row(row)
+    table = class_table_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    if table is None:
+        return
+    if cfg.MODEL.DETR.NUM_CLASSES not in (0, table.num_classes):
+        raise UserError(
+            f"MODEL.DETR.NUM_CLASSES is {cfg.MODEL.DETR.NUM_CLASSES}, but the data sets have "
+            f"{table.num_classes} classes: leave it at 0 to take that number"
+        )
+    things = table.thing_class_ids
+    configured_things = sorted(cfg.MODEL.PANOPTIC.THING_CLASS_IDS)
+    if configured_things and configured_things != things:
+        raise UserError(
+            f"MODEL.PANOPTIC.THING_CLASS_IDS is {configured_things}, but the things of the data "
+            f"sets are {things}: leave it at [] to take those"
+        )
+    cfg.MODEL.DETR.NUM_CLASSES = table.num_classes
+    cfg.MODEL.PANOPTIC.THING_CLASS_IDS = things
+
+
+def class_table_of(names: Sequence[str]) -> ClassTable | None:
+    """The classes that all named data sets share; None without any name.
+
+    Raises:
+        UserError: an unknown name, or classes that differ.
+    """
+    table: ClassTable | None = None
+    for name in names:
+        check_registered(name)
+        metadata = MetadataCatalog.get(name)
+        if not metadata.get("thing_classes") and not metadata.get("stuff_classes"):
+            # Data sets of boxes registered with register_coco_instances learn their classes
+            # when they are read.
+            DatasetCatalog.get(name)
+        other = ClassTable.from_metadata(metadata)
+        if table is None:
+            table = other
+        elif difference := table.difference(other):
+            raise UserError(
+                f"data sets {names[0]!r} and {name!r} do not have the same classes: {difference}"
+            )
+    return table
+
+
+def check_registered(name: str) -> None:
+    """Raise UserError, with similar names and the remedy, for a name Detectron2 does not know."""
+    if name in DatasetCatalog:
+        return
+    matches = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
+    raise UserError(
+        f"unknown data set {name!r}: {hint}Add a data set of your own to "
+        "DATASETS.CUSTOM_PANOPTIC as [name, image_root, panoptic_root, panoptic_json]"
+    )
+
+
+def _register_row(row: object) -> None:
+    if (
+        not isinstance(row, list | tuple)
+        or len(row) != 4
+        or not all(isinstance(value, str) and value for value in row)
+    ):
+        raise UserError(
+            f"DATASETS.CUSTOM_PANOPTIC: {row!r} is not a list of four texts "
+            "[name, image_root, panoptic_root, panoptic_json]"
+        )
+    name, image_root, panoptic_root, panoptic_json = row
+    register_panoptic_dataset(name, image_root, panoptic_root, panoptic_json)

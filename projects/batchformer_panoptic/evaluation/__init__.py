@@ -1,0 +1,19 @@
+"""Panoptic quality and average precision."""
+
+from .build import EVALUATOR_FACTORIES, build_evaluator
+from .panoptic_evaluator import StreamingPanopticEvaluator
+from .panoptic_quality import Segments, image_pq_counts
+from .panoptic_results import ClassQuality, GroupQuality, PanopticQuality
+from .thing_ap import ThingAPEvaluator
+
+__all__ = [
+    "EVALUATOR_FACTORIES",
+    "ClassQuality",
+    "GroupQuality",
+    "PanopticQuality",
+    "Segments",
+    "StreamingPanopticEvaluator",
+    "ThingAPEvaluator",
+    "build_evaluator",
+    "image_pq_counts",
+]

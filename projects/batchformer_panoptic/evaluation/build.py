@@ -1,0 +1,68 @@
+"""From the kind of a data set to its evaluators."""
+
+import logging
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+
+from ..errors import UserError
+from .panoptic_evaluator import StreamingPanopticEvaluator
+from .thing_ap import ThingAPEvaluator
+
+logger = logging.getLogger(__name__)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    """Build the evaluators that fit a registered data set and the model's outputs.
+
+    Args:
+        cfg: ``MODEL.MASK_ON`` says whether the model predicts masks.
+        dataset_name: a registered data set; its metadata ``evaluator_type`` selects the evaluators:
+            "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes alone without
+            masks) or "coco" (AP).
+        output_dir: folder for result files and annotations made for the evaluation.
+
+    Raises:
+        UserError: the data set has another evaluator type, or its annotation is unusable.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type not in EVALUATOR_FACTORIES:
+        known = ", ".join(sorted(EVALUATOR_FACTORIES))
+        raise UserError(
+            f"the data set {dataset_name} has the evaluator_type {evaluator_type!r}; known are: "
+            f"{known}"
+        )
+    return EVALUATOR_FACTORIES[evaluator_type](dataset_name, output_dir, cfg.MODEL.MASK_ON)
+
+
+def _panoptic_evaluators(dataset_name: str, output_dir: str, has_masks: bool) -> DatasetEvaluator:
+    evaluators: list[DatasetEvaluator] = []
+    if has_masks:
+        evaluators.append(StreamingPanopticEvaluator(dataset_name, output_dir))
+    if MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:
+        evaluators.append(ThingAPEvaluator(dataset_name, output_dir, _tasks(has_masks)))
+    else:
+        logger.info("%s has no thing classes: AP is not measured", dataset_name)
+    return DatasetEvaluators(evaluators)
+
+
+def _instance_evaluator(dataset_name: str, output_dir: str, has_masks: bool) -> DatasetEvaluator:
+    return COCOEvaluator(
+        dataset_name,
+        tasks=_tasks(has_masks),
+        distributed=True,
+        output_dir=output_dir,
+        use_fast_impl=False,  # the fast one is a compiled module that is not required here
+    )
+
+
+def _tasks(has_masks: bool) -> tuple[str, ...]:
+    return ("bbox", "segm") if has_masks else ("bbox",)
+
+
+EVALUATOR_FACTORIES: dict[str, Callable[[str, str, bool], DatasetEvaluator]] = {
+    "coco_panoptic_seg": _panoptic_evaluators,
+    "coco": _instance_evaluator,
+}

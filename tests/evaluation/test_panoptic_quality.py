@@ -1,0 +1,182 @@
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from panoptic_sets import CATEGORIES, MAX_ID, PanopticImage, random_set, write_panoptic
+from panopticapi.evaluation import PQStat, pq_compute_single_core
+
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.evaluation.panoptic_quality import (
+    Segments,
+    count_id_pairs,
+    image_pq_counts,
+)
+
+
+def _counts(truth: PanopticImage, prediction: PanopticImage) -> PQStat:
+    return image_pq_counts(
+        prediction.id_map,
+        Segments.from_segments_info(prediction.segments_info),
+        truth.id_map,
+        Segments.from_segments_info(truth.segments_info),
+        image_name="street.png",
+    )
+
+
+def _published_counts(folder, truth: PanopticImage, prediction: PanopticImage) -> PQStat:
+    write_panoptic(folder / "truth", [truth], CATEGORIES)
+    write_panoptic(folder / "prediction", [prediction], CATEGORIES)
+    annotation, predicted = (
+        {"image_id": 100, "file_name": "000100.png", "segments_info": image.segments_info}
+        for image in (truth, prediction)
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return pq_compute_single_core(
+            0,
+            [(annotation, predicted)],
+            str(folder / "truth"),
+            str(folder / "prediction"),
+            {category["id"]: category for category in CATEGORIES},
+        )
+
+
+def _as_rows(counts: PQStat) -> dict[int, tuple[int, int, int, float]]:
+    return {
+        key: (value.tp, value.fp, value.fn, pytest.approx(value.iou, abs=1e-12))
+        for key, value in counts.pq_per_cat.items()
+        if value.tp + value.fp + value.fn
+    }
+
+
+def _image(rows: list[str], *segments: tuple[int, int, int]) -> PanopticImage:
+    """An id map from digits, with (id, category, iscrowd) per segment."""
+    id_map = np.array([[int(digit) for digit in row] for row in rows])
+    infos = [
+        {"id": i, "category_id": c, "iscrowd": crowd, "area": int((id_map == i).sum())}
+        for i, c, crowd in segments
+    ]
+    return PanopticImage(id_map, infos)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_counts_of_one_image_equal_panopticapi(tmp_path, seed):
+    truths, predictions = random_set(seed, num_images=1)
+    expected = _published_counts(tmp_path, truths[0], predictions[0])
+    assert _as_rows(_counts(truths[0], predictions[0])) == _as_rows(expected)
+
+
+def test_random_images_cover_every_kind_of_count():
+    total = PQStat()
+    crowd_segments = 0
+    for seed in range(25):
+        truths, predictions = random_set(seed, num_images=1)
+        total += _counts(truths[0], predictions[0])
+        crowd_segments += sum(info["iscrowd"] for info in truths[0].segments_info)
+    values = list(total.pq_per_cat.values())
+    assert all(value.tp > 5 and value.fp > 5 and value.fn > 5 for value in values)
+    assert crowd_segments > 20
+
+
+def test_id_zero_of_a_prediction_may_be_a_segment(tmp_path):
+    truth = _image(["5500", "5500"], (5, 3, 0))
+    prediction = _image(["0011", "0011"], (0, 3, 0), (1, 7, 0))
+    expected = _published_counts(tmp_path, truth, prediction)
+    assert _as_rows(_counts(truth, prediction)) == _as_rows(expected)
+    assert _counts(truth, prediction)[3].tp == 1
+
+
+def test_void_is_left_out_of_the_union_and_forgives_predictions():
+    truth = _image(["5500000"], (5, 3, 0))
+    prediction = _image(["1111222"], (1, 3, 0), (2, 3, 0))
+    assert _as_rows(_counts(truth, prediction)) == {3: (1, 0, 0, 1.0)}
+
+
+def test_half_on_void_is_not_forgiven():
+    truth = _image(["0055"], (5, 3, 0))
+    prediction = _image(["1111"], (1, 7, 0))
+    assert _as_rows(_counts(truth, prediction)) == {3: (0, 0, 1, 0.0), 7: (0, 1, 0, 0.0)}
+
+
+@pytest.mark.parametrize(("crowd_category", "false_positives"), [(3, 0), (90, 1)])
+def test_crowd_forgives_its_own_category_only(crowd_category, false_positives):
+    truth = _image(["6665"], (6, crowd_category, 1), (5, 7, 0))
+    prediction = _image(["1112"], (1, 3, 0), (2, 7, 0))
+    counts = _counts(truth, prediction)
+    assert (counts[3].tp, counts[3].fp, counts[3].fn) == (0, false_positives, 0)
+    assert counts[crowd_category].fn == 0
+
+
+def test_an_iou_of_one_half_is_no_match():
+    truth = _image(["5566"], (5, 3, 0), (6, 7, 0))
+    prediction = _image(["1000"], (1, 3, 0))
+    assert _as_rows(_counts(truth, prediction)) == {3: (0, 1, 1, 0.0), 7: (0, 0, 1, 0.0)}
+
+
+def test_nothing_predicted_and_nothing_annotated():
+    empty = _image(["000"])
+    assert _as_rows(_counts(empty, empty)) == {}
+    truth = _image(["550"], (5, 3, 0))
+    assert _as_rows(_counts(truth, empty)) == {3: (0, 0, 1, 0.0)}
+    assert _as_rows(_counts(empty, truth)) == {}
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+def test_a_wrong_area_is_refused_with_image_and_segment(error):
+    truth = _image(["5566"], (5, 3, 0), (6, 7, 0))
+    truth.segments_info[1]["area"] += error
+    with pytest.raises(UserError, match=r"segment 6 of image street\.png .* 2 pixels"):
+        _counts(truth, _image(["1100"], (1, 3, 0)))
+
+
+def test_an_area_that_is_not_stated_is_counted():
+    truth = _image(["5566"], (5, 3, 0), (6, 7, 0))
+    del truth.segments_info[0]["area"]
+    assert _counts(truth, _image(["1100"], (1, 3, 0)))[3].iou == 1.0
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([(5, 3, 0)], "segment 6 has pixels"),
+        ([(5, 3, 0), (6, 7, 0), (6, 7, 0)], "segment 6 more than once"),
+        ([(5, 3, 0), (6, 7, 0), (0, 7, 0)], "the id 0"),
+        ([(5, 3, 0), (6, 7, 0), (8, 7, 0)], "segment 8 .* but 0 pixels"),
+    ],
+)
+def test_ground_truth_that_contradicts_itself_is_refused(segments, message):
+    truth = _image(["5566"], *segments)
+    truth.segments_info[-1]["area"] += segments[-1][0] == 8
+    with pytest.raises(UserError, match=message):
+        _counts(truth, _image(["1100"], (1, 3, 0)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "message"),
+    [
+        (["1122"], [(1, 3, 0)], "segment 2 has pixels"),
+        (["1100"], [(1, 3, 0), (2, 3, 0)], r"\[2\] of image street\.png have no pixels"),
+        (["110"], [(1, 3, 0)], r"size \(1, 3\)"),
+    ],
+)
+def test_predictions_that_contradict_themselves_are_refused(rows, segments, message):
+    with pytest.raises(ValueError, match=message):
+        _counts(_image(["5555"], (5, 3, 0)), _image(rows, *segments))
+
+
+def test_negative_ids_of_a_prediction_are_refused():
+    prediction = _image(["1111"], (1, 3, 0))
+    prediction.id_map[0, 0] = -1
+    with pytest.raises(ValueError, match=r"the prediction for image street\.png contradicts"):
+        _counts(_image(["5555"], (5, 3, 0)), prediction)
+
+
+@pytest.mark.parametrize("largest", [2, MAX_ID, 2**31 - 1])
+def test_pairs_equal_a_loop_over_pixels(largest):
+    rng = np.random.default_rng(1)
+    values = np.array([0, 1, largest])
+    first, second = values[rng.integers(0, 3, (2, 7, 9))]
+    pairs = list(zip(first.ravel().tolist(), second.ravel().tolist(), strict=True))
+    expected = [(a, b, pairs.count((a, b))) for a, b in sorted(set(pairs))]
+    found = count_id_pairs(first.astype(np.int32), second.astype(np.int32))
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected

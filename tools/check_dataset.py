@@ -1,0 +1,122 @@
+"""Check a data set in COCO's panoptic layout and list what is wrong with it.
+
+Exit status: 0 when it is fit for use (warnings and notes allowed), 1 when there are errors.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from batchformer_panoptic.data.validation import (
+    Problem,
+    check_panoptic_content,
+    load_panoptic_json,
+    records,
+    segments_of,
+)
+from batchformer_panoptic.errors import UserError
+
+SEVERITY_ORDER = ("error", "warning", "note")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="panoptic annotation file")
+    parser.add_argument("--image-root", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--panoptic-root", type=Path, required=True, help="folder of the PNGs")
+    parser.add_argument(
+        "--max-problems",
+        type=int,
+        default=5,
+        metavar="N",
+        help="examples shown of each kind of problem, all are counted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-images", type=int, metavar="N", help="open the files of N images only (default: all)"
+    )
+    parser.add_argument(
+        "--no-decode",
+        action="store_true",
+        help="read only the headers of the pictures: faster, misses truncated files",
+    )
+    args = parser.parse_args(argv)
+    for name in ("max_problems", "max_images"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    return args
+
+
+def format_problems(problems: list[Problem], max_problems: int) -> list[str]:
+    """Group by severity and kind, largest groups first; at most ``max_problems`` lines each."""
+    sizes = Counter((problem.severity, problem.kind) for problem in problems)
+
+    def rank(problem: Problem) -> tuple[int, int, str]:
+        group = (problem.severity, problem.kind)
+        return SEVERITY_ORDER.index(problem.severity), -sizes[group], problem.kind
+
+    lines = []
+    for _, group in groupby(sorted(problems, key=rank), key=rank):
+        found = list(group)
+        lines.append(f"{found[0].severity}: {found[0].kind} ({len(found)})")
+        lines += [f"  {format_problem(problem)}" for problem in found[:max_problems]]
+        if len(found) > max_problems:
+            lines.append(f"  ... and {len(found) - max_problems} more")
+    return lines
+
+
+def format_problem(problem: Problem) -> str:
+    where = [] if problem.image is None else [problem.image]
+    if problem.segment is not None:
+        where.append(f"segment {problem.segment}")
+    return ": ".join([", ".join(where), problem.message] if where else [problem.message])
+
+
+def format_summary(content: dict[str, Any]) -> list[str]:
+    """Totals, and one line per class with its segments and the images that show it."""
+    annotations = records(content, "annotations")
+    segments, images = Counter[str](), Counter[str]()
+    for annotation in annotations:
+        classes = [str(segment.get("category_id")) for segment in segments_of(annotation)]
+        segments.update(classes)
+        images.update(set(classes))
+    categories = records(content, "categories")
+    kinds = Counter("thing" if item.get("isthing") == 1 else "stuff" for item in categories)
+    lines = [
+        f"{len(records(content, 'images'))} images, {len(annotations)} annotations, "
+        f"{segments.total()} segments, {kinds['thing']} thing and {kinds['stuff']} stuff classes",
+        f"{'id':>6}  {'class':<28} {'kind':<6} {'segments':>9} {'images':>8}",
+    ]
+    for category in categories:
+        key, kind = str(category.get("id")), "thing" if category.get("isthing") == 1 else "stuff"
+        name = str(category.get("name"))
+        lines.append(f"{key:>6}  {name:<28} {kind:<6} {segments[key]:>9} {images[key]:>8}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        content = load_panoptic_json(args.json)
+        problems = check_panoptic_content(
+            content,
+            args.image_root,
+            args.panoptic_root,
+            max_images=args.max_images,
+            decode_images=not args.no_decode,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    counts = Counter(problem.severity for problem in problems)
+    totals = ", ".join(f"{counts[severity]} {severity}s" for severity in SEVERITY_ORDER)
+    print("\n".join([*format_summary(content), "", *format_problems(problems, args.max_problems)]))
+    print(f"{'FAILED' if counts['error'] else 'ok'}: {totals}")
+    return 1 if counts["error"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
