@@ -139,5 +139,7 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    # Weight decay of normalisation layers. None: SOLVER.WEIGHT_DECAY, as DETR.
+    cfg.SOLVER.WEIGHT_DECAY_NORM = None
     # Evaluate the exponential moving average of the weights instead of the last ones. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0

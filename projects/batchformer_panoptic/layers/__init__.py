@@ -2,12 +2,13 @@
 
 from .box_ops import cxcywh_to_xyxy, generalized_box_iou, xyxy_to_cxcywh
 from .mlp import MLP
-from .position_encoding import SinePositionEncoding
+from .position_encoding import SinePositionEncoding, sine_encoding
 
 __all__ = [
     "MLP",
     "SinePositionEncoding",
     "cxcywh_to_xyxy",
     "generalized_box_iou",
+    "sine_encoding",
     "xyxy_to_cxcywh",
 ]

@@ -51,12 +51,39 @@ class SinePositionEncoding(nn.Module):
         valid = ~padding_mask
         rows = self._normalise(valid.cumsum(1, dtype=torch.float32), dim=1)
         columns = self._normalise(valid.cumsum(2, dtype=torch.float32), dim=2)
-        return torch.cat([self._waves(rows), self._waves(columns)], dim=-1)
+        return torch.cat(
+            [interleaved_waves(where, self.wave_lengths) for where in (rows, columns)], dim=-1
+        )
 
     def _normalise(self, index: Tensor, dim: int) -> Tensor:
         last = index.narrow(dim, -1, 1)
         return (index + self.offset) / (last + self._EPS) * self.scale
 
-    def _waves(self, position: Tensor) -> Tensor:
-        phase = position[..., None] / self.wave_lengths
-        return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
+
+def sine_encoding(
+    coordinates: Tensor,
+    num_channels: int,
+    *,
+    temperature: float = 10000.0,
+    scale: float = 2 * math.pi,
+) -> Tensor:
+    """Sine encoding of points, coordinate after coordinate.
+
+    Args:
+        coordinates: (..., D) in 0 to 1 over the valid area.
+        num_channels: channels of the result; a multiple of 2 * D.
+        temperature: base of the wave lengths.
+        scale: what 1 is scaled to.
+
+    Returns:
+        (..., num_channels); ``num_channels / D`` channels for each coordinate in turn.
+    """
+    share = num_channels // coordinates.shape[-1]
+    exponent = 2 * (torch.arange(share, device=coordinates.device) // 2).float() / share
+    return interleaved_waves(coordinates * scale, temperature**exponent).flatten(-2)
+
+
+def interleaved_waves(positions: Tensor, wave_lengths: Tensor) -> Tensor:
+    """Sine at even and cosine at odd channels: (...) and (K,) -> (..., K)."""
+    phase = positions[..., None] / wave_lengths
+    return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)

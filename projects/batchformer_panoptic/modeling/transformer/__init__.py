@@ -1,6 +1,11 @@
 """Transformers by name: feature maps in, query states and memory out."""
 
 from .base import TRANSFORMER_REGISTRY, TransformerOutput, build_transformer
-from .detr import DETRTransformer
+from .detr import SingleScaleTransformer
 
-__all__ = ["TRANSFORMER_REGISTRY", "DETRTransformer", "TransformerOutput", "build_transformer"]
+__all__ = [
+    "TRANSFORMER_REGISTRY",
+    "SingleScaleTransformer",
+    "TransformerOutput",
+    "build_transformer",
+]

@@ -1,75 +1,35 @@
-"""The transformer of DETR (Carion et al. 2020) with a hook in its encoder.
+"""Transformers over one feature map: DETR and Conditional-DETR, with a hook in the encoder.
 
 Shapes: B images, B' = streams * B, N = H * W tokens, Q queries, C channels, L decoder layers.
 """
 
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ...batchformer.streams import SINGLE, StreamState
 from ...errors import UserError
 from ...layers import SinePositionEncoding
 from .base import TRANSFORMER_REGISTRY, TransformerOutput, build_batchformer_hook
-from .layers import DecoderLayer, EncoderLayer
+from .decoder import ConditionalDecoder, DETRDecoder
+from .encoder import DETREncoder
+from .layers import ConditionalDecoderLayer, DecoderLayer, EncoderLayer
 
 
-class DETREncoder(nn.Module):
-    """Encoder layers with a hook after each; the hook may open a second stream."""
-
-    def __init__(
-        self, layers: list[EncoderLayer], *, hook: nn.Module, norm: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.batchformer = hook
-        self.norm = norm
-
-    def forward(
-        self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, StreamState]:
-        """Encode (B, N, C) tokens into (B', N, C); ``pos`` (B, N, C), mask (B, N) or None."""
-        streams = SINGLE
-        layer_pos, layer_mask = pos, key_padding_mask
-        for index, layer in enumerate(self.layers):
-            tokens = layer(tokens, layer_pos, layer_mask)
-            tokens, now = self.batchformer.after_layer(index, tokens, streams, layer_mask)
-            if now != streams:
-                streams = now
-                layer_pos = streams.expand(pos)
-                layer_mask = None if key_padding_mask is None else streams.expand(key_padding_mask)
-        return (tokens if self.norm is None else self.norm(tokens)), streams
-
-
-class DETRDecoder(nn.Module):
-    """Decoder layers; every layer's output is normalised and returned."""
-
-    def __init__(self, layers: list[DecoderLayer], *, embed_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def forward(
-        self, query_pos: Tensor, memory: Tensor, pos: Tensor, key_padding_mask: Tensor | None
-    ) -> Tensor:
-        """(B', Q, C) query positions, (B', N, C) memory and positions -> (L, B', Q, C)."""
-        memory_keys = memory + pos
-        queries = torch.zeros_like(query_pos)
-        states = []
-        for layer in self.layers:
-            queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states)
-
-
-class DETRTransformer(nn.Module):
-    """Projection, sine positions, encoder and decoder of DETR; absolute boxes, no references.
+class SingleScaleTransformer(nn.Module):
+    """Projection, sine positions, encoder and decoder over one backbone map.
 
     Differs from facebookresearch/detr in nothing but names: ``query_embed`` and ``input_proj``
     live here and not in the model around it.
+
+    Args:
+        in_feature: the backbone map that is read.
+        in_channels: its channels.
+        embed_dim: channels C of tokens and queries.
+        num_queries: object queries Q.
+        encoder: tokens to memory, opening streams on the way.
+        decoder: query positions and memory to query states and reference points.
     """
 
     @configurable
@@ -79,43 +39,28 @@ class DETRTransformer(nn.Module):
         in_feature: str,
         in_channels: int,
         embed_dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        num_encoder_layers: int,
-        num_decoder_layers: int,
         num_queries: int,
-        dropout: float,
-        pre_norm: bool,
-        hook: nn.Module,
+        encoder: DETREncoder,
+        decoder: DETRDecoder | ConditionalDecoder,
     ) -> None:
         super().__init__()
-        layer_args: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "dim_feedforward": dim_feedforward,
-            "dropout": dropout,
-            "pre_norm": pre_norm,
-        }
         self.in_features = (in_feature,)
-        self.embed_dim = embed_dim
         self.position_encoding = SinePositionEncoding(num_channels=embed_dim)
-        self.encoder = DETREncoder(
-            [EncoderLayer(**layer_args) for _ in range(num_encoder_layers)],
-            hook=hook,
-            norm=nn.LayerNorm(embed_dim) if pre_norm else None,
-        )
-        self.decoder = DETRDecoder(
-            [DecoderLayer(**layer_args) for _ in range(num_decoder_layers)], embed_dim=embed_dim
-        )
-        for name, parameter in self.named_parameters():
-            # As published; the blocks of the hook are initialised likewise there.
-            if parameter.dim() > 1 and "position_encoding" not in name:
-                nn.init.xavier_uniform_(parameter)
+        self.encoder = encoder
+        self.decoder = decoder
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)  # as published, the hook's blocks included
         self.query_embed = nn.Embedding(num_queries, embed_dim)
         self.input_proj = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        input_shape: dict[str, ShapeSpec],
+        decoder: DETRDecoder | ConditionalDecoder,
+    ) -> dict[str, Any]:
         """Translate ``MODEL.DETR`` into constructor arguments."""
         node = cfg.MODEL.DETR
         if node.IN_FEATURE not in input_shape:
@@ -123,18 +68,18 @@ class DETRTransformer(nn.Module):
                 f"MODEL.DETR.IN_FEATURE is {node.IN_FEATURE!r}, but the backbone returns "
                 f"{', '.join(sorted(input_shape))}"
             )
+        encoder = DETREncoder(
+            [EncoderLayer(**_layer_arguments(cfg)) for _ in range(node.ENC_LAYERS)],
+            hook=build_batchformer_hook(cfg),
+            norm=nn.LayerNorm(node.HIDDEN_DIM) if node.PRE_NORM else None,
+        )
         return {
             "in_feature": node.IN_FEATURE,
             "in_channels": input_shape[node.IN_FEATURE].channels,
             "embed_dim": node.HIDDEN_DIM,
-            "num_heads": node.NHEADS,
-            "dim_feedforward": node.DIM_FEEDFORWARD,
-            "num_encoder_layers": node.ENC_LAYERS,
-            "num_decoder_layers": node.DEC_LAYERS,
             "num_queries": node.NUM_OBJECT_QUERIES,
-            "dropout": node.DROPOUT,
-            "pre_norm": node.PRE_NORM,
-            "hook": build_batchformer_hook(cfg),
+            "encoder": encoder,
+            "decoder": decoder,
         }
 
     def forward(
@@ -149,18 +94,45 @@ class DETRTransformer(nn.Module):
         key_padding_mask = mask.flatten(1) if any_padding else None
 
         memory, streams = self.encoder(tokens, pos, key_padding_mask)
-        query_pos = self.query_embed.weight.expand(memory.shape[0], -1, -1)
-        hidden_states = self.decoder(
-            query_pos,
+        hidden_states, references = self.decoder(
+            self.query_embed.weight.expand(memory.shape[0], -1, -1),
             memory,
             streams.expand(pos),
             None if key_padding_mask is None else streams.expand(key_padding_mask),
         )
         memory_map = memory.transpose(1, 2).unflatten(2, (height, width))
-        return TransformerOutput(hidden_states, None, projected, memory_map, mask, streams)
+        return TransformerOutput(hidden_states, references, projected, memory_map, mask, streams)
+
+
+def _layer_arguments(cfg: CfgNode) -> dict[str, Any]:
+    node = cfg.MODEL.DETR
+    return {
+        "embed_dim": node.HIDDEN_DIM,
+        "num_heads": node.NHEADS,
+        "dim_feedforward": node.DIM_FEEDFORWARD,
+        "dropout": node.DROPOUT,
+        "pre_norm": node.PRE_NORM,
+    }
 
 
 @TRANSFORMER_REGISTRY.register()
-def detr(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> DETRTransformer:
-    """``MODEL.DETR.TRANSFORMER_NAME: "detr"``."""
-    return DETRTransformer(cfg, input_shape)
+def detr(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransformer:
+    """DETR: absolute boxes, no reference points."""
+    layers = [DecoderLayer(**_layer_arguments(cfg)) for _ in range(cfg.MODEL.DETR.DEC_LAYERS)]
+    decoder = DETRDecoder(layers, embed_dim=cfg.MODEL.DETR.HIDDEN_DIM)
+    return SingleScaleTransformer(cfg, input_shape, decoder)
+
+
+@TRANSFORMER_REGISTRY.register()
+def conditional(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransformer:
+    """Conditional-DETR: one reference point for each query."""
+    if cfg.MODEL.DETR.PRE_NORM:
+        raise UserError("MODEL.DETR.PRE_NORM is True; the transformer 'conditional' is post-norm")
+    arguments = _layer_arguments(cfg)
+    del arguments["pre_norm"]
+    layers = [
+        ConditionalDecoderLayer(**arguments, is_first=index == 0)
+        for index in range(cfg.MODEL.DETR.DEC_LAYERS)
+    ]
+    decoder = ConditionalDecoder(layers, embed_dim=cfg.MODEL.DETR.HIDDEN_DIM)
+    return SingleScaleTransformer(cfg, input_shape, decoder)

@@ -1,9 +1,10 @@
-"""Encoder and decoder layers of DETR (Carion et al. 2020, appendix A.3).
+"""Encoder and decoder layers of DETR (Carion et al. 2020, appendix A.3) and Conditional-DETR.
 
 Shapes: B' images times streams, N tokens of the encoder, Q queries, C channels. Parameter names
-are those of facebookresearch/detr.
+are those of facebookresearch/detr and Atten4Vis/ConditionalDETR.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,4 +130,114 @@ class DecoderLayer(_FeedForwardLayer):
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
             queries = self.norm2(queries)
+        return self._feed_forward(queries, self.norm3)
+
+
+class ConditionalAttention(nn.Module):
+    """Attention over heads that were projected outside; nothing but dropout and ``out_proj``."""
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B', N, C) -> (B', heads, N, C / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, valid_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B', heads, Q or N, D) each; ``valid_mask`` True where attended to -> (B', Q, C)."""
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=valid_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class ConditionalDecoderLayer(_FeedForwardLayer):
+    """Decoder layer of Conditional-DETR (Meng et al. 2021, section 3.3).
+
+    In the cross-attention content meets content and position meets position: their halves are
+    concatenated head by head instead of added. Only the first layer also adds the query position
+    to the content, since its content is zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        is_first: bool,
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=False
+        )
+        self.sa_qcontent_proj = nn.Linear(embed_dim, embed_dim)
+        self.sa_qpos_proj = nn.Linear(embed_dim, embed_dim)
+        self.sa_kcontent_proj = nn.Linear(embed_dim, embed_dim)
+        self.sa_kpos_proj = nn.Linear(embed_dim, embed_dim)
+        self.sa_v_proj = nn.Linear(embed_dim, embed_dim)
+        self.ca_qcontent_proj = nn.Linear(embed_dim, embed_dim)
+        self.ca_qpos_proj = nn.Linear(embed_dim, embed_dim) if is_first else None
+        self.ca_kcontent_proj = nn.Linear(embed_dim, embed_dim)
+        self.ca_kpos_proj = nn.Linear(embed_dim, embed_dim)
+        self.ca_v_proj = nn.Linear(embed_dim, embed_dim)
+        self.ca_qpos_sine_proj = nn.Linear(embed_dim, embed_dim)
+        attention = {"embed_dim": embed_dim, "num_heads": num_heads}
+        self.self_attn = ConditionalAttention(**attention, dropout=dropout)
+        self.cross_attn = ConditionalAttention(**attention, dropout=dropout)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.norm3 = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_pos: Tensor,
+        spatial_query: Tensor,
+        memory: Tensor,
+        pos: Tensor,
+        valid_mask: Tensor | None,
+    ) -> Tensor:
+        """Update the queries.
+
+        Args:
+            queries: (B', Q, C) content of the queries.
+            query_pos: (B', Q, C) learned positions.
+            spatial_query: (B', Q, C) sine encoding of the reference points, scaled.
+            memory: (B', N, C).
+            pos: (B', N, C) position encoding of the tokens.
+            valid_mask: (B', 1, 1, N) bool, False at padding, or None.
+
+        Returns:
+            (B', Q, C).
+        """
+        split = self.self_attn.split_heads
+        attended = self.self_attn(
+            split(self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_pos)),
+            split(self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_pos)),
+            split(self.sa_v_proj(queries)),
+        )
+        queries = self.norm1(queries + self.dropout(attended))
+
+        content, key = self.ca_qcontent_proj(queries), self.ca_kcontent_proj(memory)
+        key_pos = self.ca_kpos_proj(pos)
+        if self.ca_qpos_proj is not None:
+            content, key = content + self.ca_qpos_proj(query_pos), key + key_pos
+        spatial = self.ca_qpos_sine_proj(spatial_query)
+        attended = self.cross_attn(
+            torch.cat([split(content), split(spatial)], dim=-1),
+            torch.cat([split(key), split(key_pos)], dim=-1),
+            split(self.ca_v_proj(memory)),
+            valid_mask,
+        )
+        queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)

@@ -1,0 +1,126 @@
+"""Hooks of a training run beside Detectron2's own."""
+
+import datetime
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+
+logger = logging.getLogger(__name__)
+
+
+class LogWriter(hooks.PeriodicWriter):
+    """Detectron2's periodic writer that writes after the first iteration and evaluations as well.
+
+    Args:
+        writers: where to write.
+        period: iterations between two writings.
+        eval_period: iterations between two evaluations, whose results the next evaluation would
+            otherwise overwrite unwritten; 0: none.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int, eval_period: int) -> None:
+        super().__init__(writers, period)
+        self._all_writers = writers
+        self._eval_period = eval_period
+
+    def after_step(self) -> None:
+        """Write where the training loop has just logged or the model was evaluated."""
+        iteration = self.trainer.iter
+        evaluated = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
+        if iteration == self.trainer.start_iter or evaluated:
+            for writer in self._all_writers:
+                writer.write()
+        else:
+            super().after_step()
+
+
+class ConsoleWriter(EventWriter):
+    """One readable line: progress, ETA, totals, last-layer losses, norms, times.
+
+    Detectron2's printer shows every scalar with "loss" in its name: about a hundred with auxiliary
+    layers and two streams. They are all in ``metrics.json`` and TensorBoard.
+
+    Args:
+        max_iter: number of iterations of the run.
+    """
+
+    def __init__(self, max_iter: int) -> None:
+        self._max_iter = max_iter
+
+    def write(self) -> None:
+        """Log the line, unless training is over."""
+        storage = get_event_storage()
+        if storage.iter >= self._max_iter:
+            return
+        parts = [f"iter: {storage.iter + 1}/{self._max_iter}", f"eta: {self._eta(storage)}"]
+        latest = {name: value for name, (value, _) in storage.latest().items()}
+        shown = [name for name in latest if self._is_shown(name)]
+        parts += [f"{name}: {latest[name]:.4g}" for name in shown]
+        if "lr" in latest:
+            parts.append(f"lr: {latest['lr']:.3g}")
+        parts += [
+            f"{name}: {latest[name]:.3f}s" for name in ("time", "data_time") if name in latest
+        ]
+        if torch.cuda.is_available():
+            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        logger.info("  ".join(parts))
+
+    @staticmethod
+    def _is_shown(name: str) -> bool:
+        if name.endswith("total_loss") or name == "grad_norm":
+            return True
+        # Neither an auxiliary layer ("loss_ce_0") nor a single term of a stream.
+        return name.startswith("loss_") and "/" not in name and not name[-1].isdigit()
+
+    def _eta(self, storage: EventStorage) -> str:
+        if "time" not in storage.histories():
+            return "?"
+        seconds = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
+        storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+        return str(datetime.timedelta(seconds=int(seconds)))
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's keeper of the best checkpoint, remembering the best across resumed runs.
+
+    Writes ``model_best.pth`` and, beside it, ``model_best.json`` with metric, value and iteration.
+    """
+
+    def __init__(self, eval_period: int, checkpointer: Any, metric: str, output_dir: str) -> None:
+        super().__init__(eval_period, checkpointer, metric)
+        self._metric = metric
+        self._record = Path(output_dir) / "model_best.json"
+
+    def before_train(self) -> None:
+        """Take up the best of the run that is resumed."""
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            record = json.loads(self._record.read_text())
+            if record["metric"] == self._metric and record["iteration"] < self.trainer.start_iter:
+                self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def after_step(self) -> None:
+        """Save when the evaluation of this iteration is the best so far."""
+        super().after_step()
+        self._write_record()
+
+    def after_train(self) -> None:
+        """Save when the last evaluation is the best."""
+        super().after_train()
+        self._write_record()
+
+    def _write_record(self) -> None:
+        if self.best_metric is None:
+            return
+        record = {
+            "metric": self._metric,
+            "value": self.best_metric,
+            "iteration": self.best_iter,
+        }
+        text = json.dumps(record, indent=2) + "\n"
+        if not self._record.is_file() or self._record.read_text() != text:
+            self._record.write_text(text)

@@ -1,0 +1,165 @@
+"""From a command line to a checked, frozen config."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from .. import modeling  # noqa: F401 - registers the meta-architectures and backbones
+from ..batchformer.streams import TWO_STREAMS
+from ..config import add_batchformer_panoptic_config
+from ..data import setup_datasets
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Merge defaults, a YAML file and ``KEY VALUE`` pairs into an open (not frozen) config.
+
+    Raises:
+        UserError: a missing file, an unknown key (with the nearest known ones), a value of the
+            wrong type, YAML that does not parse, or a device that is not there.
+    """
+    cfg = get_cfg()
+    add_batchformer_panoptic_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    _merge_options(cfg, opts)
+    _check_device(cfg.MODEL.DEVICE)
+    return cfg
+
+
+def setup_cfg(args: argparse.Namespace) -> CfgNode:
+    """Build the frozen config of a run and set up its logging, output folder and seed.
+
+    Data sets are registered, what depends on them is filled in, and a negative ``SEED`` is
+    replaced by a random one (logged, equal in all processes).
+
+    Raises:
+        UserError: see :func:`load_config` and ``setup_datasets``; unknown models and backbones;
+            settings that do not go together.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    setup_datasets(cfg)
+    _check_names(cfg)
+    _check_run(cfg, eval_only=args.eval_only)
+    if cfg.SEED < 0:
+        cfg.SEED = int(comm.shared_random_seed())
+    cfg.freeze()
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created: {error.strerror}"
+        ) from None
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="batchformer_panoptic")
+    default_setup(cfg, args)
+    logger.info(f"SEED is {cfg.SEED}")
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    if not os.path.isfile(config_file):
+        raise UserError(f"config file {config_file} does not exist")
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except KeyError as error:
+        raise UserError(f"{config_file}: {_explain_key(cfg, error.args[0])}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{config_file}: its _BASE_ {error.filename} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config_file} is no readable YAML file: {reason}") from None
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{config_file}: {error}") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"{config_file} is no mapping of config keys to values") from None
+
+
+def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
+    if len(opts) % 2:
+        raise UserError(f"options come in pairs KEY VALUE; got {len(opts)} words: {' '.join(opts)}")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, KeyError, TypeError) as error:
+            raise UserError(_explain_key(cfg, str(error.args[0]), key)) from None
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"bad value for {key}: {error}") from None
+
+
+def _explain_key(cfg: CfgNode, message: str, key: str | None = None) -> str:
+    """Say which config key does not exist and which ones are close."""
+    found = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+    if key is None and found is None:
+        return message
+    name = key if key is not None else found.group(1)  # type: ignore[union-attr]
+    return f"unknown config key {name}{_close_matches(name, list(_keys(cfg)))}"
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _close_matches(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown MODEL.DEVICE {name!r}; use cuda, cuda:1, ... or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is {name!r}, but there is no CUDA here; use MODEL.DEVICE cpu"
+        )
+
+
+def _check_names(cfg: CfgNode) -> None:
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if name not in registry:
+            raise UserError(f"unknown {key} {name!r}{_close_matches(name, dict(registry))}")
+
+
+def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
+    split = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[split]:
+        raise UserError(f"DATASETS.{split} is empty; name a data set")
+    if len(cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS) != TWO_STREAMS.num_streams:
+        raise UserError(
+            "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "
+            f"{TWO_STREAMS.names}, not {cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS}"
+        )
+    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
+        raise UserError(f"SOLVER.EMA_DECAY must be in [0, 1), not {cfg.SOLVER.EMA_DECAY}")
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, not {cfg.SOLVER.CHECKPOINT_PERIOD}"
+        )
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise UserError("TEST.PRECISE_BN.ENABLED is not supported; see SOLVER.EMA_DECAY")
+    on_cpu = not cfg.MODEL.DEVICE.startswith("cuda")
+    if comm.get_world_size() > 1 and on_cpu and torch.cuda.is_available():
+        raise UserError(
+            "several processes on the CPU of a machine with GPUs: hide these with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )

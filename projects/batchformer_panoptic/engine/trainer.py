@@ -1,0 +1,257 @@
+"""The trainer: Detectron2's, with streams, exact resuming, averaging and CPU processes."""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.testing import verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from torch import nn
+
+from ..batchformer.streams import TWO_STREAMS
+from ..checkpoint import PanopticCheckpointer
+from ..data import build_test_loader, build_train_loader
+from ..data.categories import ClassTable
+from ..errors import UserError
+from ..evaluation import build_evaluator
+from ..solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from .ema import WeightAverage
+from .hooks import BestCheckpointer, ConsoleWriter, LogWriter
+from .train_loop import LOG_PERIOD, NonFiniteLossError, StreamTrainLoop
+
+logger = logging.getLogger(__name__)
+
+
+class PanopticTrainer(DefaultTrainer):
+    """Trains and evaluates what a config describes.
+
+    Stopping and resuming equals never stopping: weights, optimizer, schedule, loss scale, average,
+    iteration and seed are in the checkpoint, an iteration's random numbers depend on (SEED,
+    iteration, rank) alone, and the data loader, built when training starts, begins at the
+    iteration to be run.
+
+    Args:
+        cfg: from ``setup_cfg``; ``SEED`` is at least 0.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own constructor hands device_ids to DistributedDataParallel, which fails
+        # on CPU, and builds the data loader before the iteration to start from is known.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        _warn_about_single_images(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        self._unwrapped = model
+        self._trainer = StreamTrainLoop(
+            _distribute(model),
+            optimizer,
+            clipper=build_gradient_clipper(cfg),
+            stream_weights=dict(
+                zip(TWO_STREAMS.names, cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS, strict=True)
+            ),
+            seed=cfg.SEED,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            ema=self.ema,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = PanopticCheckpointer(
+            self.model,
+            cfg.OUTPUT_DIR,
+            training=True,
+            class_table=_classes_of(cfg.DATASETS.TRAIN[0]),
+            ema=self.ema,
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
+
+        Raises:
+            UserError: the checkpoint cannot be read or does not fit.
+        """
+        super().resume_or_load(resume)
+        if self.start_iter == 0 and self.ema is not None:
+            self.ema.copy_live()
+        if self._trainer.seed != self.cfg.SEED:
+            logger.info(f"resuming with the seed of the run, {self._trainer.seed}")
+            self.cfg = self.cfg.clone()
+            self.cfg.defrost()
+            self.cfg.SEED = self._trainer.seed
+            self.cfg.freeze()
+
+    def train(self) -> dict[str, Any] | None:
+        """Train to ``SOLVER.MAX_ITER`` and return the results of the last evaluation.
+
+        Raises:
+            NonFiniteLossError: after the state before the failing step was saved as
+                ``model_nonfinite.pth``.
+        """
+        self._trainer.start_iter, self._trainer.max_iter = self.start_iter, self.max_iter
+        if self.start_iter < self.max_iter:
+            self.data_loader = self.build_train_loader(self.cfg, start_iter=self.start_iter)
+        with _without_traceback_of_user_errors():
+            super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def run_step(self) -> None:
+        """Run one iteration; keep the state when its loss is not finite."""
+        try:
+            super().run_step()
+        except NonFiniteLossError:
+            # This iteration has not happened.
+            self.iter -= 1
+            self.checkpointer.save("model_nonfinite", iteration=self.iter)
+            raise
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Timer, schedule, checkpoints, evaluation, best checkpoint, writers; in this order."""
+        cfg = self.cfg
+        main = comm.is_main_process()
+
+        def evaluate() -> dict[str, Any]:
+            model = self._unwrapped if self.ema is None else self.ema.model
+            self._last_eval_results = self.test(cfg, model)
+            return self._last_eval_results
+
+        built = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if main:
+            period = cfg.SOLVER.CHECKPOINT_PERIOD
+            built.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
+        if len(cfg.DATASETS.TEST):
+            built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
+        if main:
+            if len(cfg.DATASETS.TEST) and cfg.TEST.EVAL_PERIOD > 0:
+                built.append(
+                    BestCheckpointer(
+                        cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg), cfg.OUTPUT_DIR
+                    )
+                )
+            built.append(LogWriter(self.build_writers(), LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+        return built
+
+    def build_writers(self) -> list[EventWriter]:
+        """Console, ``metrics.json`` and TensorBoard."""
+        output_dir = Path(self.cfg.OUTPUT_DIR)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return [
+            ConsoleWriter(self.max_iter),
+            JSONWriter(str(output_dir / "metrics.json")),
+            TensorboardXWriter(str(output_dir)),
+        ]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model on its device.
+
+        Raises:
+            UserError: settings that no model can be built from.
+        """
+        try:
+            return super().build_model(cfg)
+        except UserError:
+            raise
+        except (KeyError, ValueError) as error:
+            raise UserError(f"the model cannot be built: {error.args[0]}") from error
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See ``batchformer_panoptic.solver``."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """See ``batchformer_panoptic.solver``."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
+        """Return batches from iteration ``start_iter`` on, without end."""
+        return build_train_loader(cfg, start_iter=start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Return the batches of a data set, once."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Return the evaluator; its files go to ``OUTPUT_DIR/inference/<data set>``."""
+        return build_evaluator(
+            cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
+        )
+
+    @classmethod
+    def evaluate_weights(cls, cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+        """Evaluate ``MODEL.WEIGHTS`` (``resume``: the last checkpoint of ``OUTPUT_DIR``).
+
+        Raises:
+            UserError: there is nothing to load, or it does not fit.
+        """
+        model = cls.build_model(cfg)
+        checkpointer = PanopticCheckpointer(
+            model, cfg.OUTPUT_DIR, class_table=_classes_of(cfg.DATASETS.TEST[0])
+        )
+        if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+            raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        results: dict[str, Any] = cls.test(cfg, model)
+        if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
+            verify_results(cfg, results)
+        return results
+
+
+def _classes_of(dataset_name: str) -> ClassTable:
+    return ClassTable.from_metadata(MetadataCatalog.get(dataset_name))
+
+
+def _distribute(model: nn.Module) -> nn.Module:
+    device_ids = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    return create_ddp_model(
+        model, broadcast_buffers=False, find_unused_parameters=False, **device_ids
+    )
+
+
+def _best_metric(cfg: CfgNode) -> str:
+    metric = "panoptic_seg/PQ" if cfg.MODEL.MASK_ON else "bbox/AP"
+    # With several data sets Detectron2 puts each one's results under its name.
+    return metric if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
+
+
+def _warn_about_single_images(cfg: CfgNode) -> None:
+    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if cfg.MODEL.BATCHFORMER.ENABLED and images == 1:
+        logger.warning(
+            "BatchFormerV2 attends over the images of one process, and each process has ONE image: "
+            "the block learns nothing about other images. Raise SOLVER.IMS_PER_BATCH to at least "
+            f"{2 * comm.get_world_size()}, or use fewer processes."
+        )
+
+
+@contextlib.contextmanager
+def _without_traceback_of_user_errors() -> Iterator[None]:
+    """Keep Detectron2's loop from logging the traceback of an error that the command reports."""
+    loop_logger = logging.getLogger("detectron2.engine.train_loop")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
+
+    loop_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        loop_logger.removeFilter(keep)

@@ -1,0 +1,144 @@
+"""Optimizer, gradient clipping and learning-rate schedule from a config."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.lr_scheduler import LRMultiplier
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+OPTIMIZERS = ("ADAMW", "SGD")
+CLIP_TYPES = ("full_model", "norm", "value")
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+
+GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer over the trainable parameters of a model.
+
+    Learning rates are ``SOLVER.BASE_LR``, times ``SOLVER.BACKBONE_MULTIPLIER`` for parameters with
+    "backbone" in their name, times ``MODEL.BATCHFORMER.LR_FACTOR`` for those with "batchformer".
+    Weight decay follows Detectron2: ``SOLVER.WEIGHT_DECAY_NORM`` and ``SOLVER.WEIGHT_DECAY_BIAS``
+    replace ``SOLVER.WEIGHT_DECAY`` for normalisation layers and biases unless they are None. DETR
+    decays every parameter alike, that is None for both.
+
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" clip each parameter inside the step, as
+    in Detectron2. "full_model" is the business of :func:`build_gradient_clipper`.
+
+    Raises:
+        UserError: an unknown ``SOLVER.OPTIMIZER`` or ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``, a
+            ``SOLVER.BIAS_LR_FACTOR`` other than 1, or nothing to train.
+    """
+    groups = _parameter_groups(cfg, model)
+    if cfg.SOLVER.OPTIMIZER == "ADAMW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups,
+            lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            fused=_has_fused_kernel(model) or None,
+        )
+    elif cfg.SOLVER.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=cfg.SOLVER.BASE_LR,
+            momentum=cfg.SOLVER.MOMENTUM,
+            nesterov=cfg.SOLVER.NESTEROV,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            foreach=True,
+        )
+    else:
+        raise UserError(
+            f"unknown SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r}; choose one of "
+            f"{', '.join(OPTIMIZERS)}"
+        )
+    if _clip_type(cfg) in ("value", "norm"):
+        optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+    return optimizer
+
+
+def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
+    """Return the function to call on all parameters after backward (and after AMP's unscaling).
+
+    It returns the total gradient norm before clipping as a 0-d tensor on the gradients' device,
+    without waiting for it. With ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "full_model" it scales all
+    gradients in place so that this norm is at most ``CLIP_VALUE``; otherwise it only measures.
+
+    Raises:
+        UserError: an unknown ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``.
+    """
+    norm_type = float(cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
+    max_norm = float(cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
+
+    def clip(parameters: Sequence[nn.Parameter]) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def measure(parameters: Sequence[nn.Parameter]) -> Tensor:
+        norms = [
+            torch.linalg.vector_norm(p.grad, norm_type) for p in parameters if p.grad is not None
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+    return clip if _clip_type(cfg) == "full_model" else measure
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    """Build Detectron2's learning-rate schedule, one step per iteration.
+
+    Raises:
+        UserError: an unknown ``SOLVER.LR_SCHEDULER_NAME`` or a ``SOLVER.MAX_ITER`` below 1.
+    """
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
+        raise UserError(
+            f"unknown SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}; choose one of "
+            f"{', '.join(LR_SCHEDULERS)}"
+        )
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER must be at least 1, not {cfg.SOLVER.MAX_ITER}")
+    return build_detectron2_lr_scheduler(cfg, optimizer)
+
+
+def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    if cfg.SOLVER.BIAS_LR_FACTOR != 1.0:
+        # Detectron2 would let it overrule the factors of backbone and block.
+        raise UserError(f"SOLVER.BIAS_LR_FACTOR must be 1.0, not {cfg.SOLVER.BIAS_LR_FACTOR}")
+
+    def lr_factor(name: str) -> float:
+        if "batchformer" in name:
+            return cfg.MODEL.BATCHFORMER.LR_FACTOR
+        return cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in name else 1.0
+
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lr_factor,
+    )
+    if not groups:
+        raise UserError("no parameter of the model is trainable; see MODEL.*FREEZE* in the config")
+    return groups
+
+
+def _clip_type(cfg: CfgNode) -> str | None:
+    """The kind of clipping asked for; None when clipping is off."""
+    if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        return None
+    clip_type = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE
+    if clip_type not in CLIP_TYPES:
+        raise UserError(
+            f"unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip_type!r}; choose one of "
+            f"{', '.join(CLIP_TYPES)}"
+        )
+    return clip_type
+
+
+def _has_fused_kernel(model: nn.Module) -> bool:
+    """Whether PyTorch can update every parameter in one kernel; else it chooses the next best."""
+    parameters = model.parameters()
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

@@ -1,0 +1,19 @@
+"""Predictions and annotations as pictures: the predictor, the drawing, the arranging."""
+
+from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets
+from .images import read_image, write_image
+from .panels import contact_sheet, side_by_side
+from .predictor import Predictor, configure_for_drawing
+
+__all__ = [
+    "Predictor",
+    "configure_for_drawing",
+    "contact_sheet",
+    "draw_ground_truth",
+    "draw_result",
+    "draw_scene",
+    "draw_targets",
+    "read_image",
+    "side_by_side",
+    "write_image",
+]

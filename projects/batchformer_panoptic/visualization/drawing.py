@@ -1,0 +1,247 @@
+"""Scenes drawn on images with Detectron2's Visualizer.
+
+Ground truth and predictions go through the same function, so that equal things look equal: the
+class decides the colour, and every further instance of a thing class gets another shade of it.
+"""
+
+import colorsys
+import math
+from collections import Counter
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.utils.visualizer import Visualizer
+
+from ..data.categories import ClassTable, Color
+from .images import ImageArray
+from .labels import place_labels
+from .scene import (
+    BoolMap,
+    Region,
+    Scene,
+    scene_of_annotation,
+    scene_of_result,
+    scene_of_targets,
+)
+
+Shade = tuple[float, float, float]  # RGB, 0 to 1
+
+_SHORT_SIDE = 384  # smaller images are enlarged, so that labels can be read and leave room
+_FILL, _FILL_STRIPED = 0.5, 0.2  # opacity
+_VOID_COLOR: Color = (90, 90, 90)
+_VOID_LABEL_SHARE = 0.02  # of the image; smaller patches are hatched but not named
+# Lightness and hue of the instances of one class, relative to the class colour.
+_SHADES = ((0.0, 0.0), (0.16, 0.03), (-0.14, -0.03), (0.08, -0.05), (-0.08, 0.05))
+
+
+def draw_result(
+    image_rgb: ImageArray,
+    result: dict[str, Any],
+    table: ClassTable,
+    *,
+    scale: float | None = None,
+    vary_instances: bool = True,
+) -> ImageArray:
+    """Draw the model's output; see `draw_scene`.
+
+    Args:
+        image_rgb: the original image, (H, W, 3) uint8.
+        result: one output of the model at (H, W); the panoptic map is drawn where there is one,
+            else the instances, all of them.
+        table: the classes.
+        scale: size of the picture relative to the image; see `draw_scene`.
+        vary_instances: see `draw_scene`.
+    """
+    scene = scene_of_result(result)
+    return draw_scene(image_rgb, scene, table, scale=scale, vary_instances=vary_instances)
+
+
+def draw_ground_truth(
+    image_rgb: ImageArray,
+    dataset_dict: dict[str, Any],
+    table: ClassTable,
+    *,
+    scale: float | None = None,
+) -> ImageArray:
+    """Draw what a dataset dict says about its image; see `draw_scene`.
+
+    Raises:
+        UserError: there is nothing to draw, or the panoptic PNG cannot be read.
+    """
+    return draw_scene(image_rgb, scene_of_annotation(dataset_dict), table, scale=scale)
+
+
+def draw_targets(
+    image_rgb: ImageArray,
+    mapped: dict[str, Any],
+    table: ClassTable,
+    *,
+    scale: float | None = None,
+) -> ImageArray:
+    """Draw the training targets of a mapped dict on its augmented image; see `draw_scene`."""
+    return draw_scene(image_rgb, scene_of_targets(mapped), table, scale=scale)
+
+
+def draw_scene(
+    image_rgb: ImageArray,
+    scene: Scene,
+    table: ClassTable,
+    *,
+    scale: float | None = None,
+    vary_instances: bool = True,
+) -> ImageArray:
+    """Fill, outline and name the regions; void and crowds are hatched.
+
+    Args:
+        image_rgb: (H, W, 3) uint8; left as it is.
+        scene: its regions, masks (H, W).
+        table: names and colours of the classes.
+        scale: size of the picture relative to the image. None: images whose short side has less
+            than 384 pixels are enlarged to that, others keep their size.
+        vary_instances: give the instances of a class different shades of its colour; False keeps
+            colours steady from frame to frame of a video.
+
+    Returns:
+        uint8 RGB, (round(scale * H), round(scale * W), 3).
+    """
+    factor = automatic_scale(image_rgb) if scale is None else scale
+    size = round(factor * image_rgb.shape[0]), round(factor * image_rgb.shape[1])
+    regions = [_resized(region, size, factor) for region in scene.regions]
+    shades = _shades(regions, table, vary_instances)
+    void = _void(regions, size) if scene.is_panoptic else None
+
+    canvas = enlarge(image_rgb, size)
+    if void is not None:
+        _hatch(canvas, void, _VOID_COLOR)
+    for region, shade in zip(regions, shades, strict=True):
+        if region.crowd and region.mask is not None:
+            _hatch(canvas, region.mask, _bytes(shade))
+    visualizer = Visualizer(canvas, Metadata())
+    # The largest first, so that no region hides another one.
+    order = sorted(range(len(regions)), key=lambda index: -_area(regions[index]))
+    for index in order:
+        _draw_region(visualizer, regions[index], shades[index])
+    _outline(visualizer, [region.mask for region in regions if region.mask is not None], size)
+
+    names = [_text(region, table) for region in regions]
+    named = list(zip(regions, names, [_bytes(shade) for shade in shades], strict=True))
+    if void is not None and void.mean() > _VOID_LABEL_SHARE:
+        named.append((Region(-1, void), "void", (200, 200, 200)))
+    things = [region.class_id >= 0 and table.is_thing[region.class_id] for region, _, _ in named]
+    for label in place_labels(named, things, size):
+        visualizer.draw_text(
+            label.text,
+            (label.x, label.y),
+            color=[channel / 255 for channel in label.color],
+            font_size=label.points,
+            horizontal_alignment="left",
+        )
+    picture: ImageArray = np.ascontiguousarray(visualizer.get_output().get_image())
+    return picture
+
+
+def automatic_scale(image: ImageArray) -> float:
+    """The factor that brings the short side of an image to 384 pixels, at least 1."""
+    return max(1.0, _SHORT_SIDE / min(image.shape[:2]))
+
+
+def enlarge(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+    """A copy of (height, width) ``size``, smoothly interpolated."""
+    if image.shape[:2] == size:
+        return image.copy()
+    shrinks = size[0] < image.shape[0]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    resized: ImageArray = cv2.resize(image, size[::-1], interpolation=method)
+    return resized
+
+
+def _resized(region: Region, size: tuple[int, int], factor: float) -> Region:
+    mask, box = region.mask, region.box
+    if mask is not None and mask.shape != size:
+        # Nearest, so that the picture shows the pixels as they are.
+        resized = cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
+        mask = resized.astype(bool)
+    if box is not None:
+        x0, y0, x1, y1 = (factor * value for value in box)
+        box = (x0, y0, x1, y1)
+    return region._replace(mask=mask, box=box)
+
+
+def _shades(regions: list[Region], table: ClassTable, vary_instances: bool) -> list[Shade]:
+    seen: Counter[int] = Counter()
+    shades = []
+    for region in regions:
+        is_thing = table.is_thing[region.class_id]
+        shades.append(instance_shade(table.colors[region.class_id], seen[region.class_id]))
+        seen[region.class_id] += int(is_thing and vary_instances and not region.crowd)
+    return shades
+
+
+def instance_shade(color: Color, index: int) -> Shade:
+    """The colour of the index-th instance of a class: that of the class for the first one."""
+    lightness_step, hue_step = _SHADES[index % len(_SHADES)]
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
+    lightness = min(0.9, max(0.15, lightness + lightness_step)) if lightness_step else lightness
+    return colorsys.hls_to_rgb((hue + hue_step) % 1.0, lightness, saturation)
+
+
+def _void(regions: list[Region], size: tuple[int, int]) -> BoolMap:
+    void = np.ones(size, dtype=bool)
+    for region in regions:
+        if region.mask is not None:
+            void &= ~region.mask
+    return void
+
+
+def _hatch(canvas: ImageArray, mask: BoolMap, color: Color) -> None:
+    """Draw diagonal stripes on the mask, in place."""
+    rows, columns = np.nonzero(mask)
+    period = max(6, min(canvas.shape[:2]) // 32)
+    striped = (rows + columns) % period < period / 2
+    rows, columns = rows[striped], columns[striped]
+    mixed = 0.3 * canvas[rows, columns] + 0.7 * np.array(color)
+    canvas[rows, columns] = mixed.astype(np.uint8)
+
+
+def _draw_region(visualizer: Visualizer, region: Region, shade: Shade) -> None:
+    if region.mask is not None and region.mask.any():
+        alpha = _FILL_STRIPED if region.crowd else _FILL
+        visualizer.draw_binary_mask(region.mask, color=shade, alpha=alpha, area_threshold=0)
+    if region.box is not None:
+        visualizer.draw_box(region.box, edge_color=shade, alpha=1.0)
+
+
+def _outline(visualizer: Visualizer, masks: list[BoolMap], size: tuple[int, int]) -> None:
+    """Separate neighbouring regions by thin white lines."""
+    lines = np.zeros(size, dtype=bool)
+    kernel = np.ones((3, 3), dtype=np.uint8)
+    for mask in masks:
+        lines |= mask & ~cv2.erode(mask.astype(np.uint8), kernel).astype(bool)
+    if lines.any():
+        rgba = np.zeros((*size, 4), dtype=np.float32)
+        rgba[lines] = (1.0, 1.0, 1.0, 0.7)
+        visualizer.output.ax.imshow(rgba, extent=(0, size[1], size[0], 0))
+
+
+def _text(region: Region, table: ClassTable) -> str:
+    text = table.names[region.class_id]
+    if region.crowd:
+        text += " (crowd)"
+    if region.score is not None and table.is_thing[region.class_id]:
+        text += f" {region.score:.0%}"
+    return text
+
+
+def _area(region: Region) -> float:
+    if region.mask is not None:
+        return float(region.mask.sum())
+    assert region.box is not None
+    x0, y0, x1, y1 = region.box
+    return math.prod((x1 - x0, y1 - y0))
+
+
+def _bytes(shade: Shade) -> Color:
+    red, green, blue = (round(255 * channel) for channel in shade)
+    return red, green, blue

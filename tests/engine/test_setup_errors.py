@@ -1,0 +1,87 @@
+"""Mistakes on the command line end in one line and exit code 2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script
+
+from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.run import user_error_line
+from batchformer_panoptic.errors import UserError
+
+CPU = ["MODEL.DEVICE", "cpu"]
+
+
+def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert load_script("train_net.py").main(list(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("MODEL: {DETR: {NUM_CLASES: 3}}", "unknown config key MODEL.DETR.NUM_CLASES"),
+        ("MODEL: {DETR: {NUM_CLASES: 3}}", "did you mean MODEL.DETR.NUM_CLASSES"),
+        ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER"),
+        ("MODEL: [", "no readable YAML file"),
+        ("MODEL: !!python/object/apply:os.getcwd []", "no readable YAML file"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist"),
+        ("just words", "no mapping of config keys"),
+    ],
+)
+def test_config_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml: str, words: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml)
+    line = _error(capsys, "--config-file", str(config), *CPU)
+    assert words in line
+    assert "config.yaml" in line
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["SOLVER.BASE_LT", "1"], "unknown config key SOLVER.BASE_LT; did you mean SOLVER.BASE_LR"),
+        (["SOLVER.MAX_ITER", "many"], "bad value for SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER"], "pairs KEY VALUE"),
+        (["MODEL.DEVICE", "abacus"], "unknown MODEL.DEVICE 'abacus'"),
+        (["MODEL.META_ARCHITECTURE", "PanopticDETER"], "PanopticDETR"),
+        (["MODEL.BACKBONE.NAME", "build_small_resnt_backbone"], "build_small_resnet_backbone"),
+        (["DATASETS.TRAIN", "('coco_2017_train_panoptik',)"], "coco_2017_train_panoptic"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["MODEL.BATCHFORMER.STREAM_WEIGHTS", "[1.0]"], "one weight per stream"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD"),
+        (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
+    ],
+)
+def test_options(capsys: pytest.CaptureFixture[str], opts: list[str], words: str) -> None:
+    base = ["DATASETS.TRAIN", "('coco_2017_train_panoptic',)", "DATASETS.TEST", "()"]
+    base += ["MODEL.META_ARCHITECTURE", "PanopticDETR"]
+    assert words in _error(capsys, *CPU, *base, *opts)
+
+
+def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing.yaml does not exist" in _error(capsys, "--config-file", "nothing.yaml", *CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+def test_cuda_without_cuda() -> None:
+    with pytest.raises(UserError, match=r"no CUDA here; use MODEL\.DEVICE cpu"):
+        load_config("", ["MODEL.DEVICE", "cuda:0"])
+
+
+def test_options_overrule_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.5}")
+    cfg = load_config(str(config), [*CPU, "SOLVER.MAX_ITER", "7"])
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (7, 0.5)
+
+
+def test_line_is_found_in_the_traceback_of_a_process() -> None:
+    text = "Process 1 terminated:\nTraceback\nbatchformer_panoptic.errors.UserError: no such file\n"
+    assert user_error_line(RuntimeError(text)) == "no such file"
+    assert user_error_line(RuntimeError("something else")) is None

@@ -1,0 +1,164 @@
+"""One training step: streams, logging, errors, mixed precision."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
+
+from batchformer_panoptic.engine.stream_losses import combine_streams
+from batchformer_panoptic.engine.train_loop import NonFiniteLossError
+from batchformer_panoptic.errors import UserError
+
+LOSSES = {
+    "loss_ce/original": torch.tensor(1.0),
+    "loss_ce/batchformer": torch.tensor(2.0),
+    "loss_bbox/original": torch.tensor(0.25),
+    "loss_bbox/batchformer": torch.tensor(0.5),
+}
+ONE = {"original": 1.0, "batchformer": 1.0}
+
+
+def test_total_is_the_sum_of_all_losses() -> None:
+    combined = combine_streams(LOSSES, ONE)
+    torch.testing.assert_close(combined.total, torch.tensor(3.75))
+    torch.testing.assert_close(combined.logged["total_loss"], torch.tensor(3.75))
+    torch.testing.assert_close(combined.logged["loss_ce"], torch.tensor(3.0))
+
+
+def test_stream_values_compare_with_a_run_of_one_stream() -> None:
+    logged = combine_streams(LOSSES, ONE).logged
+    expected = {
+        "original/loss_ce": 2.0,
+        "original/loss_bbox": 0.5,
+        "original/total_loss": 2.5,
+        "batchformer/loss_ce": 4.0,
+        "batchformer/loss_bbox": 1.0,
+        "batchformer/total_loss": 5.0,
+    }
+    assert {k: v.item() for k, v in logged.items() if "/" in k} == expected
+
+
+def test_stream_weights_scale_total_and_gradient_but_not_the_streams_own_values() -> None:
+    leaves = {k: v.clone().requires_grad_() for k, v in LOSSES.items()}
+    combined = combine_streams(leaves, {"original": 1.0, "batchformer": 0.5})
+    combined.total.backward()
+    torch.testing.assert_close(combined.total.detach(), torch.tensor(2.5))
+    torch.testing.assert_close(leaves["loss_ce/original"].grad, torch.tensor(1.0))
+    torch.testing.assert_close(leaves["loss_ce/batchformer"].grad, torch.tensor(0.5))
+    torch.testing.assert_close(combined.logged["batchformer/loss_ce"], torch.tensor(4.0))
+
+
+def test_losses_of_one_stream_keep_their_names() -> None:
+    combined = combine_streams({"loss_ce": torch.tensor(1.5), "loss_bbox": torch.tensor(2.0)}, ONE)
+    assert {k: v.item() for k, v in combined.logged.items()} == {
+        "total_loss": 3.5,
+        "loss_ce": 1.5,
+        "loss_bbox": 2.0,
+    }
+
+
+def test_unknown_stream_is_refused() -> None:
+    with pytest.raises(UserError, match="'sideways'"):
+        combine_streams({"loss_ce/sideways": torch.tensor(1.0)}, ONE)
+
+
+def test_metrics_of_first_and_last_iteration_reach_the_file(tmp_path: Path) -> None:
+    trained(stand_in_cfg(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    records = [r for r in records if "total_loss" in r]
+    assert [r["iteration"] for r in records] == [0, 5]
+    for record in records:
+        terms = record["loss_ce"] + record["loss_bbox"]
+        assert record["total_loss"] == pytest.approx(terms, rel=1e-5)
+        streams = record["original/total_loss"] + record["batchformer/total_loss"]
+        assert streams / 2 == pytest.approx(record["total_loss"], rel=1e-5)
+        assert {"grad_norm", "class_error", "original/loss_ce", "lr", "data_time"} <= record.keys()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_console_line_shows_progress_and_totals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = stand_in_cfg(tmp_path)
+    logging.getLogger("batchformer_panoptic").propagate = True
+    with caplog.at_level(logging.INFO, logger="batchformer_panoptic.engine.hooks"):
+        trained(cfg)
+    lines = [r.getMessage() for r in caplog.records if r.name.endswith("engine.hooks")]
+    assert [line.split("  ")[0] for line in lines] == ["iter: 1/6", "iter: 6/6"]
+    for word in ("eta:", "total_loss:", "batchformer/total_loss:", "loss_ce:", "grad_norm:", "lr:"):
+        assert word in lines[-1]
+    assert "batchformer/loss_ce" not in lines[-1]
+
+
+class PoisonedTrainer(StandInTrainer):
+    """The images of iteration 2 are not numbers."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any, *, start_iter: int = 0) -> Any:
+        """Poison one batch."""
+        for iteration, batch in enumerate(super().build_train_loader(cfg), start_iter):
+            if iteration == 2:
+                batch[0]["image"] = batch[0]["image"] * float("nan")
+            yield batch
+
+
+def test_non_finite_loss_names_terms_and_images_and_keeps_the_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("detectron2").propagate = True
+    before = trained(stand_in_cfg(tmp_path / "before", "SOLVER.MAX_ITER", 2))
+    trainer = PoisonedTrainer(stand_in_cfg(tmp_path / "run"))
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train()
+    for word in ("iteration 2", "loss_ce/original=nan", "20 (2_0.jpg)", "21 (2_1.jpg)"):
+        assert word in str(error.value)
+    assert "Traceback" not in caplog.text
+    saved = torch.load(tmp_path / "run" / "model_nonfinite.pth", weights_only=True)
+    assert saved["iteration"] == saved["trainer"]["iteration"] == 1
+    parameters = dict(before.model.named_parameters())
+    assert_same_state({k: saved["model"][k] for k in parameters}, parameters)
+
+
+class RefusingTrainer(StandInTrainer):
+    """The model finds infinities before there is a loss."""
+
+    @classmethod
+    def build_model(cls, cfg: Any) -> Any:
+        """Raise in forward."""
+        model = super().build_model(cfg)
+        model.register_forward_hook(_refuse)
+        return model
+
+
+def _refuse(module: Any, inputs: Any, outputs: Any) -> None:
+    raise FloatingPointError("matching cost is not finite")
+
+
+def test_model_that_refuses_counts_as_non_finite(tmp_path: Path) -> None:
+    trainer = RefusingTrainer(stand_in_cfg(tmp_path))
+    with pytest.raises(NonFiniteLossError, match=r"iteration 0: matching cost .*0_0\.jpg"):
+        trainer.train()
+    assert (tmp_path / "model_nonfinite.pth").is_file()
+
+
+def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
+    trainer = StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.AMP.ENABLED", True))
+    seen: list[torch.dtype] = []
+    trainer.model.head.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert trainer.model.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("images", "warned"), [(1, True), (2, False)])
+def test_one_image_per_process_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, warned: bool
+) -> None:
+    logging.getLogger("batchformer_panoptic").propagate = True
+    StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.IMS_PER_BATCH", images))
+    assert ("ONE image" in caplog.text) == warned

@@ -1,0 +1,57 @@
+"""Two CPU processes over gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from stand_in import StandInTrainer, stand_in_cfg
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from batchformer_panoptic.engine.train_loop import NonFiniteLossError
+
+
+class SplitTrainer(StandInTrainer):
+    """Each process reads batches of its own."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: object, *, start_iter: int = 0) -> object:
+        """Batches 100 * rank, 100 * rank + 1, ..."""
+        return super().build_train_loader(cfg, start_iter=100 * comm.get_rank())
+
+
+def _refuse(module: nn.Module, inputs: object, outputs: object) -> None:
+    raise FloatingPointError("matching cost is not finite")
+
+
+def _train(output_dir: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = SplitTrainer(stand_in_cfg(output_dir, "SOLVER.MAX_ITER", 2))
+    assert isinstance(trainer.model, DistributedDataParallel)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    torch.save(trainer.model.module.head.weight, output_dir / f"head_{comm.get_rank()}.pth")
+
+    trainer = SplitTrainer(stand_in_cfg(output_dir / "poisoned"))
+    if comm.get_rank() == 1:  # the first process, which saves, has a finite loss
+        trainer.model.module.register_forward_hook(_refuse)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train()
+    (output_dir / f"error_{comm.get_rank()}.txt").write_text(str(error.value))
+
+
+@pytest.mark.distributed
+def test_processes_agree_on_weights_metrics_and_errors(tmp_path: Path) -> None:
+    launch(_train, 2, dist_url="auto", args=(tmp_path,))
+    heads = [torch.load(tmp_path / f"head_{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert torch.equal(heads[0], heads[1])
+    records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [r["iteration"] for r in records if "total_loss" in r] == [0, 1]
+    errors = [(tmp_path / f"error_{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "1000 (100_0.jpg)" in errors[0]
+    assert "(0_0.jpg)" not in errors[0]
+    assert (tmp_path / "poisoned" / "model_nonfinite.pth").is_file()
