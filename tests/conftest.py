@@ -21,7 +21,8 @@ def load_script(relative_path: str) -> ModuleType:
     path = REPO_ROOT / relative_path
     name = "script_" + relative_path.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
+    assert spec is not None, path
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

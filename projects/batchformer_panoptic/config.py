@@ -82,6 +82,13 @@ def _add_detr_keys(cfg: CN) -> None:
     # Train the mask head alone: everything else keeps the weights it was given.
     cfg.MODEL.MASK_HEAD.FREEZE_DETR = False
 
+    # Not in DETR: in training, the class of every pixel is also predicted from backbone maps. It
+    # shortens the slow start of a backbone without pre-trained weights.
+    cfg.MODEL.SEMANTIC_AUX = CN()
+    cfg.MODEL.SEMANTIC_AUX.ENABLED = False
+    cfg.MODEL.SEMANTIC_AUX.IN_FEATURES = ["res3", "res5"]
+    cfg.MODEL.SEMANTIC_AUX.WEIGHT = 1.0  # of each map's loss
+
     # The backbone "build_small_resnet_backbone": a ResNet of basic blocks for small images.
     cfg.MODEL.SMALL_RESNET = CN()
     cfg.MODEL.SMALL_RESNET.STEM_CHANNELS = 32

@@ -6,9 +6,16 @@ from torch.nn import functional as F
 
 from batchformer_panoptic.layers import cxcywh_to_xyxy, generalized_box_iou
 from batchformer_panoptic.modeling.criterion import SetCriterion, count_objects
+from batchformer_panoptic.modeling.losses import pixel_class_loss
 from batchformer_panoptic.modeling.matcher import HungarianMatcher
 from batchformer_panoptic.modeling.scoring import FocalScoring, SoftmaxScoring
-from batchformer_panoptic.modeling.targets import DenseMasks, ImageTarget, SegmentMap, gather_masks
+from batchformer_panoptic.modeling.targets import (
+    DenseMasks,
+    ImageTarget,
+    SegmentMap,
+    class_maps,
+    gather_masks,
+)
 
 NUM_CLASSES = 3
 WEIGHTS = {"ce": 1.0, "bbox": 5.0, "giou": 2.0, "mask": 1.0, "dice": 1.0}
@@ -191,3 +198,21 @@ def test_metrics_by_hand():
     metrics = criterion.metrics(logits, [target], matcher(logits, boxes, [target]))
     assert metrics["class_error"].item() == 50.0
     assert metrics["cardinality_error"].item() == 1.0
+
+
+def test_pixel_classes_come_from_labels_and_void_is_left_out():
+    index_map = torch.tensor([[0, 1, -1], [1, 1, -1]], dtype=torch.int16)
+    target = ImageTarget(torch.tensor([2, 0]), torch.rand(2, 4), SegmentMap(index_map))
+    nothing = ImageTarget(
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, 4),
+        SegmentMap(-torch.ones_like(index_map)),
+    )
+    maps = class_maps([target, nothing])
+    assert maps.tolist() == [[[2, 0, -1], [0, 0, -1]], [[-1] * 3] * 2]
+    logits = torch.randn(2, 3, 2, 3)
+    expected = torch.stack(
+        [-logits[0, :, y, x].log_softmax(0)[maps[0, y, x]] for y in range(2) for x in range(2)]
+    ).mean()
+    torch.testing.assert_close(pixel_class_loss(logits, maps), expected)
+    assert pixel_class_loss(logits, torch.full_like(maps, -1)).item() == 0.0

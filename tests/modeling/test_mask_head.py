@@ -36,7 +36,9 @@ def slow_mask(head: MaskHead, output: TransformerOutput, maps, entry: int, query
     """The published head for one query: everything concatenated, nothing shared."""
     image = entry % output.projected_map.shape[0]
     q = head.attention.q_linear(output.hidden_states[-1, entry, query]).view(HEADS, -1)
-    k = head.attention.k_linear(output.memory_map[entry].permute(1, 2, 0)).unflatten(-1, (HEADS, -1))
+    k = head.attention.k_linear(output.memory_map[entry].permute(1, 2, 0)).unflatten(
+        -1, (HEADS, -1)
+    )
     scores = torch.einsum("hc,yxhc->hyx", q * (CHANNELS / HEADS) ** -0.5, k)
     scores = scores.masked_fill(output.padding_mask[image], float("-inf"))
     attention = scores.flatten().softmax(0).view_as(scores)

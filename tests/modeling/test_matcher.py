@@ -57,13 +57,13 @@ def test_equals_brute_force_in_every_layer_and_image(scoring):
     first = [0, 3, 3]
     for layer, image in itertools.product(range(2), range(3)):
         here = (matching.layer == layer) & (matching.image == image)
-        pairs = zip(matching.query[here].tolist(), matching.local_target[here].tolist(), strict=True)
+        pairs = zip(
+            matching.query[here].tolist(), matching.local_target[here].tolist(), strict=True
+        )
         assert sorted(pairs) == brute_force(
             scoring, logits[layer, image], boxes[layer, image], targets[image]
         )
-        assert torch.equal(
-            matching.global_target[here], matching.local_target[here] + first[image]
-        )
+        assert torch.equal(matching.global_target[here], matching.local_target[here] + first[image])
 
 
 def test_of_layer_takes_that_layer():

@@ -13,6 +13,14 @@ from batchformer_panoptic.modeling.transformer import build_transformer
 SIZES = [(48, 64), (64, 56), (40, 40)]
 PLAIN = {"MODEL__BATCHFORMER__ENABLED": False}
 BLOCK = {"MODEL__BATCHFORMER__ENABLED": True}
+TRANSFORMERS = [
+    {"MODEL__DETR__TRANSFORMER_NAME": "detr"},
+    {"MODEL__DETR__TRANSFORMER_NAME": "detr", "MODEL__DETR__PRE_NORM": True},
+    {"MODEL__DETR__TRANSFORMER_NAME": "conditional", "MODEL__DETR__SCORING": "focal"},
+]
+each_transformer = pytest.mark.parametrize(
+    "kind", TRANSFORMERS, ids=["detr", "pre_norm", "conditional"]
+)
 
 
 def without_block(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -34,7 +42,7 @@ def predictions(model, sizes=SIZES):
 
 
 def assert_same_results(results, others, *, pixels=0.0, **tolerance):
-    """``pixels``: the share of pixels that may differ where two random masks are as good as equal."""
+    """``pixels``: share of pixels that may differ where two random masks are as good as equal."""
     for a, b in zip(results, others, strict=True):
         torch.testing.assert_close(
             a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor, **tolerance
@@ -49,9 +57,10 @@ def assert_same_results(results, others, *, pixels=0.0, **tolerance):
             ]
 
 
+@each_transformer
 @pytest.mark.parametrize("mask_on", [True, False])
-def test_evaluation_is_that_of_the_plain_model_bit_for_bit(mask_on):
-    with_block, plain = pair_of_models(MODEL__MASK_ON=mask_on)
+def test_evaluation_is_that_of_the_plain_model_bit_for_bit(mask_on, kind):
+    with_block, plain = pair_of_models(**kind, MODEL__MASK_ON=mask_on)
     with_block.eval(), plain.eval()
     inputs = random_inputs(SIZES)
     assert_same_results(with_block(inputs), plain(inputs), rtol=0, atol=0)
@@ -71,9 +80,10 @@ def test_evaluation_costs_what_the_plain_model_costs():
     assert counts[0][0] > 1e6
 
 
+@each_transformer
 @pytest.mark.parametrize("insert_layers", [[0], [1], [0, 1]])
-def test_original_stream_is_the_plain_model_in_training(insert_layers):
-    with_block, plain = pair_of_models(MODEL__BATCHFORMER__INSERT_LAYERS=insert_layers)
+def test_original_stream_is_the_plain_model_in_training(insert_layers, kind):
+    with_block, plain = pair_of_models(**kind, MODEL__BATCHFORMER__INSERT_LAYERS=insert_layers)
     with_block.train(), plain.train()
     a, b = predictions(with_block), predictions(plain)
     original, other = a.streams.split(a.logits.transpose(0, 1))
@@ -97,9 +107,10 @@ def test_original_stream_ignores_its_neighbours_and_the_other_does_not():
     assert not torch.allclose(mixed[0], mixed_changed[0], atol=1e-3)
 
 
+@each_transformer
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
-def test_results_do_not_depend_on_batch_mates(overrides):
-    model = tiny_model(**overrides).eval()
+def test_results_do_not_depend_on_batch_mates(overrides, kind):
+    model = tiny_model(**kind, **overrides).eval()
     inputs = random_inputs([(48, 64), (64, 56), (48, 64), (40, 40)])
     alone = [model([x])[0] for x in inputs]
     assert_same_results(model(inputs), alone, rtol=1e-4, atol=1e-5, pixels=0.02)
@@ -108,8 +119,9 @@ def test_results_do_not_depend_on_batch_mates(overrides):
     assert_same_results(permuted, [alone[i] for i in order], rtol=1e-4, atol=1e-5, pixels=0.02)
 
 
-def test_padding_changes_nothing_from_features_on():
-    model = tiny_model().eval()
+@each_transformer
+def test_padding_changes_nothing_from_features_on(kind):
+    model = tiny_model(**kind).eval()
     features = {name: torch.randn(1, c, *s) for name, c, s in _feature_shapes((64, 64))}
     alone = model.predict(features, [(64, 64)], (64, 64))
     padded = {
@@ -141,10 +153,11 @@ def test_padded_batches_stay_close_when_asked_for():
         assert together["panoptic_seg"][0].shape == (one["height"], one["width"])
 
 
+@each_transformer
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
 @pytest.mark.parametrize("mask_on", [True, False])
-def test_every_parameter_gets_a_finite_gradient(overrides, mask_on):
-    model = tiny_model(**overrides, MODEL__MASK_ON=mask_on).train()
+def test_every_parameter_gets_a_finite_gradient(overrides, mask_on, kind):
+    model = tiny_model(**kind, **overrides, MODEL__MASK_ON=mask_on).train()
     losses = model(random_inputs(SIZES))
     total(losses).backward()
     for name, parameter in model.named_parameters():
@@ -154,9 +167,10 @@ def test_every_parameter_gets_a_finite_gradient(overrides, mask_on):
     assert any("batchformer" in name for name in used) == overrides["MODEL__BATCHFORMER__ENABLED"]
 
 
+@each_transformer
 @pytest.mark.parametrize("counts", [[0, 0], [3, 0]])
-def test_images_without_objects_train(counts):
-    model = tiny_model(**BLOCK).train()
+def test_images_without_objects_train(counts, kind):
+    model = tiny_model(**BLOCK, **kind).train()
     losses = model(random_inputs([(48, 64), (40, 40)], counts))
     assert total(losses).isfinite()
     total(losses).backward()
@@ -203,12 +217,12 @@ def test_frozen_stage_trains_the_mask_head_alone():
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all(name.startswith("mask_head.") for name in changed)
-    with pytest.raises(ValueError, match="set MODEL.MASK_ON"):
+    with pytest.raises(ValueError, match=r"set MODEL\.MASK_ON"):
         tiny_model(MODEL__MASK_HEAD__FREEZE_DETR=True, MODEL__MASK_ON=False)
 
 
 def test_results_cover_things_and_the_output_size():
-    model = tiny_model().eval()
+    model = tiny_model(MODEL__DETR__SCORING="focal").eval()  # every query counts as an object
     inputs = random_inputs([(48, 64)])
     inputs[0]["height"], inputs[0]["width"] = 96, 120
     (result,) = model(inputs)
@@ -261,14 +275,12 @@ def test_wrong_names_in_the_config_are_explained(overrides, message):
 
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
 def test_overfits_two_images(overrides):
-    model = tiny_model(
-        **overrides, MODEL__DETR__PRE_NORM=False, MODEL__PANOPTIC__SCORE_THRESHOLD_TEST=0.5
-    )
+    model = tiny_model(**overrides, MODEL__PANOPTIC__SCORE_THRESHOLD_TEST=0.5)
     inputs = random_inputs([(48, 48), (48, 48)], [2, 3])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     model.train()
     first = None
-    for _ in range(120):
+    for _ in range(200):
         loss = total(model(inputs))
         first = first or loss.item()
         optimizer.zero_grad()
@@ -286,3 +298,23 @@ def test_overfits_two_images(overrides):
                 iou = (mask & truth).sum() / (mask | truth).sum()
                 hits += int(s["category_id"] == label and iou > 0.5)
     assert hits >= 4  # of 5; stuff of one class may be one segment
+
+
+def test_semantic_head_helps_training_and_is_absent_from_evaluation():
+    with_head = tiny_model(**BLOCK, MODEL__SEMANTIC_AUX__ENABLED=True)
+    without = tiny_model(**BLOCK)
+    state = with_head.state_dict()
+    without.load_state_dict({k: v for k, v in state.items() if "semantic_head" not in k})
+    inputs = random_inputs(SIZES)
+    assert_same_results(with_head.eval()(inputs), without.eval()(inputs), rtol=0, atol=0)
+
+    losses = with_head.train()(inputs)
+    assert "loss_semantic" in losses
+    total(losses).backward()
+    for name, parameter in with_head.semantic_head.named_parameters():
+        assert parameter.grad.abs().amax() > 0, name
+
+
+def test_semantic_head_needs_masks():
+    with pytest.raises(UserError, match=r"set MODEL\.MASK_ON"):
+        tiny_model(MODEL__SEMANTIC_AUX__ENABLED=True, MODEL__MASK_ON=False)

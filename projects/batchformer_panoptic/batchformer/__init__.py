@@ -1,4 +1,4 @@
-"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention over the batch axis. Needs torch alone."""
+"""BatchFormerV2 (arXiv 2204.01254): attention over the batch axis. Needs torch alone."""
 
 from .block import BatchFormerV2
 from .hook import BatchFormerHook, IdentityHook

@@ -50,7 +50,9 @@ class StreamState:
             ValueError: dimension 0 is no multiple of the number of streams.
         """
         if batch.shape[0] % self.num_streams:
-            raise ValueError(f"{batch.shape[0]} entries do not split into {self.num_streams} streams")
+            raise ValueError(
+                f"{batch.shape[0]} entries do not split into {self.num_streams} streams"
+            )
         return batch.tensor_split(self.num_streams)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """The multi-layer perceptron of DETR's box head."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,9 +17,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(
-            nn.Linear(n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) -> (..., output_dim)."""

@@ -1,11 +1,13 @@
 """Heads, scoring, matcher and criterion from a config."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from ..errors import UserError
 from .criterion import SetCriterion
-from .heads import BoxHead, MaskHead
+from .heads import BoxHead, MaskHead, SemanticAuxHead
 from .matcher import HungarianMatcher
 from .scoring import Scoring, build_scoring
 
@@ -35,20 +37,36 @@ def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead:
     )
 
 
+def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SemanticAuxHead:
+    """The auxiliary head over ``MODEL.SEMANTIC_AUX.IN_FEATURES``; it learns from masks."""
+    if not cfg.MODEL.MASK_ON:
+        raise UserError("MODEL.SEMANTIC_AUX.ENABLED learns from masks: set MODEL.MASK_ON")
+    names = cfg.MODEL.SEMANTIC_AUX.IN_FEATURES
+    _check_features("MODEL.SEMANTIC_AUX.IN_FEATURES", names, input_shape)
+    return SemanticAuxHead(
+        in_channels={name: input_shape[name].channels for name in names},
+        num_classes=cfg.MODEL.DETR.NUM_CLASSES,
+    )
+
+
 def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
     """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``."""
     names = cfg.MODEL.MASK_HEAD.IN_FEATURES
-    missing = [name for name in names if name not in input_shape]
-    if missing:
-        raise UserError(
-            f"MODEL.MASK_HEAD.IN_FEATURES names {', '.join(missing)}, but the backbone returns "
-            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES"
-        )
+    _check_features("MODEL.MASK_HEAD.IN_FEATURES", names, input_shape)
     return MaskHead(
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
         num_heads=cfg.MODEL.DETR.NHEADS,
         in_channels=[input_shape[name].channels for name in names],
     )
+
+
+def _check_features(key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]) -> None:
+    missing = [name for name in names if name not in input_shape]
+    if missing:
+        raise UserError(
+            f"{key} names {', '.join(missing)}, but the backbone returns "
+            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES"
+        )
 
 
 def build_matcher(cfg: CfgNode, scoring: Scoring) -> HungarianMatcher:

@@ -94,7 +94,10 @@ class SetCriterion:
         """
         masks = gather_masks(targets, matching.image, matching.local_target)
         logits = F.interpolate(
-            mask_logits[:, None].float(), size=masks.shape[-2:], mode="bilinear", align_corners=False
+            mask_logits[:, None].float(),
+            size=masks.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
         ).flatten(1)
         flat = masks.flatten(1).to(logits.dtype)
         each = {"mask": mask_focal_loss(logits, flat), "dice": mask_dice_loss(logits, flat)}

@@ -39,7 +39,14 @@ class Matching(NamedTuple):
         """The pairs of one decoder layer; negative numbers count from the last."""
         layer %= len(self.layer_starts) - 1
         begin, end = self.layer_starts[layer : layer + 2]
-        return Matching(*[t[begin:end] for t in self[:5]], layer_starts=(0, end - begin))
+        return Matching(
+            self.layer[begin:end],
+            self.image[begin:end],
+            self.query[begin:end],
+            self.local_target[begin:end],
+            self.global_target[begin:end],
+            layer_starts=(0, end - begin),
+        )
 
 
 class NonFiniteCostError(FloatingPointError):
@@ -148,5 +155,6 @@ def _to_matching(
     ]
     table = np.concatenate(rows, axis=1)
     per_layer = [sum(len(queries) for queries, _ in images) for images in pairs]
-    columns = torch.from_numpy(table).to(device, non_blocking=True).unbind(0)
-    return Matching(*columns, layer_starts=tuple(np.cumsum([0, *per_layer]).tolist()))
+    layer, image, query, local, total = torch.from_numpy(table).to(device, non_blocking=True)
+    starts = tuple(np.cumsum([0, *per_layer]).tolist())
+    return Matching(layer, image, query, local, total, layer_starts=starts)

@@ -61,16 +61,36 @@ def gather_masks(
     Returns:
         (K, H, W) bool.
     """
-    if all(isinstance(target.masks, SegmentMap) for target in targets):
-        maps = _pad_and_stack([target.masks.index_map for target in targets], value=-1)
-        return maps[image_index] == local_index[:, None, None]
-    dense = [target.masks.masks for target in targets]
+    maps = [t.masks.index_map for t in targets if isinstance(t.masks, SegmentMap)]
+    if len(maps) == len(targets):
+        return _pad_and_stack(maps, value=-1)[image_index] == local_index[:, None, None]
+    dense = [t.masks.masks for t in targets if isinstance(t.masks, DenseMasks)]
+    assert len(dense) == len(targets), "the targets of a batch carry masks of one kind"
     height = max(m.shape[-2] for m in dense)
     width = max(m.shape[-1] for m in dense)
     padded = torch.cat([_pad_to(m, height, width, value=0) for m in dense])
     counts = torch.tensor([len(m) for m in dense], device=padded.device)
     first = counts.cumsum(0) - counts
     return padded[first[image_index] + local_index]
+
+
+def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
+    """The class of every pixel, padded to one size.
+
+    Args:
+        targets: with masks as a :class:`SegmentMap`.
+
+    Returns:
+        (B, H, W) int64 contiguous class ids, -1 at void and padding.
+    """
+    maps = []
+    for target in targets:
+        assert isinstance(target.masks, SegmentMap)
+        index = target.masks.index_map.long()
+        if len(target) > 0:
+            index = target.labels[index.clamp(min=0)].masked_fill(index < 0, -1)
+        maps.append(index)
+    return _pad_and_stack(maps, value=-1)
 
 
 def _pad_and_stack(maps: list[Tensor], value: int) -> Tensor:

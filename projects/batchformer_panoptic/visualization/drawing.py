@@ -30,6 +30,8 @@ Shade = tuple[float, float, float]  # RGB, 0 to 1
 
 _SHORT_SIDE = 384  # smaller images are enlarged, so that labels can be read and leave room
 _FILL, _FILL_STRIPED = 0.5, 0.2  # opacity
+# How much colour the image keeps: with all of it, nobody could tell the colours of the classes.
+_IMAGE_COLOR = 0.3
 _VOID_COLOR: Color = (90, 90, 90)
 _VOID_LABEL_SHARE = 0.02  # of the image; smaller patches are hatched but not named
 # Lightness and hue of the instances of one class, relative to the class colour.
@@ -112,7 +114,7 @@ def draw_scene(
     shades = _shades(regions, table, vary_instances)
     void = _void(regions, size) if scene.is_panoptic else None
 
-    canvas = enlarge(image_rgb, size)
+    canvas = _muted(enlarge(image_rgb, size))
     if void is not None:
         _hatch(canvas, void, _VOID_COLOR)
     for region, shade in zip(regions, shades, strict=True):
@@ -153,8 +155,13 @@ def enlarge(image: ImageArray, size: tuple[int, int]) -> ImageArray:
         return image.copy()
     shrinks = size[0] < image.shape[0]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    resized: ImageArray = cv2.resize(image, size[::-1], interpolation=method)
-    return resized
+    return np.asarray(cv2.resize(image, size[::-1], interpolation=method), dtype=np.uint8)
+
+
+def _muted(image: ImageArray) -> ImageArray:
+    gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
+    mixed: ImageArray = (_IMAGE_COLOR * image + (1 - _IMAGE_COLOR) * gray).astype(np.uint8)
+    return mixed
 
 
 def _resized(region: Region, size: tuple[int, int], factor: float) -> Region:
@@ -221,8 +228,8 @@ def _outline(visualizer: Visualizer, masks: list[BoolMap], size: tuple[int, int]
         lines |= mask & ~cv2.erode(mask.astype(np.uint8), kernel).astype(bool)
     if lines.any():
         rgba = np.zeros((*size, 4), dtype=np.float32)
-        rgba[lines] = (1.0, 1.0, 1.0, 0.7)
-        visualizer.output.ax.imshow(rgba, extent=(0, size[1], size[0], 0))
+        rgba[lines] = (1.0, 1.0, 1.0, 0.85)
+        visualizer.output.ax.imshow(rgba, extent=(0, size[1], size[0], 0), zorder=5)
 
 
 def _text(region: Region, table: ClassTable) -> str:

@@ -11,7 +11,7 @@ from .scene import BoolMap, Region
 
 _POINTS_PER_PIXEL = 0.72  # the Visualizer draws 100 pixels an inch
 _CHARACTER_WIDTH, _LINE_HEIGHT = 0.64, 1.5  # of the font size, frame included
-_SMALLEST, _LARGEST = 12.0, 22.0  # font size in pixels
+_SMALLEST, _LARGEST = 14.0, 22.0  # font size in pixels
 
 
 class Label(NamedTuple):

@@ -62,14 +62,11 @@ def _scaled(picture: ImageArray, factor: float) -> ImageArray:
         return picture
     size = max(1, round(factor * picture.shape[1])), max(1, round(factor * picture.shape[0]))
     method = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    scaled: ImageArray = cv2.resize(picture, size, interpolation=method)
-    return scaled
+    return np.asarray(cv2.resize(picture, size, interpolation=method), dtype=np.uint8)
 
 
 def _framed(picture: ImageArray) -> ImageArray:
-    return np.pad(
-        picture, ((0, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), constant_values=_BACKGROUND
-    )
+    return np.pad(picture, ((0, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), constant_values=_BACKGROUND)
 
 
 def _padded(picture: ImageArray, height: int, width: int) -> ImageArray:

@@ -84,9 +84,7 @@ def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
             True,
         )
     if "annotations" not in dataset_dict:
-        raise UserError(
-            f"image {dataset_dict['file_name']} has neither segments nor boxes to draw"
-        )
+        raise UserError(f"image {dataset_dict['file_name']} has neither segments nor boxes to draw")
     size = dataset_dict["height"], dataset_dict["width"]
     return Scene([_annotated(item, size) for item in dataset_dict["annotations"]], False)
 

@@ -2,5 +2,6 @@
 
 from .box import BoxHead
 from .mask import MaskHead
+from .semantic import SemanticAuxHead
 
-__all__ = ["BoxHead", "MaskHead"]
+__all__ = ["BoxHead", "MaskHead", "SemanticAuxHead"]

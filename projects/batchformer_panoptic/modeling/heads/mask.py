@@ -5,6 +5,7 @@ Shapes: K queries of interest gathered from all images, B' = streams * B, h head
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,7 @@ class MaskHead(nn.Module):
         self.embed_dim = embed_dim
         self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
         self.convs = nn.ModuleList(
-            nn.Conv2d(n_in, n_out, kernel_size=3, padding=1)
-            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(n_in, n_out, kernel_size=3, padding=1) for n_in, n_out in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, n), n) for n in widths[1:])
         self.adapters = nn.ModuleList(
@@ -129,11 +129,10 @@ class MaskHead(nn.Module):
             x = F.relu(self.norms[level + 2](self.convs[level + 2](x)))
         return self.predictor(x)[:, 0]
 
-    def _first_conv(
-        self, projected_map: Tensor, attention: Tensor, source_index: Tensor
-    ) -> Tensor:
+    def _first_conv(self, projected_map: Tensor, attention: Tensor, source_index: Tensor) -> Tensor:
         """The first convolution over [projected map, attention maps], its image half shared."""
         conv = self.convs[0]
+        assert isinstance(conv, nn.Conv2d)
         weight_image, weight_attention = conv.weight.split(
             [self.embed_dim, attention.shape[1]], dim=1
         )

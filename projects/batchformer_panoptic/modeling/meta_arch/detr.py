@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from ...batchformer import StreamState
 from ...layers import xyxy_to_cxcywh
-from ..build import build_box_head, build_criterion, build_mask_head, build_matcher
-from ..build import build_scoring_from_config as build_scoring
+from ..build import (
+    build_box_head,
+    build_criterion,
+    build_mask_head,
+    build_matcher,
+    build_scoring_from_config,
+    build_semantic_head,
+)
 from ..criterion import SetCriterion, count_objects
 from ..inference import InferenceOptions, select_queries, to_result
+from ..losses import pixel_class_loss
 from ..matcher import HungarianMatcher, NonFiniteCostError
 from ..padding import has_padding, padding_mask
 from ..scoring import Scoring
-from ..targets import ImageTarget, SegmentMap
-from ..transformer import TransformerOutput, build_transformer
+from ..targets import ImageTarget, SegmentMap, class_maps
+from ..transformer import Transformer, TransformerOutput, build_transformer
 
 
 class Predictions(NamedTuple):
@@ -66,6 +73,8 @@ class PanopticDETR(nn.Module):
         inference_options: what to return in evaluation.
         pixel_mean: of each channel, in the order of the input image.
         pixel_std: of each channel.
+        semantic_head: classes of pixels in training, or None.
+        semantic_weight: weight of each of its losses.
         deep_supervision: losses on all decoder layers instead of the last alone.
         freeze_detr: train the mask head alone.
     """
@@ -75,7 +84,7 @@ class PanopticDETR(nn.Module):
         self,
         *,
         backbone: nn.Module,
-        transformer: nn.Module,
+        transformer: Transformer,
         box_head: nn.Module,
         mask_head: nn.Module | None,
         mask_features: Sequence[str],
@@ -85,6 +94,8 @@ class PanopticDETR(nn.Module):
         inference_options: InferenceOptions,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        semantic_head: nn.Module | None = None,
+        semantic_weight: float = 1.0,
         deep_supervision: bool = True,
         freeze_detr: bool = False,
     ) -> None:
@@ -94,6 +105,8 @@ class PanopticDETR(nn.Module):
         self.box_head = box_head
         self.mask_head = mask_head
         self.mask_features = tuple(mask_features)
+        self.semantic_head = semantic_head
+        self.semantic_weight = semantic_weight
         self.scoring = scoring
         self.matcher = matcher
         self.criterion = criterion
@@ -101,8 +114,12 @@ class PanopticDETR(nn.Module):
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
         self.training_metrics: dict[str, Tensor] = {}
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False
+        )
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         if freeze_detr:
             self._freeze_all_but_mask_head()
 
@@ -111,7 +128,7 @@ class PanopticDETR(nn.Module):
         """Build the parts that the config names."""
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
-        scoring = build_scoring(cfg)
+        scoring = build_scoring_from_config(cfg)
         return {
             "backbone": backbone,
             "transformer": build_transformer(cfg, shapes),
@@ -124,6 +141,10 @@ class PanopticDETR(nn.Module):
             "inference_options": InferenceOptions.from_config(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "semantic_head": (
+                build_semantic_head(cfg, shapes) if cfg.MODEL.SEMANTIC_AUX.ENABLED else None
+            ),
+            "semantic_weight": cfg.MODEL.SEMANTIC_AUX.WEIGHT,
             "deep_supervision": cfg.MODEL.DETR.DEEP_SUPERVISION,
             "freeze_detr": cfg.MODEL.MASK_HEAD.FREEZE_DETR,
         }
@@ -157,7 +178,7 @@ class PanopticDETR(nn.Module):
             return self.inference(batched_inputs)
         images = self.preprocess(batched_inputs)
         features = self.backbone(images.tensor)
-        predictions = self.predict(features, images.image_sizes, _padded_size(images))
+        predictions = self.predict(features, images.image_sizes, _spatial_size(images.tensor))
         targets = [self._target_of(inputs) for inputs in batched_inputs]
         try:
             return self.losses(predictions, features, targets)
@@ -191,7 +212,7 @@ class PanopticDETR(nn.Module):
         """
         masks = {
             name: padding_mask(
-                image_sizes, padded_size, tuple(features[name].shape[-2:]), features[name].device
+                image_sizes, padded_size, _spatial_size(features[name]), features[name].device
             )
             for name in self.transformer.in_features
         }
@@ -229,9 +250,11 @@ class PanopticDETR(nn.Module):
             targets: one for each of the B images.
 
         Returns:
-            0-d losses, weighted; with two streams, one of each name for each stream.
+            0-d losses, weighted; with two streams, one of each name for each stream, but for
+            ``loss_semantic``: the backbone runs before the streams part.
         """
         streams = predictions.streams
+        pixel_losses = self._pixel_losses(features, targets)
         targets = streams.expand_list(targets)
         matching = self.matcher(predictions.logits, predictions.boxes, targets)
         num_objects = count_objects(targets, self.device)
@@ -243,7 +266,7 @@ class PanopticDETR(nn.Module):
             masks = self.predict_masks(predictions, features, last.image, last.query)
             losses.update(self.criterion.mask_losses(masks, targets, last, num_objects))
         self.training_metrics = self.criterion.metrics(predictions.logits, targets, matching)
-        return streams.sum_losses(losses)
+        return {**streams.sum_losses(losses), **pixel_losses}
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -262,7 +285,7 @@ class PanopticDETR(nn.Module):
     def _infer_batch(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         images = self.preprocess(batched_inputs)
         features = self.backbone(images.tensor)
-        predictions = self.predict(features, images.image_sizes, _padded_size(images))
+        predictions = self.predict(features, images.image_sizes, _spatial_size(images.tensor))
         decoded = self.scoring.decode(predictions.logits[-1].float())
         chosen = select_queries(decoded, self.inference_options, self.mask_head is not None)
         masks = None
@@ -278,7 +301,7 @@ class PanopticDETR(nn.Module):
                 decoded.labels[i],
                 predictions.boxes[-1, i],
                 per_image_masks[i],
-                padded_size=_padded_size(images),
+                padded_size=_spatial_size(images.tensor),
                 image_size=images.image_sizes[i],
                 output_size=_output_size(inputs, images.image_sizes[i]),
                 options=self.inference_options,
@@ -296,6 +319,15 @@ class PanopticDETR(nn.Module):
             masks = SegmentMap(inputs["segment_map"].to(self.device, non_blocking=True))
         return ImageTarget(instances.gt_classes, boxes, masks)
 
+    def _pixel_losses(
+        self, features: dict[str, Tensor], targets: Sequence[ImageTarget]
+    ) -> dict[str, Tensor]:
+        if self.semantic_head is None:
+            return {}
+        class_map = class_maps(targets)
+        losses = [pixel_class_loss(x, class_map) for x in self.semantic_head(features)]
+        return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
+
     def _freeze_all_but_mask_head(self) -> None:
         if self.mask_head is None:
             raise ValueError("MODEL.MASK_HEAD.FREEZE_DETR needs a mask head: set MODEL.MASK_ON")
@@ -303,8 +335,8 @@ class PanopticDETR(nn.Module):
         self.mask_head.requires_grad_(True)
 
 
-def _padded_size(images: ImageList) -> tuple[int, int]:
-    height, width = images.tensor.shape[-2:]
+def _spatial_size(maps: Tensor) -> tuple[int, int]:
+    height, width = maps.shape[-2:]
     return height, width
 
 

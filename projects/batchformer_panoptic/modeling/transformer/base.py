@@ -15,7 +15,7 @@ TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
 TRANSFORMER_REGISTRY.__doc__ = """
 Transformers, found by ``MODEL.DETR.TRANSFORMER_NAME``.
 
-What is registered is a function ``(cfg, input_shape) -> nn.Module`` with the name that configs
+What is registered is a function ``(cfg, input_shape) -> Transformer`` with the name that configs
 use. The module is called as ``transformer(features, padding_masks, any_padding)``:
 
 * ``features``: feature maps by name, each (B, C_in, H, W);
@@ -47,7 +47,23 @@ class TransformerOutput(NamedTuple):
     streams: StreamState
 
 
-def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+class Transformer(nn.Module):
+    """Base of all transformers; see :data:`TRANSFORMER_REGISTRY`.
+
+    Attributes:
+        in_features: names of the backbone maps that :meth:`forward` reads.
+    """
+
+    in_features: tuple[str, ...]
+
+    def forward(
+        self, features: dict[str, Tensor], padding_masks: dict[str, Tensor], any_padding: bool
+    ) -> TransformerOutput:
+        """See :data:`TRANSFORMER_REGISTRY`."""
+        raise NotImplementedError
+
+
+def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Transformer:
     """Build the transformer that ``cfg.MODEL.DETR.TRANSFORMER_NAME`` names."""
     name = cfg.MODEL.DETR.TRANSFORMER_NAME
     if name not in TRANSFORMER_REGISTRY:
@@ -56,7 +72,7 @@ def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Mod
     return TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
 
 
-def build_batchformer_hook(cfg: CfgNode) -> nn.Module:
+def build_batchformer_hook(cfg: CfgNode) -> IdentityHook | BatchFormerHook:
     """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes for an encoder."""
     node = cfg.MODEL.BATCHFORMER
     if not node.ENABLED:

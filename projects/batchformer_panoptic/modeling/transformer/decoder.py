@@ -82,4 +82,3 @@ class ConditionalDecoder(nn.Module):
             queries = layer(queries, query_pos, spatial, memory, pos, valid_mask)
             states.append(self.norm(queries))
         return torch.stack(states), references.expand(len(states), -1, -1, -1)
-

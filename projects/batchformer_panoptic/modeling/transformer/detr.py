@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...layers import SinePositionEncoding
-from .base import TRANSFORMER_REGISTRY, TransformerOutput, build_batchformer_hook
+from .base import TRANSFORMER_REGISTRY, Transformer, TransformerOutput, build_batchformer_hook
 from .decoder import ConditionalDecoder, DETRDecoder
 from .encoder import DETREncoder
 from .layers import ConditionalDecoderLayer, DecoderLayer, EncoderLayer
 
 
-class SingleScaleTransformer(nn.Module):
+class SingleScaleTransformer(Transformer):
     """Projection, sine positions, encoder and decoder over one backbone map.
 
     Differs from facebookresearch/detr in nothing but names: ``query_embed`` and ``input_proj``

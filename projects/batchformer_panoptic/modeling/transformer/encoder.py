@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ...batchformer.streams import SINGLE, StreamState
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...batchformer.streams import SINGLE
 from .layers import EncoderLayer
 
 
@@ -21,7 +22,11 @@ class DETREncoder(nn.Module):
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], *, hook: nn.Module, norm: nn.Module | None
+        self,
+        layers: Sequence[EncoderLayer],
+        *,
+        hook: IdentityHook | BatchFormerHook,
+        norm: nn.Module | None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
