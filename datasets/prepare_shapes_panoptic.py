@@ -1,7 +1,8 @@
 """Write the embedded default data set: seeded synthetic pictures in COCO's panoptic layout.
 
 Stuff (brick, grass, water) differs by texture and things (disc, square, triangle, star) by shape;
-all colours come from one distribution, so that colour alone tells no class from another.
+every class has a favourite hue as grass and water have in the world, but only every other segment
+wears it, and things share their hues with stuff: colour is a hint and never an answer.
 
     DIR/train, DIR/val                       pictures (PNG)
     DIR/panoptic_train, DIR/panoptic_val     segment ids (RGB PNG, id = R + 256 G + 256^2 B)
@@ -36,8 +37,9 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # raise it whenever the same arguments give other pictures
 
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # what every segment keeps
-MAX_THINGS = 5
-THING_DIAMETER = (15.0, 46.0)  # units
+MAX_THINGS = 4
+THING_DIAMETER = (18.0, 48.0)  # units
+FAVOURITE_HUE_SHARE, HUE_SPREAD = 0.5, 20.0  # segments in about their class's hue; degrees
 THING_CONTRAST, STUFF_CONTRAST = 40.0, 15.0  # least CIE Lab distance to what is beside it
 
 RGB = tuple[int, int, int]
@@ -51,18 +53,23 @@ class Category(NamedTuple):
     isthing: int
     supercategory: str
     color: RGB
+    hue: float  # favourite, degrees
+
+    def to_coco(self) -> dict[str, Any]:
+        """The record of COCO's ``categories``."""
+        return {name: value for name, value in self._asdict().items() if name != "hue"}
 
 
 THINGS = (
-    Category(1, "disc", 1, "shape", (220, 60, 70)),
-    Category(2, "square", 1, "shape", (60, 110, 230)),
-    Category(4, "triangle", 1, "shape", (240, 170, 40)),
-    Category(7, "star", 1, "shape", (170, 70, 210)),
+    Category(1, "disc", 1, "shape", (220, 60, 70), 0.0),
+    Category(2, "square", 1, "shape", (60, 110, 230), 220.0),
+    Category(4, "triangle", 1, "shape", (240, 170, 40), 50.0),
+    Category(7, "star", 1, "shape", (170, 70, 210), 285.0),
 )
 STUFF = (
-    Category(101, "brick", 0, "texture", (150, 90, 70)),
-    Category(103, "grass", 0, "texture", (90, 150, 70)),
-    Category(106, "water", 0, "texture", (80, 150, 170)),
+    Category(101, "brick", 0, "texture", (150, 90, 70), 15.0),
+    Category(103, "grass", 0, "texture", (90, 150, 70), 110.0),
+    Category(106, "water", 0, "texture", (80, 150, 170), 200.0),
 )
 
 
@@ -185,9 +192,16 @@ def rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.n
     return cos * x + sin * y, cos * y - sin * x
 
 
-def pick_color(rng: np.random.Generator, beside: list[np.ndarray], contrast: float) -> np.ndarray:
-    """Draw an RGB colour at least ``contrast`` (Lab) from each of ``beside``, or the best of 24."""
+def pick_color(
+    rng: np.random.Generator, hue: float, beside: list[np.ndarray], contrast: float
+) -> np.ndarray:
+    """Draw an RGB colour at least ``contrast`` (Lab) from each of ``beside``, or the best of 24.
+
+    Half of the time its hue is about ``hue`` (degrees) where that stands out, else any.
+    """
     hsv = rng.uniform((0.0, 0.15, 0.35), (360.0, 0.75, 0.9), (24, 3)).astype(np.float32)
+    if rng.random() < FAVOURITE_HUE_SHARE:
+        hsv[:12, 0] = np.mod(rng.normal(hue, HUE_SPREAD, 12), 360.0)  # the first to stand out wins
     candidates = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)
     if not beside:
         return candidates[0, 0]
@@ -226,7 +240,7 @@ def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarr
         classes[2] = classes[0]
     for region in range(int(layout.max()) + 1):
         category = STUFF[classes[region]]
-        color = pick_color(rng, scene.colors, STUFF_CONTRAST)
+        color = pick_color(rng, category.hue, scene.colors, STUFF_CONTRAST)
         scene.paint(layout == region, category, color, STUFF_TONE[category.id](rng, x, y))
 
 
@@ -243,7 +257,7 @@ def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.nda
 
 
 def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
-    """Paint 1 to 5 things, the later over the earlier; one that would hide another is left out."""
+    """Paint 1 to 4 things, the later over the earlier; one that would hide another is left out."""
     wanted, placed, tries = int(rng.integers(1, MAX_THINGS + 1)), 0, 0
     while placed < wanted and (placed == 0 or tries < 4 * wanted):
         tries += 1
@@ -257,7 +271,7 @@ def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndar
             continue
         near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
         beside = [scene.colors[region] for region in np.unique(scene.owner[near])]
-        color = pick_color(rng, beside, THING_CONTRAST)
+        color = pick_color(rng, category.hue, beside, THING_CONTRAST)
         scene.paint(mask, category, color, thing_tone(rng, u, v))
         placed += 1
 
@@ -356,7 +370,7 @@ def write_split(output: Path, split: str, count: int, seed: int, size: int) -> i
         "info": {"description": f"synthetic shapes, {split}", "version": str(FORMAT_VERSION)},
         "images": images,
         "annotations": annotations,
-        "categories": [category._asdict() for category in THINGS + STUFF],
+        "categories": [category.to_coco() for category in THINGS + STUFF],
     }
     write_json(output / "annotations" / f"panoptic_{split}.json", content)
     return sum(len(annotation["segments_info"]) for annotation in annotations)

@@ -1,0 +1,253 @@
+"""Draw a trained model's predictions on images, a video or the webcam.
+
+    python demo/demo.py --config-file F --input IMAGES, FOLDERS, "GLOBS" --output DIR \
+        --opts MODEL.WEIGHTS W
+
+Without --output results are shown in a window (Escape or q ends, any other key goes on). Exit
+status: 0, or 1 when an image could not be read or something else went wrong.
+"""
+
+import argparse
+import glob
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.visualization import (
+    Predictor,
+    configure_for_drawing,
+    draw_result,
+    read_image,
+    write_image,
+)
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
+DEFAULT_FPS = 25.0  # of videos that do not say theirs
+WINDOW = "panoptic segmentation"
+ESCAPE_KEYS = (27, ord("q"))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, globs")
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", action="store_true", help="the first camera, in a window")
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="a folder, or a file for one image or video"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="T",
+        help="draw what scores more than T, 0 to 1 (default: as in evaluation; boxes: 0.5)",
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="config changes, KEY VALUE ..."
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        check_output(args)
+        images = find_images(args.input) if args.input else []
+        cfg = load_config(args.config_file, args.opts)
+        configure_for_drawing(cfg, args.confidence_threshold)
+        predictor = Predictor(cfg)
+        if args.webcam:
+            return show_webcam(predictor)
+        if args.video_input:
+            return draw_video(predictor, args.video_input, args.output)
+        return draw_images(predictor, images, args.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def check_output(args: argparse.Namespace) -> None:
+    if args.webcam and args.output:
+        raise UserError("--webcam shows a window: --output is for --input and --video-input")
+    if args.output is None and not has_display():
+        raise UserError(
+            "there is no display to show a window on: "
+            + ("--webcam needs one" if args.webcam else "give --output DIR")
+        )
+
+
+def has_display() -> bool:
+    if sys.platform in ("darwin", "win32"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def find_images(inputs: Sequence[str]) -> list[str]:
+    """Files of all inputs in order; a missing file stays in the list, to be reported by name."""
+    found: list[str] = []
+    for name in inputs:
+        if os.path.isdir(name):
+            files = (os.path.join(name, entry) for entry in sorted(os.listdir(name)))
+            found += [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES]
+        elif glob.has_magic(name) and not os.path.exists(name):
+            found += sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+        else:
+            found.append(name)
+    if not found:
+        raise UserError(f"no images in {' '.join(inputs)}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return list(dict.fromkeys(found))
+
+
+def output_paths(images: Sequence[str], output: Path) -> list[Path]:
+    """A file for each image: never an input, never the same one twice."""
+    if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
+        if len(images) > 1:
+            raise UserError(f"--output {output} is one file, not {len(images)}: give a folder")
+        return [output]
+    taken = {Path(image).resolve() for image in images}
+    paths = []
+    for image in images:
+        suffix = Path(image).suffix.lower()
+        suffix = suffix if suffix in (".jpg", ".jpeg", ".png") else ".png"
+        path, number = output / (Path(image).stem + suffix), 1
+        while path.resolve() in taken:
+            number += 1
+            path = output / f"{Path(image).stem}_{number}{suffix}"
+        taken.add(path.resolve())
+        paths.append(path)
+    return paths
+
+
+def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None) -> int:
+    paths = [None] * len(images) if output is None else output_paths(images, output)
+    failed = 0
+    for name, path in zip(images, paths, strict=True):
+        try:
+            image = read_image(name)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        start = time.perf_counter()
+        result = predictor(image)
+        seconds = time.perf_counter() - start
+        picture = draw_result(image[:, :, ::-1], result, predictor.class_table)
+        where = "" if path is None else f" -> {path}"
+        print(f"{name}: {count(result)}, {seconds:.2f} s{where}", flush=True)
+        if path is not None:
+            write_image(path, picture)
+        elif show(picture, wait=0):
+            break
+    if failed:
+        print(f"error: {failed} of {len(images)} images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def count(result: dict[str, Any]) -> str:
+    if "panoptic_seg" in result:
+        number, noun = len(result["panoptic_seg"][1]), "segment"
+    else:
+        number, noun = len(result["instances"]), "object"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def draw_video(predictor: Predictor, name: str, output: Path | None) -> int:
+    if not os.path.isfile(name):
+        raise UserError(f"video {name} does not exist")
+    capture = cv2.VideoCapture(name)
+    if not capture.isOpened():
+        raise UserError(f"video {name} cannot be read: it is damaged or of an unknown format")
+    path = None if output is None else video_path(name, output)
+    frames_per_second = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
+    writer = None
+    number, start = 0, time.perf_counter()
+    try:
+        for picture in drawn_frames(predictor, capture):
+            number += 1
+            if path is None:
+                if show(picture, wait=1):
+                    break
+                continue
+            if writer is None:
+                writer = open_writer(path, frames_per_second, picture)
+            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+    finally:
+        capture.release()
+        if writer is not None:
+            writer.release()
+    if number == 0:
+        raise UserError(f"video {name} has no frame that can be read")
+    seconds = (time.perf_counter() - start) / number
+    where = "" if path is None else f" -> {path}"
+    print(f"{name}: {number} frames, {seconds:.2f} s each{where}")
+    return 0
+
+
+def video_path(name: str, output: Path) -> Path:
+    is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
+    path = output if is_file else output / f"{Path(name).stem}.mp4"
+    if path.resolve() == Path(name).resolve():
+        raise UserError(f"--output {output} would overwrite the input: give another folder")
+    return path
+
+
+def open_writer(path: Path, frames_per_second: float, picture: np.ndarray) -> cv2.VideoWriter:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be created: {error.strerror}") from error
+    height, width = picture.shape[:2]
+    fourcc = cv2.VideoWriter.fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), fourcc, frames_per_second, (width, height))
+    if not writer.isOpened():
+        raise UserError(f"{path} cannot be written: is its folder writable, is it .mp4?")
+    return writer
+
+
+def drawn_frames(predictor: Predictor, capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        has_frame, frame = capture.read()
+        if not has_frame:
+            return
+        image = np.asarray(frame, dtype=np.uint8)
+        result, table = predictor(image), predictor.class_table
+        yield draw_result(image[:, :, ::-1], result, table, vary_instances=False)
+
+
+def show_webcam(predictor: Predictor) -> int:
+    capture = cv2.VideoCapture(0)
+    if not capture.isOpened():
+        raise UserError("no camera can be opened for --webcam")
+    try:
+        for picture in drawn_frames(predictor, capture):
+            if show(picture, wait=1):
+                break
+    finally:
+        capture.release()
+        cv2.destroyAllWindows()
+    return 0
+
+
+def show(picture: np.ndarray, *, wait: int) -> bool:
+    """Show a picture for so many milliseconds (0: until a key); whether the user wants to stop."""
+    try:
+        cv2.imshow(WINDOW, picture[:, :, ::-1])
+        return (cv2.waitKey(wait) & 0xFF) in ESCAPE_KEYS
+    except cv2.error as error:
+        raise UserError("this OpenCV cannot open windows: give --output DIR") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
