@@ -19,10 +19,9 @@ READY := $(ENV_DIR)/.batchformer-panoptic-$(shell printf %s '$(CURDIR)' | cksum 
 SOURCES := $(wildcard projects tests tools demo datasets benchmarks train_net.py)
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 
-# What `make demo` does; tools/quickstart.py describes the steps.
-DEMO_CONFIG ?= configs/quickstart/panoptic_detr_batchformer.yaml
-DEMO_DATA ?= datasets/shapes_panoptic
-DEMO_OUTPUT ?= output/quickstart
+DEMO_CONFIG := configs/quickstart/batchformer_conditional_detr_shapes.yaml
+DEMO_DATA := datasets/shapes_panoptic
+DEMO_OUTPUT := output/quickstart
 
 .PHONY: help env demo test slow lint format types check clean
 .NOTPARALLEL:
@@ -42,9 +41,11 @@ $(READY): constraints.txt setup.cfg pyproject.toml tools/setup_env.py
 	@"$(PYTHON)" tools/setup_env.py $(ENV_ARGS) --stamp "$(READY)"
 
 demo: $(READY) ## make data, train a small model for some minutes, evaluate PQ, draw predictions
-	$(PY) datasets/prepare_shapes_panoptic.py --output $(DEMO_DATA)
+	$(PY) datasets/prepare_shapes_panoptic.py --output $(DEMO_DATA) \
+	  --num-train 4000 --num-val 200 --seed 0
 	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
-	$(PY) tools/quickstart.py --config-file $(DEMO_CONFIG) --output $(DEMO_OUTPUT)
+	$(PY) tools/visualize_predictions.py --config-file $(DEMO_CONFIG) --num 12 \
+	  --output $(DEMO_OUTPUT)/pictures --opts MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 
 test: $(READY) ## the test suite
 	$(PYTEST)

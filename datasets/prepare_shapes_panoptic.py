@@ -38,7 +38,7 @@ FORMAT_VERSION = 1  # raise it whenever the same arguments give other pictures
 
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # what every segment keeps
 MAX_THINGS = 4
-THING_DIAMETER = (18.0, 48.0)  # units
+THING_DIAMETER = (22.0, 56.0)  # units
 FAVOURITE_HUE_SHARE, HUE_SPREAD = 0.5, 20.0  # segments in about their class's hue; degrees
 THING_CONTRAST, STUFF_CONTRAST = 40.0, 15.0  # least CIE Lab distance to what is beside it
 

@@ -77,8 +77,12 @@ def _add_detr_keys(cfg: CN) -> None:
     # The mask head (built when MODEL.MASK_ON): backbone maps it mixes in, coarse to fine.
     cfg.MODEL.MASK_HEAD = CN()
     cfg.MODEL.MASK_HEAD.IN_FEATURES = ["res4", "res3", "res2"]
+    # Widths of its second to fifth convolution. Empty: HIDDEN_DIM / 2, / 4, / 8, / 16 as published.
+    cfg.MODEL.MASK_HEAD.CHANNELS = []
     cfg.MODEL.MASK_HEAD.MASK_WEIGHT = 1.0
     cfg.MODEL.MASK_HEAD.DICE_WEIGHT = 1.0
+    # Mask losses at the resolution of the padded "target" (published) or of the "prediction".
+    cfg.MODEL.MASK_HEAD.LOSS_RESOLUTION = "target"
     # Train the mask head alone: everything else keeps the weights it was given.
     cfg.MODEL.MASK_HEAD.FREEZE_DETR = False
 

@@ -223,6 +223,21 @@ def test_built_evaluators_measure_what_the_model_predicts(tmp_path, mask_on, tas
     assert results["bbox"]["AP"] == pytest.approx(100.0)
 
 
+def test_a_model_without_instances_has_no_ap(tmp_path, caplog):
+    truths, _ = random_set(3, num_images=1)
+    cfg = _config(True)
+    cfg.MODEL.PANOPTIC.INSTANCES_TEST = False
+    with (
+        registered("ap_set", tmp_path / "truth", truths) as name,
+        caplog.at_level(logging.INFO),
+    ):
+        evaluator = build_evaluator(cfg, name, str(tmp_path / "out"))
+        evaluator.reset()
+        evaluator.process(model_inputs(1), [model_output(truths[0])])
+        assert set(evaluator.evaluate()) == {"panoptic_seg"}
+    assert "INSTANCES_TEST is False" in caplog.text
+
+
 def test_a_data_set_without_things_has_no_ap(tmp_path, caplog):
     stuff = [category for category in CATEGORIES if not category["isthing"]]
     truths, _ = random_set(4, num_images=1, category_ids=(7, 200))

@@ -160,6 +160,25 @@ def test_mask_losses_equal_the_formulas():
         torch.testing.assert_close(losses[name], value)
 
 
+def test_mask_losses_at_the_resolution_of_the_prediction():
+    (target,) = make_targets([3])
+    matcher, _ = make_parts(SCORINGS[0])
+    criterion = SetCriterion(SCORINGS[0], weights=WEIGHTS, mask_resolution="prediction")
+    logits, boxes = torch.randn(1, 1, 5, 4), torch.rand(1, 1, 5, 4)
+    matching = matcher(logits, boxes, [target]).of_layer(-1)
+    mask_logits = torch.randn(3, 4, 6)
+    losses = criterion.mask_losses(mask_logits, [target], matching, torch.tensor(3.0))
+    dice = 0.0
+    for x, k in zip(mask_logits, matching.local_target, strict=True):
+        inside = (target.masks.index_map == k).float()
+        share = inside.view(4, 2, 6, 2).mean(dim=(1, 3))  # of each cell of the 8 x 12 target
+        p = x.sigmoid()
+        dice += 1 - (2 * (p * share).sum() + 1) / (p.sum() + share.sum() + 1)
+    torch.testing.assert_close(losses["loss_dice"], (dice / 3)[None])
+    with pytest.raises(ValueError, match="'fine'; known: target, prediction"):
+        SetCriterion(SCORINGS[0], weights=WEIGHTS, mask_resolution="fine")
+
+
 def test_segment_maps_and_dense_masks_are_the_same_masks():
     maps = make_targets([3, 2]) + make_targets([1], seed=1, size=(10, 5))
     dense = [

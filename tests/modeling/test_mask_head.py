@@ -9,8 +9,8 @@ from batchformer_panoptic.modeling.transformer import TransformerOutput
 CHANNELS, HEADS, QUERIES = 32, 4, 5
 
 
-def make_head() -> MaskHead:
-    head = MaskHead(embed_dim=CHANNELS, num_heads=HEADS, in_channels=[6, 5, 4])
+def make_head(channels=None) -> MaskHead:
+    head = MaskHead(embed_dim=CHANNELS, num_heads=HEADS, in_channels=[6, 5, 4], channels=channels)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return head
@@ -52,8 +52,9 @@ def slow_mask(head: MaskHead, output: TransformerOutput, maps, entry: int, query
 
 
 @pytest.mark.parametrize("streams", [SINGLE, TWO_STREAMS])
-def test_chosen_queries_equal_the_published_head_one_by_one(streams):
-    head = make_head()
+@pytest.mark.parametrize("channels", [None, [20, 12, 10, 7]])
+def test_chosen_queries_equal_the_published_head_one_by_one(streams, channels):
+    head = make_head(channels)
     output, maps = make_inputs(streams)
     batch = 2 * streams.num_streams
     entries = torch.tensor([batch - 1, 0, 1, batch - 1, 0])
@@ -85,5 +86,7 @@ def test_published_width_has_the_published_group_norms():
 def test_refuses_what_it_cannot_build():
     with pytest.raises(ValueError, match="multiple of 16, not 24"):
         MaskHead(embed_dim=24, num_heads=4, in_channels=[4, 4, 4])
+    with pytest.raises(ValueError, match=r"four widths, not \[8\]"):
+        make_head([8])
     with pytest.raises(ValueError, match="three backbone maps, not 2"):
         MaskHead(embed_dim=32, num_heads=4, in_channels=[4, 4])

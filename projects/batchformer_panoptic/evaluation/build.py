@@ -18,7 +18,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     """Build the evaluators that fit a registered data set and the model's outputs.
 
     Args:
-        cfg: ``MODEL.MASK_ON`` says whether the model predicts masks.
+        cfg: ``MODEL.MASK_ON`` says whether the model predicts masks, and
+            ``MODEL.PANOPTIC.INSTANCES_TEST`` whether it returns instances beside them.
         dataset_name: a registered data set; its metadata ``evaluator_type`` selects the evaluators:
             "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes alone without
             masks) or "coco" (AP).
@@ -34,35 +35,37 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
             f"the data set {dataset_name} has the evaluator_type {evaluator_type!r}; known are: "
             f"{known}"
         )
-    return EVALUATOR_FACTORIES[evaluator_type](dataset_name, output_dir, cfg.MODEL.MASK_ON)
+    return EVALUATOR_FACTORIES[evaluator_type](cfg, dataset_name, output_dir)
 
 
-def _panoptic_evaluators(dataset_name: str, output_dir: str, has_masks: bool) -> DatasetEvaluator:
+def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
     evaluators: list[DatasetEvaluator] = []
-    if has_masks:
+    if cfg.MODEL.MASK_ON:
         evaluators.append(StreamingPanopticEvaluator(dataset_name, output_dir))
-    if MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:
-        evaluators.append(ThingAPEvaluator(dataset_name, output_dir, _tasks(has_masks)))
+    if cfg.MODEL.MASK_ON and not cfg.MODEL.PANOPTIC.INSTANCES_TEST:
+        logger.info("MODEL.PANOPTIC.INSTANCES_TEST is False: AP is not measured")
+    elif MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:
+        evaluators.append(ThingAPEvaluator(dataset_name, output_dir, _tasks(cfg)))
     else:
         logger.info("%s has no thing classes: AP is not measured", dataset_name)
     return DatasetEvaluators(evaluators)
 
 
-def _instance_evaluator(dataset_name: str, output_dir: str, has_masks: bool) -> DatasetEvaluator:
+def _instance_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
     return COCOEvaluator(
         dataset_name,
-        tasks=_tasks(has_masks),
+        tasks=_tasks(cfg),
         distributed=True,
         output_dir=output_dir,
         use_fast_impl=False,  # the fast one is a compiled module that is not required here
     )
 
 
-def _tasks(has_masks: bool) -> tuple[str, ...]:
-    return ("bbox", "segm") if has_masks else ("bbox",)
+def _tasks(cfg: CfgNode) -> tuple[str, ...]:
+    return ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
 
 
-EVALUATOR_FACTORIES: dict[str, Callable[[str, str, bool], DatasetEvaluator]] = {
+EVALUATOR_FACTORIES: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
     "coco_panoptic_seg": _panoptic_evaluators,
     "coco": _instance_evaluator,
 }

@@ -57,6 +57,7 @@ def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
         num_heads=cfg.MODEL.DETR.NHEADS,
         in_channels=[input_shape[name].channels for name in names],
+        channels=cfg.MODEL.MASK_HEAD.CHANNELS or None,
     )
 
 
@@ -89,4 +90,6 @@ def build_criterion(cfg: CfgNode, scoring: Scoring) -> SetCriterion:
         "mask": cfg.MODEL.MASK_HEAD.MASK_WEIGHT,
         "dice": cfg.MODEL.MASK_HEAD.DICE_WEIGHT,
     }
-    return SetCriterion(scoring, weights=weights)
+    return SetCriterion(
+        scoring, weights=weights, mask_resolution=cfg.MODEL.MASK_HEAD.LOSS_RESOLUTION
+    )

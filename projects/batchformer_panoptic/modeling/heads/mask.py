@@ -71,16 +71,32 @@ class MaskHead(nn.Module):
         embed_dim: channels C of memory and queries; a multiple of 16.
         num_heads: attention maps of a query.
         in_channels: channels of the three backbone maps, coarse to fine.
+        channels: output channels of the second to the fifth convolution. None: C / 2, C / 4, C / 8,
+            C / 16, as published.
+
+    Raises:
+        ValueError: channels that cannot be built.
     """
 
-    def __init__(self, *, embed_dim: int, num_heads: int, in_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        in_channels: Sequence[int],
+        channels: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        if embed_dim % 16:
-            raise ValueError(f"embed_dim must be a multiple of 16, not {embed_dim}")
+        if channels is None:
+            if embed_dim % 16:
+                raise ValueError(f"embed_dim must be a multiple of 16, not {embed_dim}")
+            channels = [embed_dim // 2**i for i in range(1, 5)]
+        if len(channels) != 4:
+            raise ValueError(f"the mask head needs four widths, not {list(channels)}")
         if len(in_channels) != 3:
             raise ValueError(f"the mask head reads three backbone maps, not {len(in_channels)}")
         first = embed_dim + num_heads
-        widths = [first, first, *[embed_dim // 2**i for i in range(1, 5)]]
+        widths = [first, first, *channels]
         self.embed_dim = embed_dim
         self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
         self.convs = nn.ModuleList(
