@@ -48,8 +48,8 @@ def test_published_recipe():
     boxes = load(REPO_ROOT / "configs/coco/panoptic/detr_R50_boxes_300ep.yaml")
     masks = load(REPO_ROOT / "configs/coco/panoptic/detr_R50_masks_25ep.yaml")
     epoch = 118287 // boxes.SOLVER.IMS_PER_BATCH
-    assert (boxes.SOLVER.MAX_ITER, boxes.SOLVER.STEPS) == (300 * epoch, (200 * epoch,))
-    assert (masks.SOLVER.MAX_ITER, masks.SOLVER.STEPS) == (25 * epoch, (15 * epoch,))
+    assert (300 * epoch, (200 * epoch,)) == (boxes.SOLVER.MAX_ITER, boxes.SOLVER.STEPS)
+    assert (25 * epoch, (15 * epoch,)) == (masks.SOLVER.MAX_ITER, masks.SOLVER.STEPS)
     for cfg in (boxes, masks):
         assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_MULTIPLIER) == (1e-4, 0.1)
         assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE == 0.1

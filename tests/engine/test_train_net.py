@@ -86,6 +86,17 @@ def test_train_stop_resume_and_evaluate(tmp_path: Path, config_file: str) -> Non
     ]
     assert results[:2] == results[2:]
 
+    for batch in ("2", "4"):
+        folder = tmp_path / f"batch_{batch}"
+        arguments = [*plain, "TEST.IMS_PER_BATCH", batch, "OUTPUT_DIR", str(folder)]
+        assert _run(*base, "--eval-only", *arguments) == 0
+        assert _counts(folder) == _counts(through)
+
+
+def _counts(folder: Path) -> list[tuple[str, int, int, int]]:
+    results = json.loads(next(folder.rglob("panoptic_results.json")).read_text())
+    return [(c["name"], c["tp"], c["fp"], c["fn"]) for c in results["per_class"]]
+
 
 def test_evaluating_nothing_is_an_error(
     config_file: str, capsys: pytest.CaptureFixture[str]
