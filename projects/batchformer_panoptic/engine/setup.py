@@ -29,7 +29,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: a missing file, an unknown key (with the nearest known ones), a value of the
-            wrong type, YAML that does not parse, or a device that is not there.
+            wrong type, YAML that does not parse, a device that is not there, or an unknown model or
+            backbone.
     """
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
@@ -37,6 +38,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _merge_file(cfg, config_file)
     _merge_options(cfg, opts)
     _check_device(cfg.MODEL.DEVICE)
+    _check_names(cfg)
     return cfg
 
 
@@ -47,12 +49,10 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     replaced by a random one (logged, equal in all processes).
 
     Raises:
-        UserError: see :func:`load_config` and ``setup_datasets``; unknown models and backbones;
-            settings that do not go together.
+        UserError: see :func:`load_config` and ``setup_datasets``; settings that do not go together.
     """
     cfg = load_config(args.config_file, args.opts)
     setup_datasets(cfg)
-    _check_names(cfg)
     _check_run(cfg, eval_only=args.eval_only)
     if cfg.SEED < 0:
         cfg.SEED = int(comm.shared_random_seed())
