@@ -132,6 +132,8 @@ def _add_panoptic_keys(cfg: CN) -> None:
     cfg.MODEL.PANOPTIC.MIN_AREA_TEST = 4
     # Pixels that no kept mask claims with at least this probability stay void (0 to 1).
     cfg.MODEL.PANOPTIC.MASK_THRESHOLD_TEST = 0.0
+    # Of things whose masks overlap by more than this IoU the best one stays. 1.0: all (published).
+    cfg.MODEL.PANOPTIC.DUPLICATE_IOU_TEST = 1.0
     # Instances (boxes, masks, scores of things) beside the panoptic map: box and mask AP need them.
     # Their masks cost time; of TEST.DETECTIONS_PER_IMAGE at the most, those above the threshold.
     cfg.MODEL.PANOPTIC.INSTANCES_TEST = True

@@ -63,11 +63,27 @@ def test_weak_pixels_are_void_when_asked():
     assert merge(masks, [0], mask_threshold=0.5)[0].tolist() == [[1, 1, 0, 0]]
 
 
+def test_two_things_on_one_object_split_it_unless_duplicates_are_dropped():
+    masks, labels, scores = masks_of("9900", "1199"), [0, 1], [0.9, 0.8]
+    masks[0, 0, 2:] = masks[1, 0, :2] = 1.0  # both claim everything
+    assert merge(masks, labels, scores=scores)[0].tolist() == [[1, 1, 2, 2]]
+    segment_map, segments = merge(masks, labels, scores=scores, duplicate_iou=0.5)
+    assert segment_map.tolist() == [[1, 1, 1, 1]]
+    assert segments[0]["category_id"] == 0
+    better_second = merge(masks, labels, scores=[0.8, 0.9], duplicate_iou=0.5)[1]
+    assert [s["category_id"] for s in better_second] == [1]
+    with_stuff = merge(masks, [0, STUFF], scores=scores, duplicate_iou=0.5)[1]
+    assert [s["category_id"] for s in with_stuff] == [0, STUFF]  # stuff is no duplicate
+    apart = merge(masks_of("9900", "0099"), labels, scores=scores, duplicate_iou=0.5)[1]
+    assert len(apart) == 2
+
+
 def test_nothing_kept_is_all_void():
     segment_map, segments = merge(torch.zeros(0, 3, 4), [])
     assert segment_map.dtype == torch.int32
     assert torch.equal(segment_map, torch.zeros(3, 4, dtype=torch.int32))
     assert segments == []
+    assert merge(torch.zeros(0, 3, 4), [], duplicate_iou=0.5)[1] == []
     segment_map, segments = merge(torch.ones(1, 1, 3), [0], min_area=3)
     assert segment_map.tolist() == [[0, 0, 0]]
     assert segments == []

@@ -43,6 +43,7 @@ class InferenceOptions(NamedTuple):
                 score_threshold=node.SCORE_THRESHOLD_TEST,
                 min_area=node.MIN_AREA_TEST,
                 mask_threshold=node.MASK_THRESHOLD_TEST,
+                duplicate_iou=node.DUPLICATE_IOU_TEST,
             ),
             instances=node.INSTANCES_TEST,
             instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,

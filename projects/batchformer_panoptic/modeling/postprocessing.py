@@ -32,6 +32,7 @@ class PanopticOptions(NamedTuple):
     score_threshold: float = 0.85
     min_area: int = 4
     mask_threshold: float = 0.0
+    duplicate_iou: float = 1.0
 
 
 def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tensor:
@@ -87,11 +88,16 @@ def merge_panoptic(
         labels: (K,) int64 contiguous class ids.
         thing_class_ids: classes whose every query is a segment of its own.
         options: a segment of no more than ``min_area`` pixels is dropped, and the next best mask
-            takes its pixels; a pixel whose best mask is below ``mask_threshold`` is void.
+            takes its pixels; a pixel whose best mask is below ``mask_threshold`` is void; of things
+            that overlap by more than ``duplicate_iou`` the best one stays.
 
     Returns:
         (H, W) int32 map, and its segments in ascending order of id.
     """
+    if options.duplicate_iou < 1:
+        is_thing = torch.isin(labels, labels.new_tensor(list(thing_class_ids)))
+        kept = without_duplicates(mask_logits, scores, is_thing, options.duplicate_iou)
+        mask_logits, scores, labels = mask_logits[kept], scores[kept], labels[kept]
     segment_of_query, classes = _segments_of_queries(labels.tolist(), set(thing_class_ids))
     alive = torch.ones(len(classes), dtype=torch.bool)
     query_segment = torch.tensor(segment_of_query, dtype=torch.int64, device=mask_logits.device)
@@ -119,6 +125,35 @@ def merge_panoptic(
             )
         )
     return new_id.to(segment_map.device)[segment_map], segments
+
+
+def without_duplicates(
+    mask_logits: Tensor, scores: Tensor, is_thing: Tensor, max_iou: float
+) -> Tensor:
+    """Queries to keep when two things on one object shall not split it (not in DETR).
+
+    Set prediction learns late to give an object to one query alone; a model that was trained
+    briefly still has two or three on some. Greedy suppression by the overlap of the masks.
+
+    Args:
+        mask_logits: (K, H, W).
+        scores: (K,).
+        is_thing: (K,) bool; other queries are kept.
+        max_iou: a thing is dropped when it overlaps a better one, of whatever class, by more.
+
+    Returns:
+        Indices of the queries to keep, ascending, int64.
+    """
+    masks = (mask_logits > 0).flatten(1).float()
+    overlap = masks @ masks.T
+    area = overlap.diagonal()
+    iou = overlap / (area[:, None] + area[None] - overlap).clamp(min=1)
+    similar = ((iou > max_iou) & is_thing[:, None] & is_thing[None]).tolist()
+    kept: list[int] = []
+    for query in scores.argsort(descending=True).tolist():
+        if not any(similar[query][other] for other in kept):
+            kept.append(query)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=mask_logits.device)
 
 
 def _segments_of_queries(labels: list[int], things: set[int]) -> tuple[list[int], list[int]]:
