@@ -14,20 +14,24 @@ from batchformer_panoptic.modeling.criterion import SetCriterion
 from batchformer_panoptic.modeling.heads import BoxHead, MaskHead
 from batchformer_panoptic.modeling.inference import InferenceOptions
 from batchformer_panoptic.modeling.matcher import HungarianMatcher
-from batchformer_panoptic.modeling.scoring import SoftmaxScoring
+from batchformer_panoptic.modeling.scoring import FocalScoring, SoftmaxScoring
 from batchformer_panoptic.modeling.targets import DenseMasks, ImageTarget
-from batchformer_panoptic.modeling.transformer.decoder import DETRDecoder
+from batchformer_panoptic.modeling.transformer.decoder import ConditionalDecoder, DETRDecoder
 from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
 from batchformer_panoptic.modeling.transformer.encoder import DETREncoder
-from batchformer_panoptic.modeling.transformer.layers import DecoderLayer, EncoderLayer
+from batchformer_panoptic.modeling.transformer.layers import (
+    ConditionalDecoderLayer,
+    DecoderLayer,
+    EncoderLayer,
+)
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 _RENAMES = [
     (r"^detr\.transformer\.bf\.", "transformer.encoder.batchformer.blocks."),
     (r"^detr\.transformer\.", "transformer."),
-    (r"^detr\.(class_embed|bbox_embed)\.", r"box_head.\1."),
-    (r"^detr\.(query_embed|input_proj)\.", r"transformer.\1."),
+    (r"^(?:detr\.)?(class_embed|bbox_embed)\.", r"box_head.\1."),
+    (r"^(?:detr\.)?(query_embed|input_proj)\.", r"transformer.\1."),
     (r"^bbox_attention\.", "mask_head.attention."),
     (r"^mask_head\.out_lay\.", "mask_head.predictor."),
 ]
@@ -100,6 +104,46 @@ def panoptic_model(golden: dict[str, Any], insert_layers: list[int] | None) -> P
         scoring=scoring,
         matcher=HungarianMatcher(scoring, **c["matcher"]),
         criterion=SetCriterion(scoring, weights=loss_weights(golden)),
+        inference_options=InferenceOptions(()),
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+    )
+
+
+def conditional_model(golden: dict[str, Any]) -> PanopticDETR:
+    """A Conditional-DETR for boxes as the file configures it, without backbone."""
+    c = golden["config"]
+    layer = {
+        "embed_dim": c["d_model"],
+        "num_heads": c["nheads"],
+        "dim_feedforward": c["dim_feedforward"],
+        "dropout": 0.0,
+    }
+    (name,) = c["channels"]
+    scoring = FocalScoring(c["num_classes"], alpha=c["focal_alpha"])
+    encoder_layers = [EncoderLayer(**layer) for _ in range(c["enc_layers"])]
+    decoder_layers = [
+        ConditionalDecoderLayer(**layer, is_first=i == 0) for i in range(c["dec_layers"])
+    ]
+    weights = {term: c["weight_dict"][f"loss_{term}"] for term in ("ce", "bbox", "giou")}
+    return PanopticDETR(
+        backbone=nn.Identity(),
+        transformer=SingleScaleTransformer(
+            in_feature=name,
+            in_channels=c["channels"][name],
+            embed_dim=c["d_model"],
+            num_queries=c["num_queries"],
+            encoder=DETREncoder(encoder_layers, hook=IdentityHook(), norm=None),
+            decoder=ConditionalDecoder(decoder_layers, embed_dim=c["d_model"]),
+        ),
+        box_head=BoxHead(
+            embed_dim=c["d_model"], num_class_outputs=scoring.num_outputs, class_bias=None
+        ),
+        mask_head=None,
+        mask_features=(),
+        scoring=scoring,
+        matcher=HungarianMatcher(scoring, **c["matcher"]),
+        criterion=SetCriterion(scoring, weights=weights),
         inference_options=InferenceOptions(()),
         pixel_mean=[0.0] * 3,
         pixel_std=[1.0] * 3,
