@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import logging
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,17 @@ def load_script(relative_path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_end_with_the_test() -> Iterator[None]:
+    """Detectron2 leaves handlers on a test's captured streams, which are closed afterwards."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "batchformer_panoptic")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+    setup_logger.cache_clear()
 
 
 @pytest.fixture(autouse=True)
