@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import REPO_ROOT, load_script
 
-DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *REPO_ROOT.glob("datasets/*.md")])
+DOCUMENTS = sorted(
+    p for folder in ("", "datasets", "docs") for p in (REPO_ROOT / folder).glob("*.md")
+)
 FENCE = re.compile(r"```bash\n(.*?)```", re.S)
 
 # The commands as documented, on less data and for fewer steps.

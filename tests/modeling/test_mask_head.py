@@ -57,7 +57,7 @@ def test_chosen_queries_equal_the_published_head_one_by_one(streams, channels):
     head = make_head(channels)
     output, maps = make_inputs(streams)
     batch = 2 * streams.num_streams
-    entries = torch.tensor([batch - 1, 0, 1, batch - 1, 0])
+    entries = torch.tensor([batch - 1, 0, 1, batch // 2, 0])
     queries = torch.tensor([2, 4, 0, 3, 0])
     masks = head(output, maps, entries, queries)
     assert masks.shape == (5, 12, 14)
