@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from batchformer_panoptic.modeling.padding import has_padding, padding_mask
+from batchformer_panoptic.modeling.padding import BatchPadding, padding_mask
 
 
 def test_equals_nearest_resizing_of_the_full_mask():
@@ -14,6 +14,13 @@ def test_equals_nearest_resizing_of_the_full_mask():
         assert torch.equal(padding_mask(sizes, padded, map_size, torch.device("cpu")), expected)
 
 
-def test_has_padding():
-    assert not has_padding([(4, 5), (4, 5)], (4, 5))
-    assert has_padding([(4, 5), (4, 4)], (4, 5))
+def test_whether_a_batch_is_padded():
+    assert not BatchPadding([(4, 5), (4, 5)], (4, 5)).is_padded
+    assert BatchPadding([(4, 5), (4, 4)], (4, 5)).is_padded
+
+
+def test_mask_like_a_map():
+    mask = BatchPadding([(8, 8), (4, 8)], (8, 8)).mask_like(torch.zeros(2, 3, 4, 4))
+    assert mask.shape == (2, 4, 4)
+    assert not mask[0].any()
+    assert torch.equal(mask[1].any(1), torch.tensor([False, False, True, True]))

@@ -1,10 +1,33 @@
 """Padding masks from image sizes; the same code in training and in evaluation."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class BatchPadding(NamedTuple):
+    """The sizes of a batch, known without the device, and the masks that follow from them.
+
+    Attributes:
+        image_sizes: (height, width) in pixels of each of the B images, before padding.
+        padded_size: (height, width) in pixels of the batch.
+    """
+
+    image_sizes: Sequence[tuple[int, int]]
+    padded_size: tuple[int, int]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any image is smaller than the batch it is padded to."""
+        return any(tuple(size) != tuple(self.padded_size) for size in self.image_sizes)
+
+    def mask_like(self, feature_map: Tensor) -> Tensor:
+        """(B, h, w) bool on the device of a (B, C, h, w) map, True where a cell is padding."""
+        height, width = feature_map.shape[-2:]
+        return padding_mask(self.image_sizes, self.padded_size, (height, width), feature_map.device)
 
 
 def padding_mask(
@@ -33,11 +56,6 @@ def padding_mask(
     ]
     rows, columns = (v.to(device, non_blocking=True) for v in valid)
     return ~(rows[:, :, None] & columns[:, None, :])
-
-
-def has_padding(image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int]) -> bool:
-    """Whether any image is smaller than the batch it is padded to. Known without the device."""
-    return any(tuple(size) != tuple(padded_size) for size in image_sizes)
 
 
 def _valid_cells(lengths: list[int], padded_length: int, num_cells: int) -> Tensor:

@@ -35,8 +35,15 @@ class BoxHead(nn.Module):
         Returns:
             Class logits (L, B', Q, K) and boxes (L, B', Q, 4) float32 as cxcywh in 0 to 1.
         """
-        offsets = self.bbox_embed(hidden_states).float()
+        logits, box_logits = self.predict_layer(-1, hidden_states, reference_points)
+        return logits, box_logits.sigmoid()
+
+    def predict_layer(
+        self, layer: int, states: Tensor, reference_points: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Class and box logits of one layer (all share their weights); see ``BoxPredictor``."""
+        boxes = self.bbox_embed(states).float()
         if reference_points is not None:
             known = reference_points.shape[-1]
-            offsets = torch.cat([offsets[..., :known] + reference_points, offsets[..., known:]], -1)
-        return self.class_embed(hidden_states), offsets.sigmoid()
+            boxes = torch.cat([boxes[..., :known] + reference_points, boxes[..., known:]], -1)
+        return self.class_embed(states), boxes

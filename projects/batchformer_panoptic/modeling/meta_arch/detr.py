@@ -26,7 +26,7 @@ from ..criterion import SetCriterion, count_objects
 from ..inference import InferenceOptions, select_queries, to_result
 from ..losses import pixel_class_loss
 from ..matcher import HungarianMatcher, NonFiniteCostError
-from ..padding import has_padding, padding_mask
+from ..padding import BatchPadding
 from ..scoring import Scoring
 from ..targets import ImageTarget, SegmentMap, class_maps
 from ..transformer import Transformer, TransformerOutput, build_transformer
@@ -210,13 +210,8 @@ class PanopticDETR(nn.Module):
             image_sizes: (height, width) of each image before padding.
             padded_size: (height, width) of the batch.
         """
-        masks = {
-            name: padding_mask(
-                image_sizes, padded_size, _spatial_size(features[name]), features[name].device
-            )
-            for name in self.transformer.in_features
-        }
-        output = self.transformer(features, masks, has_padding(image_sizes, padded_size))
+        padding = BatchPadding(image_sizes, padded_size)
+        output = self.transformer(features, padding, self.box_head)
         first = 0 if self.training and self.deep_supervision else -1
         references = output.reference_points
         logits, boxes = self.box_head(

@@ -1,7 +1,7 @@
 """What every transformer takes and returns, and the registry that finds one by name."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -10,20 +10,41 @@ from torch import Tensor, nn
 
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
+from ..padding import BatchPadding
 
 TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
 TRANSFORMER_REGISTRY.__doc__ = """
 Transformers, found by ``MODEL.DETR.TRANSFORMER_NAME``.
 
 What is registered is a function ``(cfg, input_shape) -> Transformer`` with the name that configs
-use. The module is called as ``transformer(features, padding_masks, any_padding)``:
+use. The module is called as ``transformer(features, padding, box_head)``:
 
 * ``features``: feature maps by name, each (B, C_in, H, W);
-* ``padding_masks``: (B, H, W) bool by the same names, True where a cell is padding;
-* ``any_padding``: False when no image of the batch is padded, known on the host.
+* ``padding``: the :class:`BatchPadding` of the batch, which also makes the masks of maps;
+* ``box_head``: a :class:`BoxPredictor`, the head that will read the result; decoders that refine
+  boxes from layer to layer ask it, the others leave it alone.
 
 It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
 """
+
+
+class BoxPredictor(Protocol):
+    """What a transformer may ask of the box head."""
+
+    def predict_layer(
+        self, layer: int, states: Tensor, reference_points: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Predict from the states of one decoder layer.
+
+        Args:
+            layer: decoder layer, from 0.
+            states: (B', Q, C).
+            reference_points: None, or (B', Q, 2 or 4) logits that boxes are offsets from.
+
+        Returns:
+            Class logits (B', Q, K) and box logits (B', Q, 4) float32, before the sigmoid.
+        """
+        ...
 
 
 class TransformerOutput(NamedTuple):
@@ -57,7 +78,7 @@ class Transformer(nn.Module):
     in_features: tuple[str, ...]
 
     def forward(
-        self, features: dict[str, Tensor], padding_masks: dict[str, Tensor], any_padding: bool
+        self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor
     ) -> TransformerOutput:
         """See :data:`TRANSFORMER_REGISTRY`."""
         raise NotImplementedError

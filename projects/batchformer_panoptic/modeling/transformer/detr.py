@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...layers import SinePositionEncoding
-from .base import TRANSFORMER_REGISTRY, Transformer, TransformerOutput, build_batchformer_hook
+from ..padding import BatchPadding
+from .base import (
+    TRANSFORMER_REGISTRY,
+    BoxPredictor,
+    Transformer,
+    TransformerOutput,
+    build_batchformer_hook,
+)
 from .decoder import ConditionalDecoder, DETRDecoder
 from .encoder import DETREncoder
 from .layers import ConditionalDecoderLayer, DecoderLayer, EncoderLayer
@@ -83,15 +90,15 @@ class SingleScaleTransformer(Transformer):
         }
 
     def forward(
-        self, features: dict[str, Tensor], padding_masks: dict[str, Tensor], any_padding: bool
+        self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor
     ) -> TransformerOutput:
         """See :data:`TRANSFORMER_REGISTRY`."""
-        name = self.in_features[0]
-        projected, mask = self.input_proj(features[name]), padding_masks[name]
+        projected = self.input_proj(features[self.in_features[0]])
+        mask = padding.mask_like(projected)
         height, width = projected.shape[-2:]
         tokens = projected.flatten(2).transpose(1, 2)
         pos = self.position_encoding(mask).flatten(1, 2).to(tokens.dtype)
-        key_padding_mask = mask.flatten(1) if any_padding else None
+        key_padding_mask = mask.flatten(1) if padding.is_padded else None
 
         memory, streams = self.encoder(tokens, pos, key_padding_mask)
         hidden_states, references = self.decoder(
