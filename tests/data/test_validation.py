@@ -13,11 +13,8 @@ from conftest import load_script
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from batchformer_panoptic.data.validation import (
-    Problem,
-    check_panoptic_dataset,
-    segment_extents,
-)
+from batchformer_panoptic.data.validation import Problem, check_panoptic_dataset
+from batchformer_panoptic.data.validation.files import segment_extents
 from batchformer_panoptic.errors import UserError
 
 PERSON, WALL, CROWD = 70_000, 300, 5  # segment ids of one, two and three bytes
