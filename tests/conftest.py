@@ -37,9 +37,12 @@ def _log_handlers_end_with_the_test() -> Iterator[None]:
     """Detectron2 leaves handlers on a test's captured streams, which are closed afterwards."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "batchformer_panoptic")]
     before = [list(logger.handlers) for logger in loggers]
+    for logger in loggers:
+        logger.propagate = True  # fixtures of a module have run before this one
     yield
     for logger, handlers in zip(loggers, before, strict=True):
         logger.handlers[:] = handlers
+        logger.propagate = True
     setup_logger.cache_clear()
 
 

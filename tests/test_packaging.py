@@ -110,6 +110,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 
 def test_imports_are_declared() -> None:
     declared = required_names("options", "install_requires") | WITH_DETECTRON2
+    declared |= required_names("options.extras_require", "timm")
     imported: dict[str, str] = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -170,7 +171,7 @@ def test_detectron2_is_never_a_requirement() -> None:
 
 def test_torch_has_no_upper_bound() -> None:
     ranges = [line for line in required("options", "install_requires") if "torch" in line]
-    assert ranges == ["torch>=2.4", "torchvision"]
+    assert ranges == ["torch>=2.6", "torchvision"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -264,6 +265,23 @@ def test_a_finished_environment_is_kept(setup_env: ModuleType, tmp_path: Path, o
         (tmp_path / setup_env.STATE_FILE).write_text(setup_env.COMPLETE)
     assert setup_env.prepare_venv(tmp_path) == (tmp_path / "bin" / "python", ours)
     assert (tmp_path / "half-installed").exists()
+
+
+def test_peers_of_the_tests_are_for_our_environment_alone(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(setup_env, "pip", lambda python, words, purpose: installed.extend(words))
+    monkeypatch.setattr(setup_env, "has_module", lambda python, name: True)
+    monkeypatch.setattr(setup_env, "ask", lambda *arguments: "3 11")
+    have = {"torch": "2.6.0", setup_env.DETECTRON2: setup_env.pinned(setup_env.DETECTRON2)[-5:]}
+    monkeypatch.setattr(setup_env, "installed_versions", lambda python: have)
+    setup_env.fill_foreign(Path("python"))
+    assert not any(word.startswith(("timm", "transformers", "efficientnet")) for word in installed)
+    setup_env.fill_ours(Path("python"))
+    peers = required("options.extras_require", "test")
+    assert len(peers) >= 4
+    assert set(peers) <= set(installed)
 
 
 def test_what_an_environment_has_is_frozen(

@@ -29,7 +29,7 @@ from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import nn
 
-from batchformer_panoptic.checkpoint import PanopticCheckpointer, read_class_table
+from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from batchformer_panoptic.data import build_test_loader, setup_datasets
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.errors import UserError
@@ -93,7 +93,8 @@ def fill_classes(cfg: CfgNode) -> list[str]:
 def load_weights(cfg: CfgNode, model: nn.Module) -> list[str]:
     if not is_file(cfg.MODEL.WEIGHTS):
         return [f"weights are random (MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS!r}, which is no file)"]
-    PanopticCheckpointer(model, training=True).load(cfg.MODEL.WEIGHTS)
+    settings = SettingsRecord(cfg)
+    PanopticCheckpointer(model, training=True, settings=settings).load(cfg.MODEL.WEIGHTS)
     return [f"weights are those of {cfg.MODEL.WEIGHTS}"]
 
 

@@ -176,7 +176,7 @@ def fill_ours(python: Path) -> None:
     """Install the pins: nothing is taken from outside constraints.txt."""
     constraint = ["--constraint", str(CONSTRAINTS), "--no-build-isolation"]
     pip(python, ["--upgrade", "--constraint", str(CONSTRAINTS), *BUILD_TOOLS], "installing pip")
-    wanted = requirements("", "detectron2-needs", "dev")
+    wanted = requirements("", "detectron2-needs", "test", "dev")
     pip(python, [*constraint, *wanted], "installing torch and the rest (up to 3 GB to download)")
     wanted_version = pinned(DETECTRON2).partition("==")[2]
     if installed_versions(python).get(DETECTRON2, wanted_version) != wanted_version:
@@ -188,7 +188,10 @@ def fill_ours(python: Path) -> None:
 
 
 def fill_foreign(python: Path) -> None:
-    """Install what somebody's own environment lacks; whatever it has stays as it is."""
+    """Install what somebody's own environment lacks; whatever it has stays as it is.
+
+    The peers of the extra ``test`` are left out: tests that need an absent one are skipped.
+    """
     have = installed_versions(python)
     own_detectron2 = has_module(python, "detectron2")
     version = ask(python, "import sys; print(*sys.version_info[:2])")

@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_batchformer_panoptic_config
-    from .data import register_panoptic_dataset
+    from .data import register_instances_dataset, register_panoptic_dataset
     from .modeling.meta_arch import PanopticDETR
 
-__all__ = ["PanopticDETR", "add_batchformer_panoptic_config", "register_panoptic_dataset"]
+__all__ = [
+    "PanopticDETR",
+    "add_batchformer_panoptic_config",
+    "register_instances_dataset",
+    "register_panoptic_dataset",
+]
 
 _HOME_OF_NAME = {
     "PanopticDETR": ".modeling.meta_arch",
     "add_batchformer_panoptic_config": ".config",
+    "register_instances_dataset": ".data",
     "register_panoptic_dataset": ".data",
 }
 

@@ -15,6 +15,9 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
     _add_batchformer_keys(cfg)
     _add_panoptic_keys(cfg)
     _add_solver_keys(cfg)
+    # Start a training from a trained model of other classes, without its class head (--init-from).
+    # Takes the place of MODEL.WEIGHTS; evaluation and resuming do not read it.
+    cfg.MODEL.INIT_FROM = ""
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -22,6 +25,8 @@ def _add_input_keys(cfg: CN) -> None:
     # Data sets of one's own: a list of [name, image_root, panoptic_root, panoptic_json]. Things and
     # stuff, class names, colours and the number of classes come from the JSON's "categories".
     cfg.DATASETS.CUSTOM_PANOPTIC = []
+    # The same for boxes alone: [name, image_root, instances_json]; every class is a thing.
+    cfg.DATASETS.CUSTOM_INSTANCES = []
 
     # The augmentation of DETR: half of the images are resized as INPUT.MIN_SIZE_TRAIN says; the
     # other half is resized to one of MIN_SIZES, cropped with both sides drawn from CROP_RANGE
@@ -74,6 +79,39 @@ def _add_detr_keys(cfg: CN) -> None:
     # padded and no result depends on its batch mates. True: they are padded to a common size.
     cfg.MODEL.DETR.PAD_IN_TEST = False
 
+    # The transformer "deformable": backbone maps that become tokens, fine to coarse.
+    cfg.MODEL.DEFORMABLE = CN()
+    cfg.MODEL.DEFORMABLE.IN_FEATURES = ["res3", "res4", "res5"]
+    # Levels in all; those beyond IN_FEATURES come from the last map by strided convolutions.
+    cfg.MODEL.DEFORMABLE.NUM_FEATURE_LEVELS = 4
+    # Points that a head looks at on each level, in the encoder and in the decoder.
+    cfg.MODEL.DEFORMABLE.ENC_POINTS = 4
+    cfg.MODEL.DEFORMABLE.DEC_POINTS = 4
+    # Each decoder layer has a head of its own, whose boxes are where the next layer looks.
+    cfg.MODEL.DEFORMABLE.BOX_REFINE = False
+    # The queries are the best boxes that the encoder proposes. Needs BOX_REFINE.
+    cfg.MODEL.DEFORMABLE.TWO_STAGE = False
+    # True, as published: strided convolutions and group norms of the input projections see what
+    # lies in the padding, so that a padded image depends on its batch mates. No weight differs.
+    cfg.MODEL.DEFORMABLE.SEE_PADDING = False
+    # Learning rate of sampling offsets and reference points relative to SOLVER.BASE_LR.
+    cfg.MODEL.DEFORMABLE.LR_FACTOR = 0.1
+
+    # The transformers "smca" and "smca_multiscale".
+    cfg.MODEL.SMCA = CN()
+    # What shapes the Gaussian around which a head attends, beside its place (flag --dynamic_scale
+    # of the public code): "fixed" (type1: nothing), "isotropic" (type2: a factor on the squared
+    # distance), "per_axis" (type3, used for its results: one for x, one for y) or
+    # "per_axis_and_product" (type4: one more, for the product of both squared distances).
+    cfg.MODEL.SMCA.DYNAMIC_SCALE = "per_axis"
+    # Divisor of squared distances in cells of 32 pixels (--smooth); larger looks wider.
+    cfg.MODEL.SMCA.SMOOTH = 8.0
+    # "smca_multiscale": backbone maps, fine to coarse; a level of half the last one's size follows.
+    cfg.MODEL.SMCA.IN_FEATURES = ["res3", "res4", "res5"]
+    # "smca_multiscale": True, as published: convolutions and resizing in the encoder see what lies
+    # in the padding, so that a padded image depends on its batch mates. No weight differs.
+    cfg.MODEL.SMCA.SEE_PADDING = False
+
     # The mask head (built when MODEL.MASK_ON): backbone maps it mixes in, coarse to fine.
     cfg.MODEL.MASK_HEAD = CN()
     cfg.MODEL.MASK_HEAD.IN_FEATURES = ["res4", "res3", "res2"]
@@ -100,6 +138,17 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.SMALL_RESNET.STAGE_STRIDES = [1, 2, 2, 1]  # after the stem's stride of 4
     cfg.MODEL.SMALL_RESNET.BLOCKS_PER_STAGE = 1
     cfg.MODEL.SMALL_RESNET.NORM = "BN"
+
+    # The backbone "build_timm_backbone": any model of timm that has feature maps;
+    # TESTED_TIMM_MODELS in modeling/backbone lists those that the tests cover. As for ResNets,
+    # MODEL.BACKBONE.FREEZE_AT 2 freezes all that res2 is computed from; 0 freezes nothing.
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "resnet50"
+    # Its maps, named by stride: res2 is 4, res3 is 8, res4 is 16, res5 is 32.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.TIMM.FROZEN_BN = True  # batch norms keep statistics, scale and shift
+    # Let timm download weights. MODEL.WEIGHTS, if any, is read afterwards and needs no network.
+    cfg.MODEL.TIMM.PRETRAINED = False
 
 
 def _add_batchformer_keys(cfg: CN) -> None:
@@ -128,10 +177,16 @@ def _add_panoptic_keys(cfg: CN) -> None:
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = []
     # Queries whose best class scores no more than this are dropped (0 to 1).
     cfg.MODEL.PANOPTIC.SCORE_THRESHOLD_TEST = 0.85
-    # Segments of no more than this many pixels are dropped.
+    # How pixels go to the kept queries: "strongest" (the strongest mask; queries of one stuff class
+    # are one segment), "published" (PostProcessPanoptic of DETR, defects included) or "mask2former"
+    # (score x mask probability, at least 0.5 of the latter).
+    cfg.MODEL.PANOPTIC.MERGE_TEST = "strongest"
+    # Segments of no more than this many pixels are dropped (not by "mask2former").
     cfg.MODEL.PANOPTIC.MIN_AREA_TEST = 4
-    # Pixels that no kept mask claims with at least this probability stay void (0 to 1).
+    # Pixels that no kept mask claims with at least this probability stay void ("strongest").
     cfg.MODEL.PANOPTIC.MASK_THRESHOLD_TEST = 0.0
+    # A query that wins less than this share of its own mask is dropped ("mask2former").
+    cfg.MODEL.PANOPTIC.OVERLAP_THRESHOLD_TEST = 0.8
     # Of things whose masks overlap by more than this IoU the best one stays. 1.0: all (published).
     cfg.MODEL.PANOPTIC.DUPLICATE_IOU_TEST = 1.0
     # Instances (boxes, masks, scores of things) beside the panoptic map: box and mask AP need them.

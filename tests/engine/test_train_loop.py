@@ -84,10 +84,10 @@ def test_console_line_shows_progress_and_totals(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = stand_in_cfg(tmp_path)
-    logging.getLogger("batchformer_panoptic").propagate = True
     with caplog.at_level(logging.INFO, logger="batchformer_panoptic.engine.hooks"):
         trained(cfg)
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("engine.hooks")]
+    name = "batchformer_panoptic.engine.hooks"
+    lines = [r.getMessage() for r in caplog.records if r.name == name]
     assert [line.split("  ")[0] for line in lines] == ["iter: 1/6", "iter: 6/6"]
     for word in ("eta:", "total_loss:", "batchformer/total_loss:", "loss_ce:", "grad_norm:", "lr:"):
         assert word in lines[-1]
@@ -109,7 +109,6 @@ class PoisonedTrainer(StandInTrainer):
 def test_non_finite_loss_names_terms_and_images_and_keeps_the_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("detectron2").propagate = True
     before = trained(stand_in_cfg(tmp_path / "before", "SOLVER.MAX_ITER", 2))
     trainer = PoisonedTrainer(stand_in_cfg(tmp_path / "run"))
     trainer.resume_or_load(resume=False)
@@ -159,6 +158,5 @@ def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
 def test_one_image_per_process_is_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, warned: bool
 ) -> None:
-    logging.getLogger("batchformer_panoptic").propagate = True
     StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.IMS_PER_BATCH", images))
     assert ("ONE image" in caplog.text) == warned

@@ -1,6 +1,15 @@
-"""Checkpoints: safe reading, strict fitting, the class table inside."""
+"""Checkpoints: safe reading, strict fitting, the class table and the settings inside."""
 
 from .class_table import ClassTableRecord, read_class_table
+from .files import read_weights, write_atomically
 from .loading import PanopticCheckpointer
+from .settings import SettingsRecord
 
-__all__ = ["ClassTableRecord", "PanopticCheckpointer", "read_class_table"]
+__all__ = [
+    "ClassTableRecord",
+    "PanopticCheckpointer",
+    "SettingsRecord",
+    "read_class_table",
+    "read_weights",
+    "write_atomically",
+]

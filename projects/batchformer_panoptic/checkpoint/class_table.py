@@ -4,7 +4,8 @@ from typing import Any
 
 from ..data.categories import ClassTable
 from ..errors import UserError
-from .files import read_pth
+from .files import read_weights
+from .misfit import start_from
 
 KEY = "class_table"
 
@@ -22,7 +23,7 @@ class ClassTableRecord:
         """Return COCO category dicts in contiguous order."""
         return self._table.to_json()
 
-    def load_state_dict(self, categories: list[dict[str, Any]]) -> None:
+    def check(self, categories: list[dict[str, Any]], path: str) -> None:
         """Compare with the classes of a checkpoint; colours and dataset ids may differ.
 
         Raises:
@@ -32,8 +33,29 @@ class ClassTableRecord:
         if difference:
             raise UserError(
                 "the checkpoint was trained on other classes, data set against checkpoint: "
-                f"{difference}; use the data set it was trained on, or other weights"
+                f"{difference}; use the data set it was trained on, or other weights; for a "
+                f"training on other classes: {start_from(path)}"
             )
+
+    def compare(self, categories: list[dict[str, Any]]) -> str:
+        """Describe both sets of classes for the log: their numbers and the first difference."""
+        theirs = ClassTable.from_json(categories)
+        if not self._table.difference(theirs):
+            return "the classes are the same; MODEL.WEIGHTS would keep the class head"
+        counts = f"{self._table.num_classes} classes against {theirs.num_classes}"
+        shared = min(self._table.num_classes, theirs.num_classes)
+        for class_id in range(shared):
+            mine, other = self._table.names[class_id], theirs.names[class_id]
+            if mine != other:
+                return (
+                    f"{counts}; the first to differ is class {class_id}, {mine!r} against {other!r}"
+                )
+        if self._table.num_classes == theirs.num_classes:
+            return f"{counts}; {self._table.difference(theirs)}"
+        longer = max(self._table, theirs, key=lambda table: table.num_classes)
+        return (
+            f"{counts}; the first to differ is class {shared}, {longer.names[shared]!r} in one only"
+        )
 
 
 def read_class_table(path: str) -> ClassTable | None:
@@ -42,5 +64,5 @@ def read_class_table(path: str) -> ClassTable | None:
     Raises:
         UserError: the file cannot be read.
     """
-    categories = read_pth(path).get(KEY) if path.endswith(".pth") else None
+    categories = read_weights(path).get(KEY)
     return None if categories is None else ClassTable.from_json(categories)

@@ -1,10 +1,20 @@
-"""Reading checkpoint files without running code that is hidden in them."""
+"""Reading and writing checkpoint files: nothing hidden in them is run, nothing is half written."""
 
+import argparse
+import contextlib
+import json
+import os
 import pickle
-from typing import Any
+import re
+import tarfile
+import uuid
+import zipfile
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 
@@ -19,6 +29,16 @@ _PICKLED_NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
 }
+# Official training checkpoints keep their command line under "args": a bag of values, no code.
+_HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
+# Metadata of a .safetensors file is text; these entries are JSON.
+_JSON_METADATA = ("settings", "class_table")
+_HEAD_BYTES = 4096
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+class _ForeignObject(pickle.UnpicklingError):
+    """A pickle names something that is no weight; its only argument is the name."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -26,57 +46,224 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED_NAMES:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+            raise _ForeignObject(f"{module}.{name}")
         return super().find_class(module, name)
 
 
-def read_pth(path: str) -> dict[str, Any]:
-    """Read a ``.pth`` file into CPU memory (tensors, numbers, strings and containers only).
+def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of any kind into CPU memory without running code hidden in it.
 
-    A bare dictionary of weights comes back as ``{"model": weights}``.
+    * ``.safetensors``: the metadata "settings" and "class_table" are JSON, the rest is text.
+    * ``.pth``, ``.pt``, ``.bin``: as ``torch.save`` writes them; tensors, numbers, texts,
+      containers and ``argparse.Namespace``.
+    * ``.pkl`` of Detectron2's model zoo: dictionaries of arrays. One in Caffe2's layout (the files
+      of MSRA) gets the entries that Detectron2 gives it, so that its names are translated later.
+
+    Weights that stand alone, or under "state_dict", come back under "model".
+
+    Args:
+        path: a local file.
+        allow_pickle: read any pickle, and run the code in it: for files of trusted origin.
+
+    Returns:
+        ``{"model": {name: Tensor or ndarray}}``, and what else the file holds.
 
     Raises:
-        UserError: the file is damaged, holds other objects, or holds no weights.
+        UserError: no such file, not a checkpoint, damaged, one with other Python objects than
+            weights, or one without weights.
     """
+    head = _head_of(path)
+    if path.endswith(".safetensors"):
+        return _with_weights(_read_safetensors(path), path)
+    _refuse_text(head, path)
+    if path.endswith(".pkl") and not head.startswith(_ZIP):
+        return _with_weights(_zoo_layout(_read_pickled_arrays(path, allow_pickle), path), path)
+    return _with_weights(_read_torch(path, head, allow_pickle), path)
+
+
+def write_atomically(path: str, save: Callable[[str], None]) -> None:
+    """Write a file as a whole or not at all.
+
+    Args:
+        path: the target; a symbolic link keeps pointing to what is replaced.
+        save: called with the name of a temporary file, with the target's ending, in the target's
+            folder; writes it. When it raises, the target is as before and nothing is left behind.
+
+    Raises:
+        UserError: the target is a folder, its folder does not exist, or the system refuses.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    if os.path.isdir(target):
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not os.path.isdir(folder):
+        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+    # Not by tempfile, whose files nobody else may read; the ending may tell `save` the format.
+    stem, ending = os.path.splitext(name)
+    temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "it is damaged, or holds Python objects besides weights, which are not read"
-        raise UserError(f"checkpoint {path} cannot be read: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = "it is damaged or no PyTorch file; copy or download it again"
-        raise UserError(f"checkpoint {path} cannot be read: {reason}") from error
-    if isinstance(loaded, dict) and "model" not in loaded:
-        loaded = {"model": loaded}
-    return _checked(loaded, path)
+        save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
-def read_model_zoo_pkl(path: str) -> dict[str, Any]:
-    """Read a ``.pkl`` file of Detectron2's model zoo: ``{"model": arrays, "__author__": name}``.
+def check_is_file(path: str, *, hint: str = "") -> None:
+    """Refuse a path of nothing or of a folder.
+
+    Args:
+        path: of a checkpoint.
+        hint: end of the message about a missing file, as in "; see MODEL.WEIGHTS".
 
     Raises:
-        UserError: the file is damaged, holds anything but arrays, or has another layout.
+        UserError: see above.
     """
+    if os.path.isdir(path):
+        raise UserError(f"checkpoint {path} is a folder; name a file in it")
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {path} not found{hint}")
+
+
+def _head_of(path: str) -> bytes:
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
-            loaded = _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    if not head:
+        _refuse(path, "the file is empty; copy or download it again")
+    return head
+
+
+def _refuse(path: str, reason: str) -> NoReturn:
+    raise UserError(f"checkpoint {path} cannot be read: {reason}")
+
+
+def _refuse_text(head: bytes, path: str) -> None:
+    """Refuse what a failed download or copy leaves under the name of a checkpoint."""
+    if not head.strip(b"\0"):
+        _refuse(path, "it begins with nothing but zeros: copy or download it again")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        _refuse(path, "it is an HTML or XML page: the download failed")
+    if start.startswith(b"version https://git-lfs"):
+        _refuse(path, "it is a pointer of Git LFS and not the file itself: run git lfs pull")
+    if start.startswith((b"{", b"[")) and b"\0" not in head:
+        _refuse(path, "it is JSON text and no weights: a failed download, or an index of files")
+
+
+def _refuse_object(path: str, name: str | None) -> NoReturn:
+    what = f"the Python object {name}" if name else "Python objects"
+    _refuse(
+        path,
+        f"it holds {what} besides weights, and a pickle can run any code; "
+        "use it with --allow-pickle of tools/convert_checkpoint.py if you trust its origin",
+    )
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            rest: dict[str, Any] = dict(file.metadata() or {})
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        with open(path, "rb") as plain:
+            _refuse_text(plain.read(_HEAD_BYTES), path)
+        reason = " ".join(str(error).split())
+        _refuse(path, f"it is truncated, damaged or no safetensors file ({reason})")
+    for key in _JSON_METADATA:
+        if key in rest:
+            try:
+                rest[key] = json.loads(rest[key])
+            except json.JSONDecodeError as error:
+                _refuse(path, f"its metadata {key!r} is no JSON ({error})")
+    return {**rest, "model": weights}
+
+
+def _read_pickled_arrays(path: str, allow_pickle: bool) -> Any:
+    unpickler = pickle.Unpickler if allow_pickle else _ArrayUnpickler
+    try:
+        with open(path, "rb") as file:
+            return unpickler(file, encoding="latin1").load()
+    except _ForeignObject as error:
+        _refuse_object(path, str(error))
+    except Exception as error:  # garbage read as a pickle can raise anything
         raise UserError(
-            f"checkpoint {path} cannot be read: it is damaged, or no file of Detectron2's model zoo"
+            f"checkpoint {path} cannot be read: it is truncated, damaged or no file of Detectron2's"
+            f" model zoo ({type(error).__name__})"
         ) from error
-    if not isinstance(loaded, dict) or not {"model", "__author__"} <= loaded.keys():
+
+
+def _zoo_layout(loaded: Any, path: str) -> Any:
+    """Give a file in Caffe2's layout, bare weights, the entries Detectron2's loading looks for."""
+    if not isinstance(loaded, dict) or "model" in loaded:
+        return loaded
+    weights = loaded.get("blobs", loaded)
+    if not isinstance(weights, dict):
+        _refuse(path, "it is no file of Detectron2's model zoo")
+    weights = {k: v for k, v in weights.items() if not str(k).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _read_torch(path: str, head: bytes, allow_pickle: bool) -> Any:
+    if head.startswith(_ZIP):
+        _check_zip(path)
+    elif tarfile.is_tarfile(path):
+        # Older versions of torch unpickle these whatever weights_only says.
+        if not allow_pickle:
+            _refuse(path, "it is a tar file of a torch before 0.4; save it again with a newer one")
+    elif not head.startswith(_PICKLE):
+        _refuse(path, "it is truncated, damaged or no file of torch.save; download it again")
+    try:
+        with torch.serialization.safe_globals(_HARMLESS_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None and head.startswith(_ZIP):
+            _refuse(path, "its list of weights is damaged; copy or download it again")
+        _refuse_object(path, found.group(1) if found else None)
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f'checkpoint {path} is no file of Detectron2\'s model zoo (keys "model", "__author__")'
-        )
-    return _checked(loaded, path)
+            f"checkpoint {path} cannot be read: it is truncated or damaged "
+            f"({type(error).__name__}); copy or download it again"
+        ) from error
 
 
-def _checked(loaded: Any, path: str) -> dict[str, Any]:
+def _check_zip(path: str) -> None:
+    """Refuse a zip file that is incomplete, or that would grow when it is read.
+
+    ``torch.save`` stores without compression.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read: it is truncated; copy or download it again"
+        ) from error
+    size = os.path.getsize(path)
+    if unpacked > size:
+        _refuse(path, f"its {size} bytes would unpack to {unpacked}, which torch.save never writes")
+
+
+def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
+    """Return the content with its weights under "model", all of them arrays or tensors."""
+    if isinstance(loaded, dict) and "model" not in loaded:
+        if isinstance(loaded.get("state_dict"), dict):
+            loaded["model"] = loaded.pop("state_dict")
+        else:
+            loaded = {"model": loaded}
     weights = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"checkpoint {path} holds no weights")
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor | np.ndarray):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
             raise UserError(
                 f"checkpoint {path} holds no plain weights: {name!r} is a {type(value).__name__}"
             )

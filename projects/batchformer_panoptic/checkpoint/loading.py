@@ -2,35 +2,28 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from fvcore.common.checkpoint import _IncompatibleKeys
+from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
 from torch import nn
 
 from ..data.categories import ClassTable
 from ..errors import UserError
 from .class_table import KEY as CLASS_TABLE
 from .class_table import ClassTableRecord
-from .files import read_model_zoo_pkl, read_pth
+from .files import check_is_file, read_weights, write_atomically
+from .misfit import Misfit, describe, first, is_block, is_class_head, is_mask_head, without
+from .settings import KEY as SETTINGS
+from .settings import SettingsRecord, implied_settings
 
 LIVE_MODEL = "live_model"
 # Checkpoints that are no point to resume from: they are saved beside the regular ones.
 _SIDE_CHECKPOINTS = ("model_best", "model_nonfinite")
-_BLOCK = "batchformer"
-_MASK_HEAD = "mask_head."
 # The classifier of an ImageNet network, and a bias that Detectron2's MSRA files carry unused.
 _CLASSIFIER_PARTS = {"fc", "fc1000", "pred", "classifier"}
 _UNUSED_BIAS = "stem.conv1.bias"
-_SHOWN = 5
-
-
-class _Misfit(NamedTuple):
-    """What of a checkpoint does not fit a model."""
-
-    missing: list[str]
-    unexpected: list[str]
-    wrong_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, theirs, ours
 
 
 class PanopticCheckpointer(DetectionCheckpointer):
@@ -43,8 +36,8 @@ class PanopticCheckpointer(DetectionCheckpointer):
     * for training only, a backbone-only file (ImageNet weights), its classifier apart;
     * for training only, a whole mask head that is absent (boxes first, masks second).
 
-    Resuming tolerates nothing. ``.pth`` files are read with ``weights_only=True``; ``.pkl`` files
-    only when they are dictionaries of arrays in the layout of Detectron2's model zoo.
+    `load_all_but_classes` leaves the class head out as well. Resuming tolerates nothing. Files are
+    read by `read_weights`, which runs no code in them, and written as a whole or not at all.
 
     With an ``ema``, a checkpoint holds the averaged weights under "model", which is what
     evaluation and the demo load, and the weights being trained under "live_model".
@@ -54,6 +47,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         save_dir: where checkpoints are saved and ``last_checkpoint`` is kept.
         training: whether the weights are a starting point (see above) or about to be evaluated.
         class_table: classes of the data set, to be stored and compared.
+        settings: settings that the weights depend on, to be stored and compared.
         ema: an object with ``averaged_state_dict()``, ``state_dict()``, ``load_state_dict()``.
         checkpointables: further objects to save and resume, as in Detectron2.
     """
@@ -65,6 +59,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         *,
         training: bool = False,
         class_table: ClassTable | None = None,
+        settings: SettingsRecord | None = None,
         ema: Any = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
@@ -74,17 +69,31 @@ class PanopticCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._training = training
         self._ema = ema
-        self._record = None if class_table is None else ClassTableRecord(class_table)
+        self._classes = None if class_table is None else ClassTableRecord(class_table)
+        self._settings = settings
         self._resuming = False
+        self._fresh_classes = False
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, the class table and all checkpointables to ``save_dir/name.pth``."""
-        if self._record is not None:
-            kwargs[CLASS_TABLE] = self._record.state_dict()
-        if self._ema is not None:
-            kwargs["model"] = self._ema.averaged_state_dict()
-        super().save(name, **kwargs)
+        """Save model, class table, settings and all checkpointables to ``save_dir/name.pth``.
+
+        A file of that name is replaced only when the new one is complete.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        averaged = None if self._ema is None else self._ema.averaged_state_dict()
+        data: dict[str, Any] = {"model": averaged or self.model.state_dict()}
+        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        if self._classes is not None:
+            data[CLASS_TABLE] = self._classes.state_dict()
+        if self._settings is not None:
+            data[SETTINGS] = self._settings.state_dict()
+        data |= kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        write_atomically(path, lambda temporary: torch.save(data, temporary))
+        self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Remember the file to resume from, unless it is a side checkpoint."""
@@ -102,10 +111,11 @@ class PanopticCheckpointer(DetectionCheckpointer):
             What else the file holds.
 
         Raises:
-            UserError: no such file, unreadable, other classes, or it does not fit.
+            UserError: no such file, unreadable, other classes or settings, or it does not fit.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            raise UserError(f"checkpoint {path} not found; see MODEL.WEIGHTS or --resume")
+        if path and "://" not in path:
+            source = "--init-from" if self._fresh_classes else "MODEL.WEIGHTS or --resume"
+            check_is_file(path, hint=f"; see {source}")
         self._resuming = checkpointables is None and bool(self.checkpointables)
         self._path = path
         try:
@@ -128,48 +138,102 @@ class PanopticCheckpointer(DetectionCheckpointer):
             )
         return rest
 
+    def load_all_but_classes(self, path: str) -> None:
+        """Start from a trained model of other classes: the class head keeps its initial values.
+
+        Left out are the class layer of the box head and the auxiliary classifiers of pixels, which
+        the log lists. The rest must fit as usual; ImageNet weights are no trained model.
+
+        Raises:
+            UserError: as in `load`.
+        """
+        self._fresh_classes = True
+        try:
+            self.load(path, checkpointables=[])
+        finally:
+            self._fresh_classes = False
+
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            return read_model_zoo_pkl(filename)
-        return read_pth(filename)
+        return read_weights(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
-        if self._record is not None and CLASS_TABLE in checkpoint:
-            self._record.load_state_dict(checkpoint[CLASS_TABLE])
+        weights = checkpoint["model"]
+        _strip_prefix_if_present(weights, "module.")
+        self._compare(checkpoint)
+        fresh: list[str] = []
+        if self._fresh_classes:
+            fresh = [key for key in self.model.state_dict() if is_class_head(key)]
+            for key in [key for key in weights if is_class_head(key)]:
+                del weights[key]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = list(incompatible.incorrect_shapes)
         # fvcore sets aside what has the wrong shape, and then misses it.
-        missing = _without(incompatible.missing_keys, [name for name, _, _ in wrong_shape])
-        self._refuse_misfit(_Misfit(missing, list(incompatible.unexpected_keys), wrong_shape))
+        missing = without(
+            incompatible.missing_keys, [*fresh, *(name for name, _, _ in wrong_shape)]
+        )
+        self._refuse_misfit(Misfit(missing, list(incompatible.unexpected_keys), wrong_shape))
+        if self._fresh_classes:
+            self._log_fresh_classes(fresh, checkpoint)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[], incorrect_shapes=[])
 
-    def _refuse_misfit(self, misfit: _Misfit) -> None:
+    def _compare(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse other settings and, unless the class head starts afresh, other classes."""
+        if self._settings is not None:
+            stored = checkpoint.get(SETTINGS, {})
+            if not isinstance(stored, dict):
+                raise UserError(f"checkpoint {self._path}: its {SETTINGS!r} are no mapping")
+            implied = implied_settings(checkpoint, self.model.state_dict())
+            self._settings.check(
+                {**implied, **stored},
+                self._path,
+                class_head=not self._fresh_classes,
+                reason=" (its stem.conv1.bias says: ImageNet weights of MSRA)" if implied else "",
+            )
+        if self._classes is not None and CLASS_TABLE in checkpoint and not self._fresh_classes:
+            self._classes.check(checkpoint[CLASS_TABLE], self._path)
+
+    def _log_fresh_classes(self, fresh: Sequence[str], checkpoint: dict[str, Any]) -> None:
+        if self._classes is not None and CLASS_TABLE in checkpoint:
+            why = f"this data set against {self._path}: "
+            why += self._classes.compare(checkpoint[CLASS_TABLE])
+        else:
+            why = f"the classes of {self._path} are not known"
+        self.logger.warning(
+            f"--init-from keeps everything but the class head. Left at their initial values: "
+            f"{', '.join(fresh)} ({why})"
+        )
+
+    def _refuse_misfit(self, misfit: Misfit) -> None:
         if not self._resuming:
             misfit = self._without_block(misfit)
             if self._training:
                 misfit = self._without_absent_heads(misfit)
         if any(misfit):
-            raise UserError(self._describe(misfit))
+            training = self._training and not self._resuming
+            raise UserError(describe(misfit, self._path, training=training))
 
-    def _without_block(self, misfit: _Misfit) -> _Misfit:
-        missing = [k for k in misfit.missing if _BLOCK in k]
-        unexpected = [k for k in misfit.unexpected if _BLOCK in k]
+    def _without_block(self, misfit: Misfit) -> Misfit:
+        missing = list(filter(is_block, misfit.missing))
+        unexpected = list(filter(is_block, misfit.unexpected))
         if missing:
-            self.logger.info(f"{self._path} has no BatchFormer block: the model's keeps its values")
+            self.logger.info(
+                f"{self._path} has no BatchFormer block: the model's keeps its initial values "
+                f"({first(missing)})"
+            )
         if unexpected:
             self.logger.info(f"the BatchFormer block of {self._path} is not used by this model")
         return misfit._replace(
-            missing=_without(misfit.missing, missing),
-            unexpected=_without(misfit.unexpected, unexpected),
+            missing=without(misfit.missing, missing),
+            unexpected=without(misfit.unexpected, unexpected),
         )
 
-    def _without_absent_heads(self, misfit: _Misfit) -> _Misfit:
+    def _without_absent_heads(self, misfit: Misfit) -> Misfit:
         """Drop what may be absent when weights are a starting point of training."""
         ours = list(self.model.state_dict())
         outside_backbone = [k for k in ours if not k.startswith("backbone.")]
-        mask_head = [k for k in ours if _is_mask_head(k)]
+        mask_head = list(filter(is_mask_head, ours))
         missing = set(misfit.missing)
-        if _all_missing(outside_backbone, missing):
+        if not self._fresh_classes and _all_missing(outside_backbone, missing):
             self.logger.info(f"{self._path} initialises the backbone; the rest starts afresh")
             return misfit._replace(
                 missing=[
@@ -180,48 +244,11 @@ class PanopticCheckpointer(DetectionCheckpointer):
                 unexpected=[k for k in misfit.unexpected if not _is_classifier(k)],
             )
         if mask_head and missing.issuperset(mask_head):
-            self.logger.info(f"{self._path} has no mask head: it starts afresh")
-            return misfit._replace(missing=_without(misfit.missing, mask_head))
-        return misfit
-
-    def _describe(self, misfit: _Misfit) -> str:
-        found = []
-        if misfit.missing:
-            found.append(f"{len(misfit.missing)} keys missing ({_first(misfit.missing)})")
-        if misfit.unexpected:
-            found.append(f"{len(misfit.unexpected)} keys unknown ({_first(misfit.unexpected)})")
-        if misfit.wrong_shape:
-            shapes = [f"{k} {theirs} instead of {ours}" for k, theirs, ours in misfit.wrong_shape]
-            found.append(f"{len(shapes)} shapes differ ({_first(shapes)})")
-        return (
-            f"checkpoint {self._path} does not fit the model: {'; '.join(found)}. "
-            f"{self._remedy(misfit)}"
-        )
-
-    def _remedy(self, misfit: _Misfit) -> str:
-        if misfit.unexpected and all(map(_is_mask_head, misfit.unexpected)):
-            return "It has a mask head and the model has none: set MODEL.MASK_ON True"
-        if misfit.missing and all(map(_is_mask_head, misfit.missing)):
-            return "It has no mask head: set MODEL.MASK_ON False, or train the head first"
-        if misfit.wrong_shape and not misfit.missing and not misfit.unexpected:
-            return (
-                "Sizes of the model (MODEL.DETR.NUM_CLASSES, which the data set decides, "
-                "NUM_OBJECT_QUERIES, HIDDEN_DIM, ...) must be those of its training"
+            self.logger.info(
+                f"{self._path} has no mask head: it starts afresh ({first(mask_head)})"
             )
-        return "Use the config it was trained with, usually config.yaml beside it"
-
-
-def _without(keys: Sequence[str], dropped: Sequence[str]) -> list[str]:
-    gone = set(dropped)
-    return [k for k in keys if k not in gone]
-
-
-def _first(items: Sequence[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
-
-
-def _is_mask_head(key: str) -> bool:
-    return key.startswith(_MASK_HEAD)
+            return misfit._replace(missing=without(misfit.missing, mask_head))
+        return misfit
 
 
 def _is_classifier(key: str) -> bool:
@@ -231,4 +258,4 @@ def _is_classifier(key: str) -> bool:
 def _all_missing(keys: Sequence[str], missing: set[str]) -> bool:
     """Whether nothing outside the backbone (the block and image statistics apart) was found."""
     ignored = ("pixel_mean", "pixel_std")
-    return all(k in missing or _BLOCK in k or k in ignored for k in keys)
+    return all(k in missing or is_block(k) or k in ignored for k in keys)

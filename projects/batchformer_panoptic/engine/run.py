@@ -17,9 +17,19 @@ _MARKER = "batchformer_panoptic.errors.UserError: "
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's usual arguments; a free port is found unless ``--dist-url`` is given."""
+    """Return Detectron2's usual arguments and ``--init-from``.
+
+    A free port is found unless ``--dist-url`` is given.
+    """
     parser = default_argument_parser()
     parser.set_defaults(dist_url=None)
+    parser.add_argument(
+        "--init-from",
+        default="",
+        metavar="FILE",
+        help="start training from a trained model of other classes: all but the class head is "
+        "loaded, instead of MODEL.WEIGHTS (sets MODEL.INIT_FROM)",
+    )
     return parser
 
 

@@ -52,6 +52,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         UserError: see :func:`load_config` and ``setup_datasets``; settings that do not go together.
     """
     cfg = load_config(args.config_file, args.opts)
+    _set_start(cfg, args)
     setup_datasets(cfg)
     _check_run(cfg, eval_only=args.eval_only)
     if cfg.SEED < 0:
@@ -67,6 +68,24 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     logger.info(f"SEED is {cfg.SEED}")
     return cfg
+
+
+def _set_start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Set ``MODEL.INIT_FROM``, which takes the place of ``MODEL.WEIGHTS`` of a config file.
+
+    Both in one command are refused: ``config.yaml`` of a run that began with ``--init-from`` would
+    else overrule the weights that a later command names.
+    """
+    if args.init_from and args.eval_only:
+        raise UserError("--init-from starts a training; with --eval-only give MODEL.WEIGHTS")
+    if args.init_from:
+        cfg.MODEL.INIT_FROM = args.init_from
+    given = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("MODEL.WEIGHTS")
+    if given and cfg.MODEL.INIT_FROM and not args.eval_only:
+        raise UserError(
+            f"a training starts from MODEL.WEIGHTS {given} or from --init-from "
+            f"{cfg.MODEL.INIT_FROM}, not from both: leave one out, or add MODEL.INIT_FROM ''"
+        )
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
@@ -154,6 +173,11 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
     if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
         raise UserError(
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, not {cfg.SOLVER.CHECKPOINT_PERIOD}"
+        )
+    if cfg.MODEL.INIT_FROM and cfg.MODEL.MASK_HEAD.FREEZE_DETR and not eval_only:
+        raise UserError(
+            "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head that --init-from starts "
+            "afresh: train it first, then the mask head from MODEL.WEIGHTS"
         )
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise UserError("TEST.PRECISE_BN.ENABLED is not supported; see SOLVER.EMA_DECAY")

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from ..batchformer.streams import TWO_STREAMS
-from ..checkpoint import PanopticCheckpointer
+from ..checkpoint import PanopticCheckpointer, SettingsRecord
 from ..data import build_test_loader, build_train_loader
 from ..data.categories import ClassTable
 from ..errors import UserError
@@ -70,6 +70,7 @@ class PanopticTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             training=True,
             class_table=_classes_of(cfg.DATASETS.TRAIN[0]),
+            settings=SettingsRecord(cfg),
             ema=self.ema,
             trainer=weakref.proxy(self),
         )
@@ -79,12 +80,22 @@ class PanopticTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
+        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load the weights to start from.
+
+        These are ``MODEL.INIT_FROM`` without its class head, or else ``MODEL.WEIGHTS``.
 
         Raises:
             UserError: the checkpoint cannot be read or does not fit.
         """
-        super().resume_or_load(resume)
+        source, weights = self.cfg.MODEL.INIT_FROM, self.cfg.MODEL.WEIGHTS
+        if not source or (resume and self.checkpointer.has_checkpoint()):
+            if source:
+                logger.info(f"the run is resumed: --init-from {source} is not read")
+            super().resume_or_load(resume)
+        else:
+            if weights:
+                logger.warning(f"--init-from takes the place of MODEL.WEIGHTS {weights}")
+            self.checkpointer.load_all_but_classes(source)
         if self.start_iter == 0 and self.ema is not None:
             self.ema.copy_live()
         if self._trainer.seed != self.cfg.SEED:
@@ -204,7 +215,10 @@ class PanopticTrainer(DefaultTrainer):
         """
         model = cls.build_model(cfg)
         checkpointer = PanopticCheckpointer(
-            model, cfg.OUTPUT_DIR, class_table=_classes_of(cfg.DATASETS.TEST[0])
+            model,
+            cfg.OUTPUT_DIR,
+            class_table=_classes_of(cfg.DATASETS.TEST[0]),
+            settings=SettingsRecord(cfg),
         )
         if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
             raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from .. import modeling  # noqa: F401 - registers the models
-from ..checkpoint import PanopticCheckpointer, read_class_table
+from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from ..data import ClassTable, build_augmentations, setup_datasets
 from ..data.datasets.setup import class_table_of
 from ..errors import UserError
@@ -75,7 +75,7 @@ class Predictor:
         if not cfg.MODEL.PANOPTIC.THING_CLASS_IDS:
             cfg.MODEL.PANOPTIC.THING_CLASS_IDS = self.class_table.thing_class_ids
         self.model = build_model(cfg).eval()
-        PanopticCheckpointer(self.model).load(weights)
+        PanopticCheckpointer(self.model, settings=SettingsRecord(cfg)).load(weights)
         self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
         self._reverse_channels = cfg.INPUT.FORMAT == "RGB"
 

@@ -1,0 +1,15 @@
+"""Weights of other projects in, and this project's weights out."""
+
+from .official import official_to_ours, ours_to_official
+from .rules import Converted, Request, Source
+from .sources import SOURCES, source_named
+
+__all__ = [
+    "SOURCES",
+    "Converted",
+    "Request",
+    "Source",
+    "official_to_ours",
+    "ours_to_official",
+    "source_named",
+]

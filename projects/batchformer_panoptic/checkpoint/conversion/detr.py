@@ -1,0 +1,182 @@
+"""Weights of facebookresearch/detr, of its BatchFormer fork and of its Detectron2 wrapper."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .class_rows import CLASS_KEYS, select_class_rows
+from .layout import block_names, compare_with_layout, settings_of
+from .official import BLOCKS, official_to_ours
+from .rules import Allowed, Converted, Renamed, Request, refuse_misfit, rename
+
+# The public code divides by 255 and normalises with torchvision's mean and deviation, RGB.
+TORCHVISION_INPUT: dict[str, Any] = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+}
+NO_STATISTICS_COUNT = Allowed(
+    "*.num_batches_tracked", "a frozen batch norm does not count its batches"
+)
+_NO_CRITERION = Allowed(
+    "criterion.empty_weight", "class weights of the loss, here MODEL.DETR.NO_OBJECT_WEIGHT"
+)
+_WRAPPER_BACKBONE = "backbone.0.backbone."
+_REMEDY = (
+    "check --source, or name what may be left behind with --allow PATTERN (missing keys are in "
+    "this project's names)"
+)
+
+
+def convert_official(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a DETR or DETRsegm of facebookresearch/detr.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    return _convert_official(state, request, with_block=False)
+
+
+def convert_batchformer(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a DETR of zhihou7/BatchFormer together with its blocks, for further training.
+
+    Raises:
+        UserError: as in :func:`convert_official`, and when there is no block.
+    """
+    return _convert_official(state, request, with_block=True)
+
+
+def convert_detectron2(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a checkpoint of the Detectron2 wrapper, facebookresearch/detr in ``d2/``.
+
+    Raises:
+        UserError: as in :func:`convert_official`.
+    """
+    allowed = [NO_STATISTICS_COUNT, _NO_CRITERION]
+    renamed = rename(state, _wrapper_to_ours, allowed, request)
+    converted = finish(renamed, request, input_settings=TORCHVISION_INPUT)
+    weight, bias = (renamed.model[key] for key in CLASS_KEYS)
+    if torch.equal(weight[-1], weight[0]) and torch.equal(bias[-1], bias[0]):
+        converted.notes.append(
+            "the 'no object' row is a copy of the first class, as the wrapper's own converter "
+            "writes it: no query can prefer 'no object'; convert the official file instead where "
+            "you have it"
+        )
+    return converted
+
+
+def settings_of_args(args: Any) -> dict[str, Any]:
+    """Config keys from the command line that official training checkpoints hold as "args".
+
+    They say what no weight tells.
+
+    Args:
+        args: an ``argparse.Namespace``; anything without the expected attributes gives less.
+    """
+    settings: dict[str, Any] = {}
+    if isinstance(nheads := getattr(args, "nheads", None), int):
+        settings["MODEL.DETR.NHEADS"] = nheads
+    if isinstance(dilation := getattr(args, "dilation", None), bool):
+        settings.update(dilation_settings(dilation))
+    return settings
+
+
+def dilation_settings(dilated: bool) -> dict[str, Any]:
+    """Config keys of a ResNet whose last stage dilates as torchvision's does (DC5), or strides."""
+    if not dilated:
+        return {"MODEL.RESNETS.RES5_DILATION": 1}
+    return {
+        "MODEL.BACKBONE.NAME": "build_resnet_dc5_backbone",
+        "MODEL.RESNETS.RES5_DILATION": 2,
+    }
+
+
+def open_questions(settings: Mapping[str, Any]) -> list[str]:
+    """What the user must know beside the weights, a line each.
+
+    Args:
+        settings: all that is known, from the weights and from what came with them.
+    """
+    questions = {
+        "MODEL.DETR.NHEADS": "the weights do not tell MODEL.DETR.NHEADS; published: 8",
+        "MODEL.RESNETS.RES5_DILATION": (
+            "the weights do not tell whether res5 is dilated; a model called DC5 needs "
+            + ", ".join(f"{key} {value}" for key, value in dilation_settings(True).items())
+        ),
+    }
+    if "MODEL.DETR.TRANSFORMER_NAME" not in settings:
+        return []  # a backbone alone
+    return [question for key, question in questions.items() if key not in settings]
+
+
+def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]) -> Converted:
+    """Check that the weights are complete, choose the class rows and collect the settings.
+
+    Args:
+        renamed: weights in this project's names.
+        request: of the user.
+        input_settings: what the weights expect of the image.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    misfit = compare_with_layout(renamed.model)
+    refuse_misfit(
+        "the weights are no DETR that can be converted",
+        leftovers=[*renamed.leftovers, *misfit.unexpected],
+        missing=misfit.missing,
+        wrong_shape=misfit.wrong_shape,
+        remedy=_REMEDY,
+    )
+    model, notes = select_class_rows(renamed.model, request.classes)
+    settings = {**input_settings, "MODEL.RESNETS.STRIDE_IN_1X1": False, **settings_of(model)}
+    if "MODEL.RESNETS.DEPTH" not in settings:
+        notes.append("the numbers of blocks of the ResNet are those of no MODEL.RESNETS.DEPTH")
+    return Converted(model, renamed.dropped, [*notes, *_block_notes(model)], settings)
+
+
+def _convert_official(state: dict[str, Tensor], request: Request, *, with_block: bool) -> Converted:
+    new_name = official_to_ours if with_block else _without_block(official_to_ours)
+    renamed = rename(state, new_name, [NO_STATISTICS_COUNT], request)
+    if with_block and not block_names(renamed.model):
+        refuse_misfit(
+            "the weights hold no BatchFormer block",
+            missing=["transformer.bf.*"],
+            remedy="they are those of a plain DETR: use its --source",
+        )
+    return finish(renamed, request, input_settings=TORCHVISION_INPUT)
+
+
+def _without_block(new_name: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    def translate(key: str) -> str | None:
+        name = new_name(key)
+        return None if name is None or name.startswith(BLOCKS) else name
+
+    return translate
+
+
+def _wrapper_to_ours(key: str) -> str | None:
+    """Names of the wrapper: "detr." before those of DETR or DETRsegm, backbone by Detectron2."""
+    if not key.startswith("detr."):
+        return None
+    inner = key.removeprefix("detr.")
+    if (part := inner.removeprefix("detr.")).startswith(_WRAPPER_BACKBONE):
+        # Detectron2's own names: what is no part of a ResNet shows up as unexpected later.
+        name = "backbone." + part.removeprefix(_WRAPPER_BACKBONE)
+        return None if name.endswith(".num_batches_tracked") else name
+    return official_to_ours(inner)
+
+
+def _block_notes(model: dict[str, Tensor]) -> Sequence[str]:
+    blocks = block_names(model)
+    if not blocks:
+        return []
+    if blocks == ["shared"]:
+        layers = "MODEL.BATCHFORMER.SHARED True, and INSERT_LAYERS, which the weights do not tell"
+        return [f"to go on training in two streams: MODEL.BATCHFORMER.ENABLED True, {layers}"]
+    return [
+        "to go on training in two streams: MODEL.BATCHFORMER.ENABLED True, INSERT_LAYERS "
+        f"[{', '.join(blocks)}]"
+    ]

@@ -1,0 +1,243 @@
+"""A model of this project in the layout of facebookresearch/detr or of transformers."""
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...data.categories import ClassTable
+from ...errors import UserError
+from ..settings import SettingsRecord
+from .detr import TORCHVISION_INPUT
+from .huggingface import ours_to_huggingface, split_projections
+from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
+from .official import ALIAS, ALIASED, BLOCKS, ours_to_official
+from .rules import refuse_misfit
+
+_EXTRA = "huggingface"
+_GROUPS = 8  # of the group norms in published mask heads
+
+
+def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict[str, Tensor]:
+    """A DETR, or a DETRsegm when there is a mask head, in the names of facebookresearch/detr.
+
+    Args:
+        state: of a :class:`PanopticDETR` with Detectron2's ResNet and the transformer "detr".
+        with_block: keep BatchFormer blocks, under both names that zhihou7/BatchFormer gives them.
+
+    Raises:
+        UserError: lists what has no place there.
+    """
+    model = _exportable(state, with_block=with_block)
+    segm = has_masks(model)
+    official = {}
+    for name, value in model.items():
+        theirs = ours_to_official(name, with_masks=segm)
+        assert theirs is not None, name
+        official[theirs] = value
+        if ALIASED in theirs and not name.startswith(f"{BLOCKS}shared."):
+            official[theirs.replace(ALIASED, ALIAS)] = value
+    return official
+
+
+def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple[str, str]]:
+    """Keys that an export leaves out, with the reason."""
+    dropped = []
+    for name in state:
+        if name.startswith("semantic_head."):
+            dropped.append((name, "the auxiliary head serves training alone"))
+        elif name.endswith(".num_batches_tracked"):
+            dropped.append((name, "exported batch norms are frozen"))
+        elif name.startswith(BLOCKS) and not with_block:
+            dropped.append((name, "the BatchFormer block serves training alone"))
+    return dropped
+
+
+def check_official_input(cfg: CfgNode) -> None:
+    """Refuse a model whose images are prepared otherwise than the public code does.
+
+    Raises:
+        UserError: names the first key that differs.
+    """
+    found = {
+        "INPUT.FORMAT": cfg.INPUT.FORMAT,
+        "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
+        "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
+    }
+    for key, value in TORCHVISION_INPUT.items():
+        if found[key] != value:
+            raise UserError(
+                f"{key} is {found[key]}: facebookresearch/detr prepares images with {value}, and "
+                "its weights do not say otherwise"
+            )
+    if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+        raise UserError("MODEL.RESNETS.STRIDE_IN_1X1 is True: torchvision's ResNet cannot do that")
+
+
+def check_config(state: Mapping[str, Tensor], cfg: CfgNode) -> None:
+    """Refuse a config that is not the one of the weights, or a model that is no DETR.
+
+    Raises:
+        UserError: names each key that differs.
+    """
+    model = _exportable(state, with_block=False)
+    needed = {
+        **settings_of(model),
+        "MODEL.DETR.IN_FEATURE": "res5",
+        "MODEL.MASK_ON": has_masks(model),
+    }
+    if has_masks(model):
+        needed["MODEL.MASK_HEAD.IN_FEATURES"] = ["res4", "res3", "res2"]
+    SettingsRecord(cfg).check(needed, "the model to be exported")
+
+
+def to_huggingface(
+    state: Mapping[str, Tensor], folder: Path, *, cfg: CfgNode, classes: ClassTable | None
+) -> None:
+    """Write a folder that ``from_pretrained`` of transformers loads and that predicts the same.
+
+    It holds ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``. The folder
+    appears as a whole or not at all; one that is there is replaced.
+
+    Args:
+        state: as in :func:`to_official`; BatchFormer blocks are left out.
+        folder: to be written.
+        cfg: the config the model was trained with.
+        classes: names of the classes; None: they stay numbers.
+
+    Raises:
+        UserError: transformers is not installed, or cannot express the model.
+    """
+    transformers = _transformers()
+    check_config(state, cfg)
+    model = _exportable(state, with_block=False)
+    config = _huggingface_config(transformers, model, cfg, classes)
+    theirs = {}
+    for name, value in split_projections(model).items():
+        key = ours_to_huggingface(name, with_masks=has_masks(model))
+        assert key is not None, name
+        theirs[key] = value
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        processor = _image_processor(transformers, cfg, segm=has_masks(model))
+        _write_folder(temporary, theirs, config, processor)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exportable(state: Mapping[str, Tensor], *, with_block: bool) -> dict[str, Tensor]:
+    """The part of a state dict that is exported, complete and expressible elsewhere."""
+    dropped = {name for name, _ in not_exported(state, with_block=with_block)}
+    model = {name: value for name, value in state.items() if name not in dropped}
+    misfit = compare_with_layout(model)
+    refuse_misfit(
+        "the model is no DETR as published",
+        leftovers=misfit.unexpected,
+        missing=misfit.missing,
+        wrong_shape=misfit.wrong_shape,
+        remedy="exported are the transformer 'detr' on Detectron2's ResNet with FrozenBN or BN, "
+        "and the mask head in its published widths",
+    )
+    if has_masks(model):
+        for name, value in model.items():
+            if name.startswith("mask_head.norms.") and value.shape[0] % _GROUPS:
+                raise UserError(
+                    f"{name} has {value.shape[0]} channels, and published mask heads normalise "
+                    f"{_GROUPS} groups: HIDDEN_DIM must be a multiple of 128, NHEADS of {_GROUPS}"
+                )
+    return model
+
+
+def _write_folder(folder: Path, weights: dict[str, Tensor], config: Any, processor: Any) -> None:
+    folder.mkdir()
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _transformers() -> Any:
+    """The library, of which nothing but the export needs anything."""
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise UserError(
+            f"the export needs transformers, which cannot be imported ({error}): "
+            f"pip install 'batchformer-panoptic[{_EXTRA}]'"
+        ) from error
+
+
+def _huggingface_config(
+    transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode, classes: ClassTable | None
+) -> Any:
+    _check_expressible(model, cfg)
+    node = cfg.MODEL.DETR
+    num_classes = model["box_head.class_embed.weight"].shape[0] - 1
+    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
+    if len(names) != num_classes:
+        raise UserError(
+            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
+            "of the data set they were trained on"
+        )
+    shape = resnet_shape(model)
+    return transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=shape.stem,
+            hidden_sizes=list(shape.widths),
+            depths=list(shape.depths),
+            layer_type="bottleneck" if shape.bottleneck else "basic",
+            downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        num_queries=node.NUM_OBJECT_QUERIES,
+        d_model=node.HIDDEN_DIM,
+        encoder_layers=node.ENC_LAYERS,
+        decoder_layers=node.DEC_LAYERS,
+        encoder_attention_heads=node.NHEADS,
+        decoder_attention_heads=node.NHEADS,
+        encoder_ffn_dim=node.DIM_FEEDFORWARD,
+        decoder_ffn_dim=node.DIM_FEEDFORWARD,
+        # There are three rates there and one here.
+        dropout=node.DROPOUT,
+        attention_dropout=node.DROPOUT,
+        activation_dropout=node.DROPOUT,
+        eos_coefficient=node.NO_OBJECT_WEIGHT,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        architectures=["DetrForSegmentation" if has_masks(model) else "DetrForObjectDetection"],
+    )
+
+
+def _check_expressible(model: Mapping[str, Tensor], cfg: CfgNode) -> None:
+    shape = resnet_shape(model)
+    problems = {
+        "MODEL.DETR.PRE_NORM is True": cfg.MODEL.DETR.PRE_NORM,
+        "MODEL.RESNETS.RES5_DILATION is not 1": cfg.MODEL.RESNETS.RES5_DILATION != 1,
+        "INPUT.FORMAT is not RGB": cfg.INPUT.FORMAT != "RGB",
+        "MODEL.RESNETS.NUM_GROUPS is not 1": cfg.MODEL.RESNETS.NUM_GROUPS != 1,
+        "the ResNet's bottlenecks are not a quarter of their output": shape.bottleneck
+        and [4 * width for width in shape.inner_widths] != list(shape.widths),
+    }
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise UserError(f"{found[0]}: the DETR of transformers cannot express that")
+
+
+def _image_processor(transformers: Any, cfg: CfgNode, *, segm: bool) -> Any:
+    return transformers.DetrImageProcessor(
+        format="coco_panoptic" if segm else "coco_detection",
+        size={"shortest_edge": cfg.INPUT.MIN_SIZE_TEST, "longest_edge": cfg.INPUT.MAX_SIZE_TEST},
+        image_mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
+        image_std=[value / 255 for value in cfg.MODEL.PIXEL_STD],
+    )

@@ -1,0 +1,206 @@
+"""Names of DETR in Hugging Face transformers, as its files hold them, and this project's names.
+
+Attention projections lie apart there and together here; :func:`merge_projections` and
+:func:`split_projections` translate. The mask head has the names of facebookresearch/detr.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from .detr import NO_STATISTICS_COUNT, TORCHVISION_INPUT, dilation_settings, finish
+from .names import NameTable, Row
+from .official import AFFINE, BESIDE_DETECTOR, FROZEN_NORM, official_to_ours, ours_to_official
+from .rules import Allowed, Converted, Request, refuse_misfit, rename
+
+_PROJECTIONS = rf"(?:[qkv]_proj|out_proj)\.{AFFINE}"
+_ENCODER, _DECODER = "model.encoder.layers.#.", "model.decoder.layers.#."
+_OURS_ENCODER, _OURS_DECODER = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
+_CONV_ENCODER = "model.backbone.conv_encoder.model."
+_STAGES = f"{_CONV_ENCODER}encoder.stages."
+
+_TABLE = NameTable(
+    [
+        Row(f"{_CONV_ENCODER}embedder.embedder.convolution.", "backbone.stem.conv1.", "weight"),
+        Row(
+            f"{_CONV_ENCODER}embedder.embedder.normalization.",
+            "backbone.stem.conv1.norm.",
+            FROZEN_NORM,
+        ),
+        *(
+            Row(f"{_STAGES}{i}.layers.#.{theirs}", f"backbone.res{i + 2}.#.{ours}", tail)
+            for i in range(4)
+            for part, conv in (
+                *((f"layer.{k}.", f"conv{k + 1}.") for k in range(3)),
+                ("shortcut.", "shortcut."),
+            )
+            for theirs, ours, tail in (
+                (f"{part}convolution.", conv, "weight"),
+                (f"{part}normalization.", f"{conv}norm.", FROZEN_NORM),
+            )
+        ),
+        Row("model.query_position_embeddings.", "transformer.query_embed.", "weight"),
+        Row("model.input_projection.", "transformer.input_proj.", AFFINE),
+        Row(f"{_ENCODER}self_attn.", f"{_OURS_ENCODER}self_attn.", _PROJECTIONS),
+        Row(f"{_ENCODER}self_attn_layer_norm.", f"{_OURS_ENCODER}norm1.", AFFINE),
+        Row(f"{_ENCODER}fc1.", f"{_OURS_ENCODER}linear1.", AFFINE),
+        Row(f"{_ENCODER}fc2.", f"{_OURS_ENCODER}linear2.", AFFINE),
+        Row(f"{_ENCODER}final_layer_norm.", f"{_OURS_ENCODER}norm2.", AFFINE),
+        Row(f"{_DECODER}self_attn.", f"{_OURS_DECODER}self_attn.", _PROJECTIONS),
+        Row(f"{_DECODER}self_attn_layer_norm.", f"{_OURS_DECODER}norm1.", AFFINE),
+        Row(f"{_DECODER}encoder_attn.", f"{_OURS_DECODER}multihead_attn.", _PROJECTIONS),
+        Row(f"{_DECODER}encoder_attn_layer_norm.", f"{_OURS_DECODER}norm2.", AFFINE),
+        Row(f"{_DECODER}fc1.", f"{_OURS_DECODER}linear1.", AFFINE),
+        Row(f"{_DECODER}fc2.", f"{_OURS_DECODER}linear2.", AFFINE),
+        Row(f"{_DECODER}final_layer_norm.", f"{_OURS_DECODER}norm3.", AFFINE),
+        Row("model.decoder.layernorm.", "transformer.decoder.norm.", AFFINE),
+        Row("class_labels_classifier.", "box_head.class_embed.", AFFINE),
+        Row("bbox_predictor.layers.#.", "box_head.bbox_embed.layers.#.", AFFINE),
+    ]
+)
+
+_ALLOWED = [
+    NO_STATISTICS_COUNT,
+    Allowed("*criterion.empty_weight", "class weights of the loss"),
+]
+# The projections in the order in which torch.nn.MultiheadAttention stacks them.
+_STACKED = ("q_proj", "k_proj", "v_proj")
+_SEPARATE = re.compile(r"(?P<attention>.*attn)\.(?P<which>[qkv]_proj)\.(?P<part>weight|bias)")
+_TOGETHER = re.compile(r"(?P<attention>.*attn)\.in_proj_(?P<part>weight|bias)")
+
+
+class ModelFolder(NamedTuple):
+    """What a folder of Hugging Face says about its model beside the weights.
+
+    Attributes:
+        weights: path of the file of weights.
+        settings: config keys that its ``config.json`` implies.
+    """
+
+    weights: Path
+    settings: dict[str, Any]
+
+
+def convert_huggingface(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a DetrForObjectDetection or DetrForSegmentation, whichever backbone names it has.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    renamed = rename(state, huggingface_to_ours, _ALLOWED, request)
+    renamed = renamed._replace(model=merge_projections(renamed.model))
+    return finish(renamed, request, input_settings=TORCHVISION_INPUT)
+
+
+def huggingface_to_ours(name: str) -> str | None:
+    """This project's name of a parameter in a file of transformers, None if there is none.
+
+    Attention projections keep their own names (``self_attn.q_proj.weight``).
+    """
+    if name.startswith(BESIDE_DETECTOR):
+        return official_to_ours(name)
+    name = name.removeprefix("detr.")
+    if name.startswith(_CONV_ENCODER):
+        # Files of the hub have the names of timm and torchvision, others those of ResNetBackbone.
+        torchvision_name = "backbone.0.body." + name.removeprefix(_CONV_ENCODER)
+        return official_to_ours(torchvision_name) or _TABLE.to_ours(name)
+    return _TABLE.to_ours(name)
+
+
+def ours_to_huggingface(name: str, *, with_masks: bool) -> str | None:
+    """The name in files of transformers, with the names of its ResNetBackbone; None if none.
+
+    Args:
+        name: of this project, attention projections separate.
+        with_masks: for a DetrForSegmentation, which holds the detector under ``detr.``.
+    """
+    if name.startswith("mask_head."):
+        return ours_to_official(name, with_masks=with_masks)
+    theirs = _TABLE.to_theirs(name)
+    return f"detr.{theirs}" if theirs is not None and with_masks else theirs
+
+
+def merge_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stack query, key and value projections as torch.nn.MultiheadAttention does.
+
+    Raises:
+        UserError: lists the projections that are missing beside others.
+    """
+    merged = {name: value for name, value in model.items() if not _SEPARATE.fullmatch(name)}
+    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, value in model.items():
+        if found := _SEPARATE.fullmatch(name):
+            group = groups.setdefault((found["attention"], found["part"]), {})
+            group[found["which"]] = value
+    refuse_misfit(
+        "the attention projections are incomplete",
+        missing=[
+            f"{attention}.{which}.{part}"
+            for (attention, part), group in groups.items()
+            for which in _STACKED
+            if which not in group
+        ],
+        remedy="use the complete file",
+    )
+    for (attention, part), group in groups.items():
+        merged[f"{attention}.in_proj_{part}"] = torch.cat([group[which] for which in _STACKED])
+    return merged
+
+
+def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`merge_projections`."""
+    split = {}
+    for name, value in model.items():
+        if found := _TOGETHER.fullmatch(name):
+            for which, chunk in zip(_STACKED, value.chunk(3), strict=True):
+                split[f"{found['attention']}.{which}.{found['part']}"] = chunk
+        else:
+            split[name] = value
+    return split
+
+
+def open_folder(folder: Path) -> ModelFolder:
+    """Find the weights in a folder of Hugging Face and read its ``config.json``.
+
+    Raises:
+        UserError: no weights in one file, or no config of a DETR.
+    """
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    weights = next((file for file in files if file.is_file()), None)
+    if weights is None:
+        raise UserError(f"folder {folder} holds neither model.safetensors nor pytorch_model.bin")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "detr":
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(f"{folder}/config.json is not that of a DETR: model_type {found!r}")
+    return ModelFolder(weights, _settings_of_config(config, folder))
+
+
+def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    backbone = config.get("backbone_config") or {}
+    heads = {config.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")}
+    unsupported = {
+        "encoder_attention_heads and decoder_attention_heads that differ": len(heads) > 1,
+        "position_embedding_type other than sine": (
+            config.get("position_embedding_type", "sine") != "sine"
+        ),
+        "activation_function other than relu": config.get("activation_function", "relu") != "relu",
+        "backbone_config.downsample_in_first_stage": backbone.get("downsample_in_first_stage"),
+    }
+    if found := [what for what, is_so in unsupported.items() if is_so]:
+        raise UserError(f"{folder}/config.json asks for what is not built here: {found[0]}")
+    dilated = config.get("dilation") or backbone.get("output_stride") == 16
+    return {
+        "MODEL.DETR.NHEADS": heads.pop(),
+        "MODEL.RESNETS.STRIDE_IN_1X1": bool(backbone.get("downsample_in_bottleneck", False)),
+        **dilation_settings(bool(dilated)),
+    }

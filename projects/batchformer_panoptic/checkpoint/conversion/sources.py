@@ -1,0 +1,52 @@
+"""Every layout that can be converted, by the name a user gives it."""
+
+from ...errors import UserError
+from .backbones import BACKBONE_SOURCES
+from .detr import convert_batchformer, convert_detectron2, convert_official
+from .huggingface import convert_huggingface
+from .official_conditional import convert_conditional
+from .official_deformable import convert_deformable
+from .official_smca import convert_smca
+from .rules import Source
+from .timm_models import TIMM_PREFIX, timm_source
+
+_DETR_SOURCES = (
+    Source("detr", "facebookresearch/detr, boxes or panoptic (.pth)", convert_official),
+    Source(
+        "detr_batchformer",
+        "DETR of zhihou7/BatchFormer, its blocks kept for further training",
+        convert_batchformer,
+    ),
+    Source(
+        "detr_detectron2", "the Detectron2 wrapper of facebookresearch/detr", convert_detectron2
+    ),
+    Source(
+        "huggingface",
+        "DetrForObjectDetection or DetrForSegmentation of transformers (folder or file)",
+        convert_huggingface,
+    ),
+    Source("conditional_detr", "Atten4Vis/ConditionalDETR, boxes (.pth)", convert_conditional),
+    Source(
+        "deformable_detr",
+        "fundamentalvision/Deformable-DETR, boxes: plain, refined or two-stage",
+        convert_deformable,
+    ),
+    Source("smca_detr", "gaopengcuhk/SMCA-DETR, boxes, single- or multi-scale", convert_smca),
+)
+
+SOURCES: dict[str, Source] = {source.name: source for source in (*_DETR_SOURCES, *BACKBONE_SOURCES)}
+
+
+def source_named(name: str) -> Source:
+    """Return the source of a name: one of :data:`SOURCES`, or ``timm:`` and a model of timm.
+
+    Raises:
+        UserError: there is none; the message lists the names.
+    """
+    if name.startswith(TIMM_PREFIX):
+        return timm_source(name.removeprefix(TIMM_PREFIX))
+    if name not in SOURCES:
+        raise UserError(
+            f"--source {name} is unknown; known: {', '.join(SOURCES)}, {TIMM_PREFIX}NAME"
+        )
+    return SOURCES[name]

@@ -1,0 +1,199 @@
+"""The settings that travel inside a checkpoint: what weights mean beyond their names and shapes."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode
+
+from ..errors import UserError
+
+KEY = "settings"
+# What matters to the class head alone, and not to weights that are loaded without it.
+_OF_CLASS_HEAD = {"MODEL.DETR.SCORING", "MODEL.DETR.NUM_CLASSES"}
+# Pixel statistics are in 0-255 and come from files in one precision or another.
+_TOLERANCE = 0.01
+# "resnet50.a1_in1k": the part after the dot says which weights to download.
+_TIMM_NAME = "MODEL.TIMM.NAME"
+_MSRA_BIAS = "stem.conv1.bias"
+_CAFFE2_MSRA_BIAS = "conv1_b"
+
+
+class _Kept(NamedTuple):
+    key: str
+    applies: Callable[[CfgNode], bool]
+
+
+def _always(cfg: CfgNode) -> bool:
+    return True
+
+
+def _has_resnet(cfg: CfgNode) -> bool:
+    return str(cfg.MODEL.BACKBONE.NAME).startswith("build_resnet")
+
+
+def _has_small_resnet(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.BACKBONE.NAME == "build_small_resnet_backbone")
+
+
+def _has_timm_model(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.BACKBONE.NAME == "build_timm_backbone")
+
+
+def _has_queries(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.META_ARCHITECTURE == "PanopticDETR")
+
+
+def _has_smca(cfg: CfgNode) -> bool:
+    return str(cfg.MODEL.DETR.TRANSFORMER_NAME).startswith("smca")
+
+
+def _has_block(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.BATCHFORMER.ENABLED)
+
+
+_KEPT = (
+    _Kept("INPUT.FORMAT", _always),
+    _Kept("MODEL.PIXEL_MEAN", _always),
+    _Kept("MODEL.PIXEL_STD", _always),
+    _Kept("MODEL.RESNETS.STRIDE_IN_1X1", _has_resnet),
+    _Kept("MODEL.RESNETS.RES5_DILATION", _has_resnet),
+    _Kept("MODEL.SMALL_RESNET.STAGE_STRIDES", _has_small_resnet),
+    _Kept(_TIMM_NAME, _has_timm_model),
+    _Kept("MODEL.DETR.NHEADS", _has_queries),
+    _Kept("MODEL.DETR.PRE_NORM", _has_queries),
+    _Kept("MODEL.DETR.SCORING", _has_queries),
+    _Kept("MODEL.SMCA.SMOOTH", _has_smca),
+    _Kept("MODEL.BATCHFORMER.NUM_HEADS", _has_block),
+)
+
+
+class SettingsRecord:
+    """Settings without which weights load without complaint and predict something else.
+
+    Kept in every checkpoint under "settings", where they change the meaning of weights and leave
+    names and shapes as they are:
+
+    * the order of the channels and the normalisation of the image;
+    * where a ResNet strides and dilates (the kernels are the same), and the name of a timm model
+      (``tf_efficientnet_lite0`` pads where ``efficientnet_lite0`` does not);
+    * the number of attention heads (it cuts the same matrices into other pieces; the mask head
+      would notice, a model of boxes would not) and the side of the layer norms;
+    * the scoring (K logits with "no object" are as many as K + 1 without);
+    * what SMCA divides distances by, since its Gaussians are learned relative to that;
+    * the heads of the BatchFormer block, in models that have one.
+
+    What changes shapes is not kept: loading refuses it anyway. Thresholds, losses, image sizes and
+    schedules are not kept either: they are choices about weights and not part of their meaning.
+
+    Converted checkpoints may state further config keys; each of them is compared.
+
+    Args:
+        cfg: the config in use; read, never changed.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._cfg = cfg
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the kept config keys and their values as numbers, texts and lists."""
+        return {
+            kept.key: _plain(_lookup(self._cfg, kept.key))
+            for kept in _KEPT
+            if kept.applies(self._cfg)
+        }
+
+    def check(
+        self, stored: Mapping[str, Any], path: str, *, class_head: bool = True, reason: str = ""
+    ) -> None:
+        """Compare with the settings of a checkpoint.
+
+        Args:
+            stored: config keys and values; keys that do not apply to this model are passed over.
+            path: of the checkpoint, for the message.
+            class_head: whether the class head is loaded, too.
+            reason: how the settings are known when the file does not state them.
+
+        Raises:
+            UserError: names each key that differs, both values and the remedy.
+        """
+        passed_over = {kept.key for kept in _KEPT if not kept.applies(self._cfg)}
+        if not class_head:
+            passed_over |= _OF_CLASS_HEAD
+        different = {
+            key: value
+            for key, value in stored.items()
+            if key not in passed_over and not _same_setting(key, value, _lookup(self._cfg, key))
+        }
+        if not different:
+            return
+        facts = "; ".join(
+            f"{key} is {_text(value)} for the file and {_text(_lookup(self._cfg, key))} in the "
+            "config"
+            for key, value in different.items()
+        )
+        options = " ".join(f"{key} {_option(value)}" for key, value in different.items())
+        raise UserError(
+            f"the weights of {path} mean something else under this config{reason}: {facts}. Add "
+            f"{options} to the command line, or use weights made for this config"
+        )
+
+
+def implied_settings(
+    checkpoint: Mapping[str, Any], model_keys: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the names in a file without "settings" tell about it: the ImageNet weights of MSRA.
+
+    Detectron2 has two files called ``R-50.pkl``. That of MSRA carries a bias of the first
+    convolution that no model uses, and wants BGR images, a standard deviation of 1 and the stride
+    in the 1x1 convolution; under the settings of torchvision's it loads, and costs accuracy.
+    """
+    weights = checkpoint["model"]
+    found = [name for name in weights if name == _CAFFE2_MSRA_BIAS or name.endswith(_MSRA_BIAS)]
+    if not found or any(name in model_keys for name in found):
+        return {}
+    return {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    }
+
+
+_MISSING = object()
+
+
+def _lookup(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return _MISSING
+        node = node[part]
+    return node
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _same_setting(key: str, theirs: Any, ours: Any) -> bool:
+    if key == _TIMM_NAME and isinstance(theirs, str) and isinstance(ours, str):
+        return theirs.partition(".")[0] == ours.partition(".")[0]
+    return _same(theirs, ours)
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple):
+        return len(theirs) == len(ours) and all(map(_same, theirs, ours))
+    if isinstance(theirs, float) or isinstance(ours, float):
+        numbers = isinstance(theirs, int | float) and isinstance(ours, int | float)
+        return numbers and math.isclose(theirs, ours, abs_tol=_TOLERANCE)
+    return bool(theirs == ours)
+
+
+def _text(value: Any) -> str:
+    return "unknown" if value is _MISSING else str(_plain(value))
+
+
+def _option(value: Any) -> str:
+    text = _text(value)
+    return f'"{text}"' if " " in text else text

@@ -1,0 +1,163 @@
+"""Convert weights of another project into a checkpoint of this one.
+
+Reads files of weights without running code that is hidden in them; --allow-pickle runs it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from safetensors.torch import save_file
+from torch import Tensor
+
+from batchformer_panoptic.checkpoint.conversion import (
+    SOURCES,
+    Converted,
+    Request,
+    Source,
+    source_named,
+)
+from batchformer_panoptic.checkpoint.conversion.backbones import locate_weights
+from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
+from batchformer_panoptic.checkpoint.conversion.huggingface import open_folder
+from batchformer_panoptic.checkpoint.files import read_weights, write_atomically
+from batchformer_panoptic.data.categories import ClassTable
+from batchformer_panoptic.errors import UserError
+
+SHOWN = 10
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    sources = "\n".join(f"  {name:<30} {source.description}" for name, source in SOURCES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"sources:\n{sources}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "src", type=Path, metavar="SRC", help="file, folder of Hugging Face, or package of weights"
+    )
+    parser.add_argument("dst", type=Path, metavar="DST", help="a .pth or .safetensors file")
+    parser.add_argument("--source", required=True, metavar="NAME", help="see the list below")
+    parser.add_argument(
+        "--classes",
+        default="all",
+        metavar="NAME",
+        help="rows of the class layer to keep: coco_panoptic, coco_detection, a JSON file with "
+        '"categories", or all (default)',
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="source keys that may be left behind, as a glob; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read any pickle and run the code in it: for files of trusted origin",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    return parser.parse_args(argv)
+
+
+def load_classes(name: str) -> ClassTable | None:
+    """The class table that --classes asks for; None keeps every row."""
+    if name == "all":
+        return None
+    if name == "coco_panoptic":
+        return ClassTable.from_categories(COCO_CATEGORIES)
+    if name == "coco_detection":
+        return ClassTable.from_categories([c for c in COCO_CATEGORIES if c["isthing"]])
+    path = Path(name)
+    if path.suffix != ".json":
+        raise UserError(f"--classes {name}: not coco_panoptic, coco_detection, all or a .json file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {name} cannot be read: {error}") from error
+    categories = content.get("categories") if isinstance(content, dict) else content
+    return ClassTable.from_categories(categories)
+
+
+def tensors_of(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value) for name, value in weights.items()}
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    if args.dst.suffix not in (".pth", ".safetensors"):
+        raise UserError(f"{args.dst} must end in .pth or .safetensors")
+    if args.dst.exists() and not args.overwrite:
+        raise UserError(f"{args.dst} exists; --overwrite replaces it")
+    if args.dst.exists() and args.src.exists() and args.dst.samefile(args.src):
+        raise UserError(f"{args.dst} is the source itself; name another file")
+
+
+def convert(args: argparse.Namespace, source: Source, classes: ClassTable | None) -> Converted:
+    """Read and convert; what else the source says joins the settings."""
+    path, extra = Path(locate_weights(str(args.src))), {}
+    if path.is_dir():
+        if source.name != "huggingface":
+            raise UserError(f"{path} is a folder; only --source huggingface reads folders")
+        path, extra = open_folder(path)
+    content = read_weights(str(path), allow_pickle=args.allow_pickle)
+    if "args" in content:
+        extra = {**extra, **settings_of_args(content["args"])}
+    request = Request(classes, tuple(args.allow))
+    converted = source.convert(tensors_of(content["model"]), request)
+    return converted._replace(settings={**converted.settings, **extra})
+
+
+def save(converted: Converted, dst: Path, source: str, classes: ClassTable | None) -> None:
+    """Write the checkpoint, as a whole or not at all."""
+    model = {name: value.detach().contiguous().clone() for name, value in converted.model.items()}
+    rest: dict[str, Any] = {"settings": converted.settings, "converted_from": source}
+    if classes is not None:
+        rest["class_table"] = classes.to_json()
+    if dst.suffix == ".safetensors":
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in rest.items()}
+        write_atomically(str(dst), lambda path: save_file(model, path, metadata=texts))
+    else:
+        write_atomically(str(dst), lambda path: torch.save({"model": model, **rest}, path))
+
+
+def report(converted: Converted, dst: Path) -> list[str]:
+    """What was kept, dropped and is to be known, as lines."""
+    numbers = sum(value.numel() for value in converted.model.values())
+    lines = [f"{dst}: {len(converted.model)} tensors, {numbers} numbers"]
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in converted.dropped:
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        more = "" if len(keys) <= SHOWN else f", and {len(keys) - SHOWN} more"
+        lines.append(f"left behind, {reason}: {', '.join(keys[:SHOWN])}{more}")
+    notes = [*converted.notes, *open_questions(converted.settings)]
+    lines += [f"note: {note}" for note in notes]
+    lines.append("these weights need:")
+    lines += [f"  {key} {json.dumps(value)}" for key, value in converted.settings.items()]
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        source = source_named(args.source)
+        check_paths(args)
+        classes = load_classes(args.classes)
+        converted = convert(args, source, classes)
+        save(converted, args.dst, args.source, classes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(report(converted, args.dst)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Write a trained model for facebookresearch/detr (or its BatchFormer fork) or Hugging Face."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from batchformer_panoptic.checkpoint.conversion.export import (
+    check_config,
+    check_official_input,
+    not_exported,
+    to_huggingface,
+    to_official,
+)
+from batchformer_panoptic.checkpoint.files import read_weights, write_atomically
+from batchformer_panoptic.checkpoint.settings import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.settings import SettingsRecord
+from batchformer_panoptic.data.categories import ClassTable
+from batchformer_panoptic.engine.setup import load_config
+from batchformer_panoptic.errors import UserError
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("src", type=Path, metavar="SRC", help="a checkpoint of this project")
+    parser.add_argument(
+        "dst", type=Path, metavar="DST", help="official: a .pth file; huggingface: a folder"
+    )
+    parser.add_argument("--format", required=True, choices=("official", "huggingface"))
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="the config of its training"
+    )
+    parser.add_argument(
+        "--without-block",
+        action="store_true",
+        help="official: leave BatchFormer blocks out, for facebookresearch/detr itself",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys to change; must come last",
+    )
+    return parser.parse_args(argv)
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    if args.format == "official" and args.dst.suffix != ".pth":
+        raise UserError(f"{args.dst} must end in .pth")
+    if args.dst.exists() and not args.overwrite:
+        raise UserError(f"{args.dst} exists; --overwrite replaces it")
+    if args.format == "huggingface" and args.dst.exists() and not is_exported_folder(args.dst):
+        raise UserError(f"{args.dst} is no folder of an earlier export; name another one")
+
+
+def is_exported_folder(path: Path) -> bool:
+    """Whether nothing would be lost: the folder holds a model of Hugging Face and no more."""
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    return path.is_dir() and {file.name for file in path.iterdir()} <= expected
+
+
+def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
+    """Read, export, and return what is to be said about it."""
+    content = read_weights(str(args.src))
+    state: dict[str, Tensor] = content["model"]
+    if isinstance(content.get(SETTINGS), dict):
+        SettingsRecord(cfg).check(content[SETTINGS], str(args.src))
+    with_block = args.format == "official" and not args.without_block
+    if args.format == "official":
+        check_config(state, cfg)
+        check_official_input(cfg)
+        model = to_official(state, with_block=with_block)
+        write_atomically(str(args.dst), lambda path: torch.save({"model": model}, path))
+    else:
+        table = content.get("class_table")
+        classes = None if table is None else ClassTable.from_json(table)
+        to_huggingface(state, args.dst, cfg=cfg, classes=classes)
+    dropped = not_exported(state, with_block=with_block)
+    return [f"left out, {reason}: {name}" for name, reason in dropped]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        check_paths(args)
+        lines = export(args, load_config(args.config_file, args.opts))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([f"{args.dst}: written for {args.format}", *lines]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
