@@ -23,7 +23,7 @@ FORBIDDEN = {
     "config": {"modeling", "data", "engine", "evaluation", "solver", "checkpoint"},
     "errors": {"config", "modeling", "data", "engine", "evaluation", "solver", "checkpoint"},
 }
-SET_PREDICTION = ["criterion", "matcher", "postprocessing"]
+SET_PREDICTION = ["criterion", "matcher", "merge", "postprocessing", "segments"]
 
 
 def module_name(path: Path) -> str:

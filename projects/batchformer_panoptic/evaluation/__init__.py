@@ -1,5 +1,6 @@
 """Panoptic quality and average precision."""
 
+from .box_ap import build_box_evaluator
 from .build import EVALUATOR_FACTORIES, build_evaluator
 from .panoptic_evaluator import StreamingPanopticEvaluator
 from .panoptic_quality import Segments, image_pq_counts
@@ -14,6 +15,7 @@ __all__ = [
     "Segments",
     "StreamingPanopticEvaluator",
     "ThingAPEvaluator",
+    "build_box_evaluator",
     "build_evaluator",
     "image_pq_counts",
 ]

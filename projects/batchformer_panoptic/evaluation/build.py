@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..errors import UserError
+from .box_ap import build_box_evaluator
 from .panoptic_evaluator import StreamingPanopticEvaluator
 from .thing_ap import ThingAPEvaluator
 
@@ -52,13 +53,7 @@ def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> Da
 
 
 def _instance_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    return COCOEvaluator(
-        dataset_name,
-        tasks=_tasks(cfg),
-        distributed=True,
-        output_dir=output_dir,
-        use_fast_impl=False,  # the fast one is a compiled module that is not required here
-    )
+    return build_box_evaluator(dataset_name, output_dir, _tasks(cfg))
 
 
 def _tasks(cfg: CfgNode) -> tuple[str, ...]:

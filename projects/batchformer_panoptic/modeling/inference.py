@@ -10,8 +10,15 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .postprocessing import PanopticOptions, boxes_to_pixels, merge_panoptic, resize_masks
+from ..errors import UserError
+from .detections import Detections, best_detections
+from .merge import find_merge, merge_panoptic, merge_strongest
+from .postprocessing import ImageMasks, boxes_to_pixels
 from .scoring import Decoded
+from .segments import Merge, PanopticOptions
+
+# The least mask probability that a merge can work with; 0.0 is the default of the config.
+_MASK_THRESHOLDS = {"published": (0.0,), "mask2former": (0.0, 0.5)}
 
 
 class InferenceOptions(NamedTuple):
@@ -20,6 +27,7 @@ class InferenceOptions(NamedTuple):
     Attributes:
         thing_class_ids: contiguous ids of the classes that are things.
         panoptic: thresholds of the panoptic merge.
+        merge: the panoptic merge itself.
         instances: whether to return instances beside the panoptic map.
         instance_score_threshold: instances must score more than this.
         max_instances: instances of an image at the most, best first.
@@ -28,6 +36,7 @@ class InferenceOptions(NamedTuple):
 
     thing_class_ids: tuple[int, ...]
     panoptic: PanopticOptions = PanopticOptions()
+    merge: Merge = merge_strongest
     instances: bool = True
     instance_score_threshold: float = 0.0
     max_instances: int = 100
@@ -35,8 +44,20 @@ class InferenceOptions(NamedTuple):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "InferenceOptions":
-        """Read ``MODEL.PANOPTIC`` and Detectron2's ``TEST.DETECTIONS_PER_IMAGE``."""
+        """Read ``MODEL.PANOPTIC`` and Detectron2's ``TEST.DETECTIONS_PER_IMAGE``.
+
+        Raises:
+            UserError: an unknown merge, or a threshold that the merge cannot keep to.
+        """
         node = cfg.MODEL.PANOPTIC
+        merge = find_merge(node.MERGE_TEST)
+        possible = _MASK_THRESHOLDS.get(node.MERGE_TEST, (node.MASK_THRESHOLD_TEST,))
+        if node.MASK_THRESHOLD_TEST not in possible:
+            raise UserError(
+                f"MODEL.PANOPTIC.MASK_THRESHOLD_TEST is {node.MASK_THRESHOLD_TEST}, which "
+                f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not know: set it to 0.0, or the "
+                "merge to strongest"
+            )
         return cls(
             thing_class_ids=tuple(node.THING_CLASS_IDS),
             panoptic=PanopticOptions(
@@ -44,7 +65,9 @@ class InferenceOptions(NamedTuple):
                 min_area=node.MIN_AREA_TEST,
                 mask_threshold=node.MASK_THRESHOLD_TEST,
                 duplicate_iou=node.DUPLICATE_IOU_TEST,
+                overlap_threshold=node.OVERLAP_THRESHOLD_TEST,
             ),
+            merge=merge,
             instances=node.INSTANCES_TEST,
             instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,
             max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -53,24 +76,24 @@ class InferenceOptions(NamedTuple):
 
 
 class ChosenQueries(NamedTuple):
-    """Queries by use: (B, Q) bool for a batch, (Q,) for one image.
+    """Queries by use, of a batch or of one image.
 
     Attributes:
-        panoptic: become segments.
-        instance: become instances.
+        panoptic: (B, Q) or (Q,) bool, become segments.
+        detections: (B, M) or (M,), become instances.
     """
 
     panoptic: Tensor
-    instance: Tensor
+    detections: Detections
 
     @property
     def any_use(self) -> Tensor:
-        """Queries whose mask is needed."""
-        return self.panoptic | self.instance
+        """Queries whose mask is needed; of the shape of ``panoptic``."""
+        return self.panoptic | self.detections.used_queries(self.panoptic.shape[-1])
 
     def of_image(self, index: int) -> "ChosenQueries":
         """The rows of one image."""
-        return ChosenQueries(self.panoptic[index], self.instance[index])
+        return ChosenQueries(self.panoptic[index], self.detections.of_image(index))
 
 
 def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool) -> ChosenQueries:
@@ -78,16 +101,13 @@ def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool)
     panoptic = decoded.is_object & (decoded.scores > options.panoptic.score_threshold)
     if not has_masks:
         panoptic = torch.zeros_like(panoptic)
-    things = torch.tensor(options.thing_class_ids, dtype=torch.int64, device=panoptic.device)
-    instance = torch.isin(decoded.labels, things)
-    instance &= decoded.scores > options.instance_score_threshold
-    if has_masks and not options.instances:
-        instance = torch.zeros_like(instance)
-    if options.max_instances < instance.shape[-1]:
-        ranked = decoded.scores.masked_fill(~instance, -1.0)
-        best = ranked.topk(options.max_instances, dim=-1).indices
-        instance &= torch.zeros_like(instance).scatter(-1, best, True)
-    return ChosenQueries(panoptic, instance)
+    detections = best_detections(
+        decoded.class_scores,
+        options.thing_class_ids,
+        max_detections=options.max_instances if options.instances or not has_masks else 0,
+        score_threshold=options.instance_score_threshold,
+    )
+    return ChosenQueries(panoptic, detections)
 
 
 def to_result(
@@ -105,7 +125,7 @@ def to_result(
     """The result of one image.
 
     Args:
-        chosen: its queries by use, (Q,) each.
+        chosen: its queries by use.
         scores: (Q,) class probabilities.
         labels: (Q,) int64 contiguous class ids.
         boxes: (Q, 4) cxcywh in 0 to 1.
@@ -113,32 +133,35 @@ def to_result(
         padded_size: (height, width) of the padded batch.
         image_size: (height, width) of the image before padding.
         output_size: (height, width) of the result.
-        options: thresholds.
+        options: what to return.
 
     Returns:
-        ``instances``, and ``panoptic_seg`` when there are masks.
+        ``panoptic_seg`` when there are masks, and ``instances`` unless the options leave them out.
     """
-    instance = chosen.instance
-    instances = Instances(output_size)
-    instances.pred_boxes = Boxes(boxes_to_pixels(boxes[instance], output_size))
-    instances.scores = scores[instance]
-    instances.pred_classes = labels[instance]
-    result: dict[str, Any] = {"instances": instances}
-    if mask_logits is None:
-        return result
-    masks = resize_masks(
-        mask_logits, padded_size=padded_size, image_size=image_size, output_size=output_size
-    )
-    used = chosen.any_use
-    instances.pred_masks = masks[instance[used]] > 0
-    panoptic = chosen.panoptic
-    result["panoptic_seg"] = merge_panoptic(
-        masks[panoptic[used]],
-        scores[panoptic],
-        labels[panoptic],
-        thing_class_ids=options.thing_class_ids,
-        options=options.panoptic,
-    )
-    if not options.instances:
-        del result["instances"]
+    result: dict[str, Any] = {}
+    masks = None
+    if mask_logits is not None:
+        masks = ImageMasks(
+            mask_logits, padded_size=padded_size, image_size=image_size, output_size=output_size
+        )
+    if masks is None or options.instances:
+        found = chosen.detections
+        instances = Instances(output_size)
+        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[found.query], output_size))
+        instances.scores = found.scores
+        instances.pred_classes = found.labels
+        if masks is not None:
+            place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
+            instances.pred_masks = masks.at_output_size()[place[found.query]] > 0
+        result["instances"] = instances
+    if masks is not None:
+        panoptic = chosen.panoptic
+        result["panoptic_seg"] = merge_panoptic(
+            masks[panoptic[chosen.any_use]],
+            scores[panoptic],
+            labels[panoptic],
+            merge=options.merge,
+            thing_class_ids=options.thing_class_ids,
+            options=options.panoptic,
+        )
     return result

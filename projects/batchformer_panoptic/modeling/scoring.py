@@ -14,17 +14,20 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 class Decoded(NamedTuple):
-    """Best class of each query.
+    """What queries stand for.
 
     Attributes:
         scores: (...) in 0 to 1, probability of the best class.
         labels: (...) int64, that class.
         is_object: (...) bool, whether the query prefers a class to "no object".
+        class_scores: (..., num_classes) in 0 to 1, what a query is worth as a detection of each
+            class (see ``best_detections``); 0 where it cannot stand for the class.
     """
 
     scores: Tensor
     labels: Tensor
     is_object: Tensor
+    class_scores: Tensor
 
 
 class Scoring(ABC):
@@ -81,10 +84,15 @@ class SoftmaxScoring(Scoring):
         return each.view(classes.shape).sum(-1) / total_weight[:, None]
 
     def decode(self, logits: Tensor) -> Decoded:
-        """Scores of the classes alone; "no object" only decides ``is_object``."""
+        """Scores of the classes alone; "no object" only decides ``is_object``.
+
+        A query is a detection of its best class alone (``PostProcess`` of facebookresearch/detr).
+        """
         probabilities = logits.softmax(-1)
         scores, labels = probabilities[..., :-1].max(-1)
-        return Decoded(scores, labels, scores > probabilities[..., -1])
+        class_scores = torch.zeros_like(probabilities[..., :-1])
+        class_scores.scatter_(-1, labels[..., None], scores[..., None])
+        return Decoded(scores, labels, scores > probabilities[..., -1], class_scores)
 
 
 class FocalScoring(Scoring):
@@ -114,9 +122,14 @@ class FocalScoring(Scoring):
         return each.sum(dim=(2, 3)) / num_objects
 
     def decode(self, logits: Tensor) -> Decoded:
-        """Best class by its sigmoid; every query counts as an object."""
-        scores, labels = logits.sigmoid().max(-1)
-        return Decoded(scores, labels, torch.ones_like(labels, dtype=torch.bool))
+        """Best class by its sigmoid; every query counts as an object.
+
+        Classes do not exclude each other: a query may be a detection of several of them
+        (``PostProcess`` of fundamentalvision/Deformable-DETR, Conditional-DETR and SMCA-DETR).
+        """
+        class_scores = logits.sigmoid()
+        scores, labels = class_scores.max(-1)
+        return Decoded(scores, labels, torch.ones_like(labels, dtype=torch.bool), class_scores)
 
 
 def build_scoring(

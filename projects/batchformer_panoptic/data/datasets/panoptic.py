@@ -40,9 +40,9 @@ def register_panoptic_dataset(
         UserError: a path does not exist, the categories are not usable, or the name is taken.
     """
     paths = {
-        "image_root": _resolve(image_root),
-        "panoptic_root": _resolve(panoptic_root),
-        "panoptic_json": _resolve(panoptic_json),
+        "image_root": resolve_path(image_root),
+        "panoptic_root": resolve_path(panoptic_root),
+        "panoptic_json": resolve_path(panoptic_json),
     }
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
@@ -52,8 +52,9 @@ def register_panoptic_dataset(
             )
         return
     check_paths(name, paths)
+    content = read_coco_json(paths["panoptic_json"], "COCO-panoptic")
     try:
-        table = ClassTable.from_categories(_read_json(paths["panoptic_json"])["categories"])
+        table = ClassTable.from_categories(content["categories"])
     except UserError as error:
         raise UserError(f"{paths['panoptic_json']}: {error}") from error
     DatasetCatalog.register(name, functools.partial(load_panoptic_json, **paths))
@@ -100,11 +101,11 @@ def load_panoptic_json(
     Raises:
         UserError: naming the record that is wrong, or the first image or PNG that does not exist.
     """
-    content = _read_json(panoptic_json)
+    content = read_coco_json(panoptic_json, "COCO-panoptic")
     try:
         table = ClassTable.from_categories(content["categories"])
-        images = _by_id(content["images"], "id", "image")
-        annotations = _by_id(content["annotations"], "image_id", "annotation of image")
+        images = records_by_id(content["images"], "id", "image")
+        annotations = records_by_id(content["annotations"], "image_id", "annotation of image")
         dataset_dicts = [
             _dataset_dict(annotation, images, table, image_root, panoptic_root)
             for annotation in annotations.values()
@@ -134,14 +135,18 @@ def check_paths(name: str, paths: Mapping[str, str | None]) -> None:
             )
 
 
-def _resolve(path: str) -> str:
+def resolve_path(path: str) -> str:
     """The path with ``~`` and environment variables expanded, absolute unless it is a URI."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     return expanded if "://" in expanded else os.path.abspath(expanded)
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    """The file's object, checked for the three lists of the COCO-panoptic format."""
+def read_coco_json(path: str, format_name: str) -> dict[str, Any]:
+    """The file's object, checked for the three lists that COCO's formats have in common.
+
+    Raises:
+        UserError: the file cannot be read, or is not in the format, which is named so.
+    """
     try:
         with PathManager.open(path, "r") as file:
             content = json.load(file)
@@ -149,11 +154,11 @@ def _read_json(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path}: not in COCO-panoptic format, there is no list {key!r}")
+            raise UserError(f"{path}: not in {format_name} format, there is no list {key!r}")
     return content
 
 
-def _by_id(records: list[Any], key: str, what: str) -> dict[Any, DatasetDict]:
+def records_by_id(records: list[Any], key: str, what: str) -> dict[Any, DatasetDict]:
     """The records under their ids, in the order of the file."""
     result: dict[Any, DatasetDict] = {}
     for number, record in enumerate(records):

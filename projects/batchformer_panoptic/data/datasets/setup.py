@@ -1,19 +1,30 @@
 """What the data sets of a config decide: registrations, classes, things."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
 from ..categories import ClassTable
+from .instances import register_instances_dataset
 from .panoptic import register_panoptic_dataset
+
+# Lists of data sets in a config: how a row is registered, and the words of a row.
+_CUSTOM: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "CUSTOM_PANOPTIC": (
+        register_panoptic_dataset,
+        ("name", "image_root", "panoptic_root", "panoptic_json"),
+    ),
+    "CUSTOM_INSTANCES": (register_instances_dataset, ("name", "image_root", "json_file")),
+}
 
 
 def setup_datasets(cfg: CfgNode) -> None:
-    """Register DATASETS.CUSTOM_PANOPTIC and derive the classes from DATASETS.TRAIN and TEST.
+    """Register the custom data sets and derive the classes from DATASETS.TRAIN and TEST.
 
+    DATASETS.CUSTOM_PANOPTIC and DATASETS.CUSTOM_INSTANCES list data sets of one's own.
     MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of [] are filled in. Calling
     this again with the same config changes nothing.
 
@@ -21,11 +32,13 @@ def setup_datasets(cfg: CfgNode) -> None:
         cfg: changed in place, therefore not frozen.
 
     Raises:
-        UserError: a wrong row, an unknown data set, data sets that do not share their classes, or
-            classes in the config that are not those of the data sets.
+        UserError: a wrong row, an unknown data set, data sets that do not share their classes,
+            classes in the config that are not those of the data sets, or masks to be learnt from
+            boxes.
     """
-    for row in cfg.DATASETS.CUSTOM_PANOPTIC:
-        _register_row(row)
+    for key in _CUSTOM:
+        for row in cfg.DATASETS[key]:
+            _register_row(key, row)
     table = class_table_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if table is None:
         return
@@ -41,6 +54,8 @@ def setup_datasets(cfg: CfgNode) -> None:
             f"MODEL.PANOPTIC.THING_CLASS_IDS is {configured_things}, but the things of the data "
             f"sets are {things}: leave it at [] to take those"
         )
+    if cfg.MODEL.MASK_ON:
+        _check_masks(cfg.DATASETS.TRAIN)
     cfg.MODEL.DETR.NUM_CLASSES = table.num_classes
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = things
 
@@ -77,19 +92,34 @@ def check_registered(name: str) -> None:
     hint = f"did you mean {' or '.join(matches)}? " if matches else ""
     raise UserError(
         f"unknown data set {name!r}: {hint}Add a data set of your own to "
-        "DATASETS.CUSTOM_PANOPTIC as [name, image_root, panoptic_root, panoptic_json]"
+        + " or ".join(
+            f"DATASETS.{key} as {_row_form(words)}" for key, (_, words) in _CUSTOM.items()
+        )
     )
 
 
-def _register_row(row: object) -> None:
+def _check_masks(names: Sequence[str]) -> None:
+    for name in names:
+        if not MetadataCatalog.get(name).get("panoptic_root"):
+            raise UserError(
+                f"MODEL.MASK_ON asks for masks, but the data set {name!r} has no panoptic PNGs to "
+                "learn them from: set MODEL.MASK_ON False for boxes alone"
+            )
+
+
+def _register_row(key: str, row: object) -> None:
+    register, words = _CUSTOM[key]
     if (
         not isinstance(row, list | tuple)
-        or len(row) != 4
+        or len(row) != len(words)
         or not all(isinstance(value, str) and value for value in row)
     ):
+        number = {3: "three", 4: "four"}[len(words)]
         raise UserError(
-            f"DATASETS.CUSTOM_PANOPTIC: {row!r} is not a list of four texts "
-            "[name, image_root, panoptic_root, panoptic_json]"
+            f"DATASETS.{key}: {row!r} is not a list of {number} texts {_row_form(words)}"
         )
-    name, image_root, panoptic_root, panoptic_json = row
-    register_panoptic_dataset(name, image_root, panoptic_root, panoptic_json)
+    register(*row)
+
+
+def _row_form(words: Sequence[str]) -> str:
+    return f"[{', '.join(words)}]"

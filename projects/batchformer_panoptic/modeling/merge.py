@@ -1,0 +1,234 @@
+"""From masks of queries to the segments of an image: the panoptic merges, pure functions.
+
+Shapes: K kept queries, (H, W) the output image.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .postprocessing import ImageMasks, resize_map
+from .segments import (
+    Merge,
+    PanopticOptions,
+    PanopticSeg,
+    best_scores,
+    describe_segments,
+    segments_of_queries,
+)
+
+
+def merge_panoptic(
+    masks: ImageMasks,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    merge: Merge,
+    thing_class_ids: Sequence[int],
+    options: PanopticOptions,
+) -> PanopticSeg:
+    """Drop duplicates if asked to, then merge; arguments and result as in :class:`Merge`."""
+    if options.duplicate_iou < 1:
+        is_thing = torch.isin(labels, labels.new_tensor(list(thing_class_ids)))
+        logits = masks.at_output_size()
+        kept = without_duplicates(logits, scores, is_thing, options.duplicate_iou)
+        masks, scores, labels = masks[kept], scores[kept], labels[kept]
+    return merge(masks, scores, labels, thing_class_ids=thing_class_ids, options=options)
+
+
+def merge_strongest(
+    masks: ImageMasks,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    thing_class_ids: Sequence[int],
+    options: PanopticOptions,
+) -> PanopticSeg:
+    """Give each pixel to the kept query whose mask is strongest there.
+
+    As published (see :func:`merge_published`) the class scores play no part in that choice. Unlike
+    there, queries of one stuff class form one segment together, so that none of its pixels leak
+    to others, and masks and not maps of ids are resized to the output. The next best mask takes
+    the pixels of a segment that is too small; a pixel whose best mask is below
+    ``mask_threshold`` is void.
+    """
+    logits = masks.at_output_size()
+    segment_of_query, classes = segments_of_queries(labels.tolist(), thing_class_ids)
+    alive = torch.ones(len(classes), dtype=torch.bool)
+    query_segment = torch.tensor(segment_of_query, dtype=torch.int64, device=logits.device)
+    while True:
+        segment_map = _strongest(logits, query_segment, alive, options.mask_threshold)
+        areas = torch.bincount(segment_map.flatten(), minlength=len(classes) + 1)[1:].cpu()
+        small = alive & (areas <= options.min_area)
+        if not small.any():
+            break
+        alive &= ~small
+
+    best_score = best_scores(segment_of_query, scores.tolist(), len(classes))
+    living = alive.nonzero()[:, 0].tolist()
+    new_id = torch.zeros(len(classes) + 1, dtype=torch.int32)
+    new_id[torch.tensor(living, dtype=torch.int64) + 1] = torch.arange(
+        1, len(living) + 1, dtype=torch.int32
+    )
+    segments = describe_segments(
+        [classes[segment] for segment in living],
+        areas[alive].tolist(),
+        [best_score[segment] for segment in living],
+        thing_class_ids,
+    )
+    return new_id.to(segment_map.device)[segment_map], segments
+
+
+def merge_published(
+    masks: ImageMasks,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    thing_class_ids: Sequence[int],
+    options: PanopticOptions,
+) -> PanopticSeg:
+    """The segments of ``PostProcessPanoptic`` of facebookresearch/detr at one image a batch.
+
+    Each pixel of the image as the network saw it goes to the kept query with the largest softmax
+    over the queries; the map of queries is then resized by the nearest neighbour. Known defects
+    are kept: queries of a stuff class after its first hand over their pixels in the first round
+    alone, are then dropped for having none, and in the next round their pixels go to whatever
+    mask is next best; areas are compared at the output size; no pixel is void as long as there
+    is a segment.
+
+    Two things differ. Ids are one more than the published ones, for 0 is void in Detectron2. And
+    the batch padding is cropped, so that the result is that of one image a batch in every batch.
+    """
+    logits = masks.at_image_size()
+    label_list, score_list = labels.tolist(), scores.tolist()
+    segment_of_query, _ = segments_of_queries(label_list, thing_class_ids)
+    # Position, among the living, of the query that gets the pixels of each living query.
+    owner = [segment_of_query.index(segment) for segment in segment_of_query]
+    living = list(range(len(label_list)))
+    while living:
+        query = torch.tensor(living, device=logits.device)
+        winner = logits[query].softmax(dim=0).argmax(dim=0)
+        position = torch.tensor(owner, device=logits.device)[winner]
+        id_map = resize_map(position, masks.output_size)
+        areas = torch.bincount(id_map.flatten(), minlength=len(living)).tolist()
+        large = [position for position, area in enumerate(areas) if area > options.min_area]
+        if len(large) == len(living):
+            segments = describe_segments(
+                [label_list[query] for query in living],
+                areas,
+                [score_list[query] for query in living],
+                thing_class_ids,
+            )
+            return (id_map + 1).int(), segments
+        living = [living[position] for position in large]
+        owner = list(range(len(living)))
+    return torch.zeros(masks.output_size, dtype=torch.int32, device=logits.device), []
+
+
+def merge_mask2former(
+    masks: ImageMasks,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    thing_class_ids: Sequence[int],
+    options: PanopticOptions,
+) -> PanopticSeg:
+    """The segments of ``panoptic_inference`` of facebookresearch/Mask2Former.
+
+    Each pixel goes to the query with the largest score x mask probability and is void if that
+    probability is below one half. A query that wins less than ``overlap_threshold`` of the pixels
+    where its own mask is at least one half is dropped, and its pixels become void. Queries of one
+    stuff class are one segment. There is no smallest area.
+    """
+    probabilities = masks.at_output_size().sigmoid()
+    if len(probabilities) == 0:
+        return probabilities.new_zeros(masks.output_size, dtype=torch.int32), []
+    winner = (scores[:, None, None] * probabilities).argmax(dim=0)
+    claims = probabilities >= 0.5
+    claimed = claims.gather(0, winner[None])[0]
+    counts = torch.stack(
+        [
+            torch.bincount(winner.flatten(), minlength=len(claims)),
+            claims.flatten(1).sum(dim=1),
+            torch.bincount(winner[claimed], minlength=len(claims)),
+        ]
+    )
+    kept = [
+        query
+        for query, (won, own, final) in enumerate(counts.T.tolist())
+        if final > 0 and won / own >= options.overlap_threshold
+    ]
+    label_list, score_list, final_areas = labels.tolist(), scores.tolist(), counts[2].tolist()
+    segment_of_kept, classes = segments_of_queries(
+        [label_list[query] for query in kept], thing_class_ids
+    )
+    new_id = torch.zeros(len(claims), dtype=torch.int32)
+    areas = [0] * len(classes)
+    for query, segment in zip(kept, segment_of_kept, strict=True):
+        new_id[query] = segment + 1
+        areas[segment] += final_areas[query]
+    kept_scores = [score_list[query] for query in kept]
+    best_score = best_scores(segment_of_kept, kept_scores, len(classes))
+    segment_map = new_id.to(winner.device)[winner].masked_fill(~claimed, 0)
+    return segment_map, describe_segments(classes, areas, best_score, thing_class_ids)
+
+
+MERGES: dict[str, Merge] = {
+    "strongest": merge_strongest,
+    "published": merge_published,
+    "mask2former": merge_mask2former,
+}
+
+
+def find_merge(name: str) -> Merge:
+    """The merge called ``name``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in MERGES:
+        raise UserError(f"MODEL.PANOPTIC.MERGE_TEST is {name!r}; known: {', '.join(MERGES)}")
+    return MERGES[name]
+
+
+def without_duplicates(
+    mask_logits: Tensor, scores: Tensor, is_thing: Tensor, max_iou: float
+) -> Tensor:
+    """Queries to keep when two things on one object shall not split it (not in DETR).
+
+    Set prediction learns late to give an object to one query alone; a model that was trained
+    briefly still has two or three on some. Greedy suppression by the overlap of the masks.
+
+    Args:
+        mask_logits: (K, H, W).
+        scores: (K,).
+        is_thing: (K,) bool; other queries are kept.
+        max_iou: a thing is dropped when it overlaps a better one, of whatever class, by more.
+
+    Returns:
+        Indices of the queries to keep, ascending, int64.
+    """
+    masks = (mask_logits > 0).flatten(1).float()
+    overlap = masks @ masks.T
+    area = overlap.diagonal()
+    iou = overlap / (area[:, None] + area[None] - overlap).clamp(min=1)
+    similar = ((iou > max_iou) & is_thing[:, None] & is_thing[None]).tolist()
+    kept: list[int] = []
+    for query in scores.argsort(descending=True).tolist():
+        if not any(similar[query][other] for other in kept):
+            kept.append(query)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=mask_logits.device)
+
+
+def _strongest(
+    mask_logits: Tensor, query_segment: Tensor, alive: Tensor, threshold: float
+) -> Tensor:
+    """(H, W) int64: 1 + the living segment with the strongest mask, 0 for none."""
+    living = alive.to(mask_logits.device)[query_segment].nonzero()[:, 0]
+    if len(living) == 0:
+        return torch.zeros(mask_logits.shape[-2:], dtype=torch.int64, device=mask_logits.device)
+    best, query = mask_logits[living].max(dim=0)
+    segment_map = query_segment[living][query] + 1
+    return segment_map.masked_fill(best.sigmoid() < threshold, 0) if threshold > 0 else segment_map
