@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from tiny_model import tiny_cfg
 from torch import nn
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
@@ -55,6 +57,28 @@ def test_each_parameter_gets_its_learning_rate_and_decay() -> None:
         "head.weight": (0.2, 0.03),
         "head.bias": (0.2, 0.03),
     }
+
+
+def test_offsets_and_reference_points_of_deformable_detr_learn_slowly() -> None:
+    cfg = tiny_cfg(
+        MODEL__DETR__TRANSFORMER_NAME="deformable",
+        MODEL__BATCHFORMER__ENABLED=True,
+        SOLVER__BASE_LR=0.2,
+        SOLVER__BACKBONE_MULTIPLIER=0.5,
+        MODEL__DEFORMABLE__LR_FACTOR=0.25,
+    )
+    model = build_model(cfg)
+    found = _hyperparameters(build_optimizer(cfg, model), model)
+    slow = {name for name, (lr, _) in found.items() if lr == 0.05}
+    layers = [
+        *(f"encoder.layers.{i}.self_attn.sampling_offsets" for i in range(2)),
+        *(f"decoder.layers.{i}.cross_attn.sampling_offsets" for i in range(2)),
+        "reference_points",
+    ]
+    assert slow == {f"transformer.{x}.{part}" for x in layers for part in ("weight", "bias")}
+    halved = {name for name, (lr, _) in found.items() if lr == 0.1}
+    assert halved == {name for name in found if name.startswith("backbone.")}
+    assert {lr for lr, _ in found.values()} == {0.05, 0.1, 0.2}
 
 
 def test_no_norm_decay_given_means_the_decay_of_the_rest() -> None:

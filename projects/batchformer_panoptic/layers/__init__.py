@@ -2,12 +2,15 @@
 
 from .box_ops import cxcywh_to_xyxy, generalized_box_iou, xyxy_to_cxcywh
 from .mlp import MLP
+from .ms_deform_attn import MSDeformAttn, deform_attn
 from .position_encoding import SinePositionEncoding, sine_encoding
 
 __all__ = [
     "MLP",
+    "MSDeformAttn",
     "SinePositionEncoding",
     "cxcywh_to_xyxy",
+    "deform_attn",
     "generalized_box_iou",
     "sine_encoding",
     "xyxy_to_cxcywh",

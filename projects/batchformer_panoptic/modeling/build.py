@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 
 from ..errors import UserError
 from .criterion import SetCriterion
-from .heads import BoxHead, MaskHead, SemanticAuxHead
+from .heads import BoxHead, LayerwiseBoxHead, MaskHead, SemanticAuxHead
 from .matcher import HungarianMatcher
 from .scoring import Scoring, build_scoring
 
@@ -28,13 +28,27 @@ def build_scoring_from_config(cfg: CfgNode) -> Scoring:
     )
 
 
-def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead:
-    """The box head for the logits that ``scoring`` wants."""
-    return BoxHead(
-        embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
-        num_class_outputs=scoring.num_outputs,
-        class_bias=scoring.initial_bias,
-    )
+def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead | LayerwiseBoxHead:
+    """The box head for the logits that ``scoring`` wants; one a layer where boxes are refined."""
+    node = cfg.MODEL.DETR
+
+    def one(box_bias: Sequence[float] | None) -> BoxHead:
+        return BoxHead(
+            embed_dim=node.HIDDEN_DIM,
+            num_class_outputs=scoring.num_outputs,
+            class_bias=scoring.initial_bias,
+            box_bias=box_bias,
+        )
+
+    # As published: boxes start at their reference points; those of Deformable-DETR start small.
+    small, unchanged = (0.0, 0.0, -2.0, -2.0), (0.0, 0.0, 0.0, 0.0)
+    if node.TRANSFORMER_NAME != "deformable":
+        return one(unchanged if node.TRANSFORMER_NAME == "conditional" else None)
+    if not cfg.MODEL.DEFORMABLE.BOX_REFINE:
+        return one(small)
+    two_stage = cfg.MODEL.DEFORMABLE.TWO_STAGE
+    biases = [unchanged if two_stage else small, *[unchanged] * (node.DEC_LAYERS - 1 + two_stage)]
+    return LayerwiseBoxHead([one(bias) for bias in biases], num_layers=node.DEC_LAYERS)
 
 
 def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SemanticAuxHead:

@@ -52,6 +52,8 @@ class SetCriterion:
         targets: Sequence[ImageTarget],
         matching: Matching,
         num_objects: Tensor,
+        *,
+        suffix: str = "",
     ) -> dict[str, Tensor]:
         """Losses of classes and boxes in every layer.
 
@@ -61,6 +63,7 @@ class SetCriterion:
             targets: B' image targets.
             matching: their assignment.
             num_objects: 0-d, from :func:`count_objects`.
+            suffix: added to every name.
 
         Returns:
             ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer and ``loss_ce_0`` ... of
@@ -77,7 +80,7 @@ class SetCriterion:
             "giou": _sum_by_image(1 - giou, matching, logits.shape[:2]) / num_objects,
         }
         return {
-            _loss_name(name, layer, logits.shape[0]): self.weights[name] * term[layer]
+            _loss_name(name, layer, logits.shape[0]) + suffix: self.weights[name] * term[layer]
             for name, term in terms.items()
             for layer in range(logits.shape[0])
         }

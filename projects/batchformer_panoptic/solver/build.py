@@ -16,6 +16,9 @@ OPTIMIZERS = ("ADAMW", "SGD")
 CLIP_TYPES = ("full_model", "norm", "value")
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
+# Modules of Deformable-DETR that learn more slowly than the rest.
+DEFORMABLE_PARTS = ("sampling_offsets", "reference_points")
+
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 
@@ -23,7 +26,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the trainable parameters of a model.
 
     Learning rates are ``SOLVER.BASE_LR``, times ``SOLVER.BACKBONE_MULTIPLIER`` for parameters with
-    "backbone" in their name, times ``MODEL.BATCHFORMER.LR_FACTOR`` for those with "batchformer".
+    "backbone" in their name, times ``MODEL.BATCHFORMER.LR_FACTOR`` for those with "batchformer",
+    times ``MODEL.DEFORMABLE.LR_FACTOR`` for sampling offsets and reference points (as published).
     Weight decay follows Detectron2: ``SOLVER.WEIGHT_DECAY_NORM`` and ``SOLVER.WEIGHT_DECAY_BIAS``
     replace ``SOLVER.WEIGHT_DECAY`` for normalisation layers and biases unless they are None. DETR
     decays every parameter alike, that is None for both.
@@ -111,6 +115,8 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     def lr_factor(name: str) -> float:
         if "batchformer" in name:
             return cfg.MODEL.BATCHFORMER.LR_FACTOR
+        if any(part in DEFORMABLE_PARTS for part in name.split(".")):
+            return cfg.MODEL.DEFORMABLE.LR_FACTOR
         return cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in name else 1.0
 
     groups = get_default_optimizer_params(

@@ -4,6 +4,7 @@ Shapes: B images, B' = streams * B, L decoder layers, Q queries, K classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -256,6 +257,14 @@ class PanopticDETR(nn.Module):
         losses = self.criterion.box_losses(
             predictions.logits, predictions.boxes, targets, matching, num_objects
         )
+        proposals = predictions.transformer.proposals
+        if proposals is not None:
+            logits, boxes = proposals.logits[None], proposals.boxes[None]
+            objects = [replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
+            found = self.matcher(logits, boxes, objects)
+            losses.update(
+                self.criterion.box_losses(logits, boxes, objects, found, num_objects, suffix="_enc")
+            )
         if self.mask_head is not None:
             last = matching.of_layer(-1)
             masks = self.predict_masks(predictions, features, last.image, last.query)

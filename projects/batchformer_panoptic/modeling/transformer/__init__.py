@@ -1,10 +1,23 @@
 """Transformers by name: feature maps in, query states and memory out."""
 
-from .base import TRANSFORMER_REGISTRY, Transformer, TransformerOutput, build_transformer
+from .base import (
+    TRANSFORMER_REGISTRY,
+    Proposals,
+    Transformer,
+    TransformerOutput,
+    build_transformer,
+)
+from .deformable import DeformableTransformer
 from .detr import SingleScaleTransformer
+from .smca import SMCADecoder
+from .smca_multiscale import MultiScaleSMCA
 
 __all__ = [
     "TRANSFORMER_REGISTRY",
+    "DeformableTransformer",
+    "MultiScaleSMCA",
+    "Proposals",
+    "SMCADecoder",
     "SingleScaleTransformer",
     "Transformer",
     "TransformerOutput",

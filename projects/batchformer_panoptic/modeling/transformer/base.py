@@ -37,7 +37,8 @@ class BoxPredictor(Protocol):
         """Predict from the states of one decoder layer.
 
         Args:
-            layer: decoder layer, from 0.
+            layer: decoder layer, from 0; the number of decoder layers stands for the encoder's
+                proposals, where there are any.
             states: (B', Q, C).
             reference_points: None, or (B', Q, 2 or 4) logits that boxes are offsets from.
 
@@ -45,6 +46,18 @@ class BoxPredictor(Protocol):
             Class logits (B', Q, K) and box logits (B', Q, 4) float32, before the sigmoid.
         """
         ...
+
+
+class Proposals(NamedTuple):
+    """Boxes that the encoder proposes, one for each token (two-stage Deformable-DETR).
+
+    Attributes:
+        logits: (B', N, K) class logits.
+        boxes: (B', N, 4) float32 cxcywh in 0 to 1; all ones for tokens that propose nothing.
+    """
+
+    logits: Tensor
+    boxes: Tensor
 
 
 class TransformerOutput(NamedTuple):
@@ -58,6 +71,7 @@ class TransformerOutput(NamedTuple):
         memory_map: (B', C, H, W), the encoder's output at the same positions.
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
         streams: the streams along dimension 0 of everything that is B'.
+        proposals: of the encoder, to be supervised as well; None where there are none.
     """
 
     hidden_states: Tensor
@@ -66,6 +80,7 @@ class TransformerOutput(NamedTuple):
     memory_map: Tensor
     padding_mask: Tensor
     streams: StreamState
+    proposals: Proposals | None = None
 
 
 class Transformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Transformers over one feature map: DETR and Conditional-DETR, with a hook in the encoder.
+"""Transformers over one feature map: DETR, Conditional-DETR, and the frame that SMCA shares.
 
 Shapes: B images, B' = streams * B, N = H * W tokens, Q queries, C channels, L decoder layers.
 """
@@ -19,7 +19,7 @@ from .base import (
     TransformerOutput,
     build_batchformer_hook,
 )
-from .decoder import ConditionalDecoder, DETRDecoder
+from .decoder import ConditionalDecoder, Decoder, DETRDecoder, MemoryGrid
 from .encoder import DETREncoder
 from .layers import ConditionalDecoderLayer, DecoderLayer, EncoderLayer
 
@@ -48,7 +48,7 @@ class SingleScaleTransformer(Transformer):
         embed_dim: int,
         num_queries: int,
         encoder: DETREncoder,
-        decoder: DETRDecoder | ConditionalDecoder,
+        decoder: Decoder,
     ) -> None:
         super().__init__()
         self.in_features = (in_feature,)
@@ -66,23 +66,19 @@ class SingleScaleTransformer(Transformer):
         cls,
         cfg: CfgNode,
         input_shape: dict[str, ShapeSpec],
-        decoder: DETRDecoder | ConditionalDecoder,
+        decoder: Decoder,
     ) -> dict[str, Any]:
         """Translate ``MODEL.DETR`` into constructor arguments."""
         node = cfg.MODEL.DETR
-        if node.IN_FEATURE not in input_shape:
-            raise UserError(
-                f"MODEL.DETR.IN_FEATURE is {node.IN_FEATURE!r}, but the backbone returns "
-                f"{', '.join(sorted(input_shape))}"
-            )
+        shape = in_feature_shape(cfg, input_shape)
         encoder = DETREncoder(
-            [EncoderLayer(**_layer_arguments(cfg)) for _ in range(node.ENC_LAYERS)],
+            [EncoderLayer(**layer_arguments(cfg)) for _ in range(node.ENC_LAYERS)],
             hook=build_batchformer_hook(cfg),
             norm=nn.LayerNorm(node.HIDDEN_DIM) if node.PRE_NORM else None,
         )
         return {
             "in_feature": node.IN_FEATURE,
-            "in_channels": input_shape[node.IN_FEATURE].channels,
+            "in_channels": shape.channels,
             "embed_dim": node.HIDDEN_DIM,
             "num_queries": node.NUM_OBJECT_QUERIES,
             "encoder": encoder,
@@ -106,12 +102,25 @@ class SingleScaleTransformer(Transformer):
             memory,
             streams.expand(pos),
             None if key_padding_mask is None else streams.expand(key_padding_mask),
+            MemoryGrid([(height, width)], padding, streams),
         )
         memory_map = memory.transpose(1, 2).unflatten(2, (height, width))
         return TransformerOutput(hidden_states, references, projected, memory_map, mask, streams)
 
 
-def _layer_arguments(cfg: CfgNode) -> dict[str, Any]:
+def in_feature_shape(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
+    """Channels and stride of the map that ``MODEL.DETR.IN_FEATURE`` names."""
+    name = cfg.MODEL.DETR.IN_FEATURE
+    if name not in input_shape:
+        raise UserError(
+            f"MODEL.DETR.IN_FEATURE is {name!r}, but the backbone returns "
+            f"{', '.join(sorted(input_shape))}"
+        )
+    return input_shape[name]
+
+
+def layer_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """What encoder and decoder layers of DETR are built from."""
     node = cfg.MODEL.DETR
     return {
         "embed_dim": node.HIDDEN_DIM,
@@ -122,10 +131,21 @@ def _layer_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def post_norm_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The same for layers that exist with the norm after attention alone."""
+    arguments = layer_arguments(cfg)
+    if arguments.pop("pre_norm"):
+        raise UserError(
+            "MODEL.DETR.PRE_NORM is True; the transformer "
+            f"{cfg.MODEL.DETR.TRANSFORMER_NAME!r} is post-norm: set it to False"
+        )
+    return arguments
+
+
 @TRANSFORMER_REGISTRY.register()
 def detr(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransformer:
     """DETR: absolute boxes, no reference points."""
-    layers = [DecoderLayer(**_layer_arguments(cfg)) for _ in range(cfg.MODEL.DETR.DEC_LAYERS)]
+    layers = [DecoderLayer(**layer_arguments(cfg)) for _ in range(cfg.MODEL.DETR.DEC_LAYERS)]
     decoder = DETRDecoder(layers, embed_dim=cfg.MODEL.DETR.HIDDEN_DIM)
     return SingleScaleTransformer(cfg, input_shape, decoder)
 
@@ -133,10 +153,7 @@ def detr(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransfor
 @TRANSFORMER_REGISTRY.register()
 def conditional(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransformer:
     """Conditional-DETR: one reference point for each query."""
-    if cfg.MODEL.DETR.PRE_NORM:
-        raise UserError("MODEL.DETR.PRE_NORM is True; the transformer 'conditional' is post-norm")
-    arguments = _layer_arguments(cfg)
-    del arguments["pre_norm"]
+    arguments = post_norm_arguments(cfg)
     layers = [
         ConditionalDecoderLayer(**arguments, is_first=index == 0)
         for index in range(cfg.MODEL.DETR.DEC_LAYERS)
