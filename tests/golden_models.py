@@ -1,12 +1,34 @@
-"""Models with the weights and settings of a golden file, in this project's names."""
+"""Models with the weights and settings of a golden file, and what golden tests compare with.
 
-import os
-import re
-from pathlib import Path
-from typing import Any
+Everything comes from the files: sizes, layers, heads, insertions, names of maps, loss weights.
+Another set of the same files is compared with ``GOLDEN_DIR=/another/folder``.
+"""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from golden_compare import (
+    assert_evaluates_as_plain,
+    assert_gradients,
+    assert_losses_and_gradients,
+    assert_masks,
+    assert_matching,
+    assert_near,
+    assert_outputs,
+    assert_padding_and_positions,
+    assert_states,
+    assert_training_step,
+)
+from golden_files import (
+    features_of,
+    golden_dir,
+    image_targets,
+    load_golden,
+    our_name,
+    rename,
+    sizes_of,
+)
+from torch import nn
 
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook
@@ -14,9 +36,13 @@ from batchformer_panoptic.modeling.criterion import SetCriterion
 from batchformer_panoptic.modeling.heads import BoxHead, MaskHead
 from batchformer_panoptic.modeling.inference import InferenceOptions
 from batchformer_panoptic.modeling.matcher import HungarianMatcher
-from batchformer_panoptic.modeling.scoring import FocalScoring, SoftmaxScoring
-from batchformer_panoptic.modeling.targets import DenseMasks, ImageTarget
-from batchformer_panoptic.modeling.transformer.decoder import ConditionalDecoder, DETRDecoder
+from batchformer_panoptic.modeling.scoring import FocalScoring, Scoring, SoftmaxScoring
+from batchformer_panoptic.modeling.transformer import Transformer
+from batchformer_panoptic.modeling.transformer.decoder import (
+    ConditionalDecoder,
+    Decoder,
+    DETRDecoder,
+)
 from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
 from batchformer_panoptic.modeling.transformer.encoder import DETREncoder
 from batchformer_panoptic.modeling.transformer.layers import (
@@ -25,144 +51,181 @@ from batchformer_panoptic.modeling.transformer.layers import (
     EncoderLayer,
 )
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-
-_RENAMES = [
-    (r"^detr\.transformer\.bf\.", "transformer.encoder.batchformer.blocks."),
-    (r"^detr\.transformer\.", "transformer."),
-    (r"^(?:detr\.)?(class_embed|bbox_embed)\.", r"box_head.\1."),
-    (r"^(?:detr\.)?(query_embed|input_proj)\.", r"transformer.\1."),
-    (r"^bbox_attention\.", "mask_head.attention."),
-    (r"^mask_head\.out_lay\.", "mask_head.predictor."),
+__all__ = [
+    "Insertion",
+    "assemble",
+    "assert_evaluates_as_plain",
+    "assert_gradients",
+    "assert_losses_and_gradients",
+    "assert_masks",
+    "assert_matching",
+    "assert_near",
+    "assert_outputs",
+    "assert_padding_and_positions",
+    "assert_states",
+    "assert_training_step",
+    "coarsest_map",
+    "conditional_model",
+    "detr_model",
+    "features_of",
+    "golden_dir",
+    "image_targets",
+    "insertion_of",
+    "layer_arguments",
+    "load_golden",
+    "our_name",
+    "panoptic_model",
+    "rename",
+    "sizes_of",
+    "two_stream_model",
 ]
 
 
-def load_golden(name: str) -> dict[str, Any]:
-    return torch.load(GOLDEN_DIR / name, weights_only=True)
+class Insertion(NamedTuple):
+    """Encoder layers after which blocks act, and whether one block serves all of them."""
+
+    layers: tuple[int, ...]
+    shared: bool
 
 
-def our_name(official: str) -> str:
-    """The official DETR name of a parameter in this project's words."""
-    for pattern, replacement in _RENAMES:
-        official = re.sub(pattern, replacement, official)
-    for theirs, ours in (("lay", "convs"), ("gn", "norms"), ("adapter", "adapters")):
-        official = re.sub(
-            rf"^mask_head\.{theirs}(\d)\.",
-            lambda m, ours=ours: f"mask_head.{ours}.{int(m[1]) - 1}.",
-            official,
-        )
-    return official
+def insertion_of(config: Mapping[str, Any]) -> Insertion | None:
+    """What the public code's flags ``bf``, ``share_bf`` and ``insert_idx`` mean."""
+    mode = config["bf"]
+    if mode == 0:
+        return None
+    layers = {1: [config["enc_layers"] - 1], 2: [4]}.get(mode, config["insert_idx"])
+    return Insertion(tuple(layers), bool(config["share_bf"]))
 
 
-def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {our_name(name): value.float() for name, value in state.items()}
+# --- models --------------------------------------------------------------------------------------
 
 
-def panoptic_model(golden: dict[str, Any], insert_layers: list[int] | None) -> PanopticDETR:
-    """A DETR with masks as the file configures it, without backbone."""
-    c = golden["config"]
-    layer = {
-        "embed_dim": c["d_model"],
-        "num_heads": c["nheads"],
-        "dim_feedforward": c["dim_feedforward"],
-        "dropout": 0.0,
-        "pre_norm": c["pre_norm"],
-    }
-    hook = (
-        IdentityHook()
-        if insert_layers is None
-        else BatchFormerHook(c["d_model"], insert_layers=insert_layers, dropout=0.0)
-    )
-    norm = nn.LayerNorm(c["d_model"]) if c["pre_norm"] else None
+def assemble(
+    config: Mapping[str, Any],
+    transformer: Transformer,
+    scoring: Scoring,
+    *,
+    mask_features: Sequence[str] = (),
+    box_head: nn.Module | None = None,
+) -> PanopticDETR:
+    """A model without backbone around ``transformer``, in training mode."""
+    width = config["d_model"]
+    weights = config["weight_dict"]
+    mask_head = None
+    if mask_features:
+        channels = [config["channels"][name] for name in mask_features]
+        mask_head = MaskHead(embed_dim=width, num_heads=config["nheads"], in_channels=channels)
+    if box_head is None:
+        box_head = BoxHead(embed_dim=width, num_class_outputs=scoring.num_outputs, class_bias=None)
+    return PanopticDETR(
+        backbone=nn.Identity(),
+        transformer=transformer,
+        box_head=box_head,
+        mask_head=mask_head,
+        mask_features=tuple(mask_features),
+        scoring=scoring,
+        matcher=HungarianMatcher(scoring, **config["matcher"]),
+        criterion=SetCriterion(
+            scoring,
+            weights={
+                term: weights[f"loss_{term}"]
+                for term in ("ce", "bbox", "giou", "mask", "dice")
+                if f"loss_{term}" in weights
+            },
+        ),
+        inference_options=InferenceOptions(()),
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+    ).train()
+
+
+def panoptic_model(golden: dict[str, Any]) -> PanopticDETR:
+    """The plain DETR with masks, with its weights."""
+    model = detr_model(golden["config"], insertion=None)
+    model.load_state_dict(rename(golden["state_dict"]))
+    return model
+
+
+def two_stream_model(golden: dict[str, Any], recorded: dict[str, Any], name: str) -> PanopticDETR:
+    """The model of a variant of ``recorded``, blocks included; the rest is that of ``golden``."""
+    config = golden["config"] | recorded["config"]
+    variant = recorded["variants"][name]
+    flags = {"insert_idx": variant["insert_idx"]} | variant.get("args", {})
+    model = detr_model(config, insertion_of(config | flags))
+    known = model.state_dict()  # the file holds the blocks of all variants
+    blocks = {k: v for k, v in rename(recorded["bf_state_dict"]).items() if k in known}
+    model.load_state_dict(rename(golden["state_dict"]) | blocks)
+    return model
+
+
+def detr_model(config: Mapping[str, Any], insertion: Insertion | None) -> PanopticDETR:
+    """A DETR, with masks where the file names maps for them."""
+    width = config["d_model"]
+    layer = layer_arguments(config) | {"pre_norm": config["pre_norm"]}
+    hook = IdentityHook() if insertion is None else _batchformer_hook(config, insertion)
     encoder = DETREncoder(
-        [EncoderLayer(**layer) for _ in range(c["enc_layers"])], hook=hook, norm=norm
+        [EncoderLayer(**layer) for _ in range(config["enc_layers"])],
+        hook=hook,
+        norm=nn.LayerNorm(width) if config["pre_norm"] else None,
     )
-    decoder = DETRDecoder(
-        [DecoderLayer(**layer) for _ in range(c["dec_layers"])], embed_dim=c["d_model"]
-    )
-    scoring = SoftmaxScoring(c["num_classes"], no_object_weight=c["eos_coef"])
-    fine_maps = c["fpn_order_to_mask_head"]
-    return PanopticDETR(
-        backbone=nn.Identity(),
-        transformer=SingleScaleTransformer(
-            in_feature="res5",
-            in_channels=c["channels"]["res5"],
-            embed_dim=c["d_model"],
-            num_queries=c["num_queries"],
-            encoder=encoder,
-            decoder=decoder,
-        ),
-        box_head=BoxHead(
-            embed_dim=c["d_model"], num_class_outputs=scoring.num_outputs, class_bias=None
-        ),
-        mask_head=MaskHead(
-            embed_dim=c["d_model"],
-            num_heads=c["nheads"],
-            in_channels=[c["channels"][name] for name in fine_maps],
-        ),
-        mask_features=fine_maps,
-        scoring=scoring,
-        matcher=HungarianMatcher(scoring, **c["matcher"]),
-        criterion=SetCriterion(scoring, weights=loss_weights(golden)),
-        inference_options=InferenceOptions(()),
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
+    decoder_layers = [DecoderLayer(**layer) for _ in range(config["dec_layers"])]
+    return assemble(
+        config,
+        _single_scale(config, encoder, DETRDecoder(decoder_layers, embed_dim=width)),
+        SoftmaxScoring(config["num_classes"], no_object_weight=config["eos_coef"]),
+        mask_features=config.get("fpn_order_to_mask_head", ()),
     )
 
 
-def conditional_model(golden: dict[str, Any]) -> PanopticDETR:
-    """A Conditional-DETR for boxes as the file configures it, without backbone."""
-    c = golden["config"]
-    layer = {
-        "embed_dim": c["d_model"],
-        "num_heads": c["nheads"],
-        "dim_feedforward": c["dim_feedforward"],
+def conditional_model(config: Mapping[str, Any]) -> PanopticDETR:
+    """A Conditional-DETR for boxes."""
+    layer = layer_arguments(config)
+    encoder = DETREncoder(
+        [EncoderLayer(**layer) for _ in range(config["enc_layers"])], hook=IdentityHook(), norm=None
+    )
+    decoder_layers = [
+        ConditionalDecoderLayer(**layer, is_first=i == 0) for i in range(config["dec_layers"])
+    ]
+    decoder = ConditionalDecoder(decoder_layers, embed_dim=config["d_model"])
+    scoring = FocalScoring(config["num_classes"], alpha=config["focal_alpha"])
+    return assemble(config, _single_scale(config, encoder, decoder), scoring)
+
+
+def layer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What encoder and decoder layers of DETR and its relatives are built from."""
+    return {
+        "embed_dim": config["d_model"],
+        "num_heads": config["nheads"],
+        "dim_feedforward": config["dim_feedforward"],
         "dropout": 0.0,
     }
-    (name,) = c["channels"]
-    scoring = FocalScoring(c["num_classes"], alpha=c["focal_alpha"])
-    encoder_layers = [EncoderLayer(**layer) for _ in range(c["enc_layers"])]
-    decoder_layers = [
-        ConditionalDecoderLayer(**layer, is_first=i == 0) for i in range(c["dec_layers"])
-    ]
-    weights = {term: c["weight_dict"][f"loss_{term}"] for term in ("ce", "bbox", "giou")}
-    return PanopticDETR(
-        backbone=nn.Identity(),
-        transformer=SingleScaleTransformer(
-            in_feature=name,
-            in_channels=c["channels"][name],
-            embed_dim=c["d_model"],
-            num_queries=c["num_queries"],
-            encoder=DETREncoder(encoder_layers, hook=IdentityHook(), norm=None),
-            decoder=ConditionalDecoder(decoder_layers, embed_dim=c["d_model"]),
-        ),
-        box_head=BoxHead(
-            embed_dim=c["d_model"], num_class_outputs=scoring.num_outputs, class_bias=None
-        ),
-        mask_head=None,
-        mask_features=(),
-        scoring=scoring,
-        matcher=HungarianMatcher(scoring, **c["matcher"]),
-        criterion=SetCriterion(scoring, weights=weights),
-        inference_options=InferenceOptions(()),
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
+
+
+def coarsest_map(config: Mapping[str, Any]) -> str:
+    """The map that a single-scale transformer reads: the last that is not for masks alone."""
+    return [n for n in config["channels"] if n not in config.get("fpn_order_to_mask_head", ())][-1]
+
+
+def _single_scale(
+    config: Mapping[str, Any], encoder: DETREncoder, decoder: Decoder
+) -> SingleScaleTransformer:
+    name = coarsest_map(config)
+    return SingleScaleTransformer(
+        in_feature=name,
+        in_channels=config["channels"][name],
+        embed_dim=config["d_model"],
+        num_queries=config["num_queries"],
+        encoder=encoder,
+        decoder=decoder,
     )
 
 
-def loss_weights(golden: dict[str, Any]) -> dict[str, float]:
-    weights = golden["config"]["weight_dict"]
-    return {term: weights[f"loss_{term}"] for term in ("ce", "bbox", "giou", "mask", "dice")}
-
-
-def image_targets(targets: list[dict[str, Tensor]]) -> list[ImageTarget]:
-    return [ImageTarget(t["labels"], t["boxes"], DenseMasks(t["masks"])) for t in targets]
-
-
-def features_of(golden: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in golden["inputs"]["features"].items()}
-
-
-def sizes_of(golden: dict[str, Any]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    inputs = golden["inputs"]
-    return [tuple(size) for size in inputs["image_sizes"]], tuple(inputs["padded_size"])
+def _batchformer_hook(config: Mapping[str, Any], insertion: Insertion) -> BatchFormerHook:
+    return BatchFormerHook(
+        config["d_model"],
+        insert_layers=insertion.layers,
+        num_heads=config["bf_nhead"],
+        dim_feedforward=config["bf_dim_feedforward"],
+        dropout=0.0,
+        shared=insertion.shared,
+    )

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO_ROOT
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -31,29 +32,27 @@ def test_config_merges(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_builds_what_its_name_says(path):
     cfg = load(path)
-    cfg.MODEL.DEVICE, cfg.MODEL.DETR.NUM_CLASSES = "cpu", 133
-    model = build_model(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.DETR.NUM_CLASSES = "meta", 133
+    with torch.device("meta"):  # shapes without numbers: six times as fast
+        model = build_model(cfg)
     assert any("batchformer" in name for name, _ in model.named_parameters()) == (
         "batchformer" in path.stem
     )
-    assert (model.mask_head is not None) == ("boxes" not in path.stem)
+    boxes_alone = path.parent.name == "detection" or "boxes" in path.stem
+    assert (model.mask_head is None) == boxes_alone
     assert cfg.DATASETS.TRAIN
     assert cfg.DATASETS.TEST
-    assert cfg.OUTPUT_DIR != "./output"
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert (trained == {"mask_head"}) == ("masks" in path.stem)
 
 
-def test_published_recipe():
-    boxes = load(REPO_ROOT / "configs/coco/panoptic/detr_R50_boxes_300ep.yaml")
-    masks = load(REPO_ROOT / "configs/coco/panoptic/detr_R50_masks_25ep.yaml")
-    epoch = 118287 // boxes.SOLVER.IMS_PER_BATCH
-    assert (300 * epoch, (200 * epoch,)) == (boxes.SOLVER.MAX_ITER, boxes.SOLVER.STEPS)
-    assert (25 * epoch, (15 * epoch,)) == (masks.SOLVER.MAX_ITER, masks.SOLVER.STEPS)
-    for cfg in (boxes, masks):
-        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_MULTIPLIER) == (1e-4, 0.1)
-        assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE == 0.1
-        assert cfg.MODEL.DETR.NUM_OBJECT_QUERIES == 100
+def test_recipes_write_to_folders_of_their_own():
+    folders = [load(path).OUTPUT_DIR for path in RECIPES]
+    assert len(set(folders)) == len(folders)
+    assert "./output" not in folders
+    coco = [path for path in RECIPES if path.parts[-3] == "coco"]
+    for path in coco:
+        assert f"output/coco_{path.parent.name}/{path.stem}" == load(path).OUTPUT_DIR
 
 
 def leaves(node: CfgNode, prefix: str = "") -> set[str]:
