@@ -8,7 +8,6 @@ test data set is not on disk.
 
 import argparse
 import itertools
-import math
 import os
 import statistics
 import sys
@@ -20,18 +19,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import (
-    FlopCountAnalysis,
-    parameter_count_table,
-)
+from detectron2.utils.analysis import parameter_count_table
 from fvcore.nn import ActivationCountAnalysis, flop_count_table
-from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import nn
 
 from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from batchformer_panoptic.data import build_test_loader, setup_datasets
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.flops import flop_analysis
 from batchformer_panoptic.errors import UserError
 
 Inputs = list[dict[str, Any]]
@@ -201,27 +197,12 @@ def seconds_each(model: nn.Module, batch: Inputs) -> float:
     return (time.perf_counter() - start) / len(batch)
 
 
-def flop_analysis(model: nn.Module, batch: Inputs) -> FlopCountAnalysis:
-    """Detectron2's analysis, which does not know PyTorch's fused attention."""
-    analysis = FlopCountAnalysis(model, batch)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
-    # Tracing a model whose output depends on its input warns on every branch.
-    analysis.tracer_warnings("none")
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-
-
 def activation_analysis(model: nn.Module, batch: Inputs) -> ActivationCountAnalysis:
     """fvcore's analysis; Detectron2's own helper refuses results that are not tensors alone."""
     adapter = TracingAdapter(model, batch, allow_non_tensor=True)
     analysis = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
     analysis.tracer_warnings("none")
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-
-
-def attention_flops(inputs: list[Any], _outputs: list[Any]) -> int:
-    """Multiply-adds of both matrix products: queries (..., L, E), keys (..., S, E)."""
-    query, key = get_shape(inputs[0]), get_shape(inputs[1])
-    return 2 * math.prod(query) * key[-2]
 
 
 def per_operator(totals: Counter[str], images: int, unit: float, name: str) -> str:

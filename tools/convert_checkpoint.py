@@ -26,6 +26,8 @@ from batchformer_panoptic.checkpoint.conversion.backbones import locate_weights
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.checkpoint.conversion.huggingface import open_folder
 from batchformer_panoptic.checkpoint.files import read_weights, write_atomically
+from batchformer_panoptic.checkpoint.misfit import is_class_head
+from batchformer_panoptic.checkpoint.settings import KEY as SETTINGS
 from batchformer_panoptic.data.categories import ClassTable
 from batchformer_panoptic.errors import UserError
 
@@ -83,7 +85,10 @@ def load_classes(name: str) -> ClassTable | None:
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {name} cannot be read: {error}") from error
     categories = content.get("categories") if isinstance(content, dict) else content
-    return ClassTable.from_categories(categories)
+    try:
+        return ClassTable.from_categories(categories)
+    except UserError as error:
+        raise UserError(f"--classes {name}: {error}") from error
 
 
 def tensors_of(weights: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -107,17 +112,27 @@ def convert(args: argparse.Namespace, source: Source, classes: ClassTable | None
             raise UserError(f"{path} is a folder; only --source huggingface reads folders")
         path, extra = open_folder(path)
     content = read_weights(str(path), allow_pickle=args.allow_pickle)
+    if SETTINGS in content:
+        raise UserError(
+            f"{path} is a checkpoint of this project already: give it to MODEL.WEIGHTS or "
+            "--init-from as it is"
+        )
     if "args" in content:
         extra = {**extra, **settings_of_args(content["args"])}
     request = Request(classes, tuple(args.allow))
     converted = source.convert(tensors_of(content["model"]), request)
+    if classes is not None and not any(map(is_class_head, converted.model)):
+        raise UserError(
+            f"--classes {args.classes}: {source.name} are weights of a backbone, which has no "
+            "class rows; leave --classes out"
+        )
     return converted._replace(settings={**converted.settings, **extra})
 
 
 def save(converted: Converted, dst: Path, source: str, classes: ClassTable | None) -> None:
     """Write the checkpoint, as a whole or not at all."""
     model = {name: value.detach().contiguous().clone() for name, value in converted.model.items()}
-    rest: dict[str, Any] = {"settings": converted.settings, "converted_from": source}
+    rest: dict[str, Any] = {SETTINGS: converted.settings, "converted_from": source}
     if classes is not None:
         rest["class_table"] = classes.to_json()
     if dst.suffix == ".safetensors":

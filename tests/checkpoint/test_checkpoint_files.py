@@ -265,6 +265,11 @@ def test_damaged_inside(tmp_path: Path) -> None:
     assert "damaged" in _refusal(path)
 
 
+def test_torchscript(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "w.pth"))
+    assert "TorchScript" in _refusal(tmp_path / "w.pth")
+
+
 def test_zip_bomb(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

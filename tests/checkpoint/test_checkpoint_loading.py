@@ -147,6 +147,13 @@ def test_image_net_weights_must_all_land_in_the_backbone(tmp_path: Path) -> None
         load_weights(Model(), path, training=True)
 
 
+def test_weights_of_another_project_name_the_converter(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"model": {f"detr.{name}": torch.zeros(1) for name in ("a", "b")}}, path)
+    with pytest.raises(UserError, match=r"tools/convert_checkpoint\.py"):
+        PanopticCheckpointer(Model()).load(str(path), checkpointables=[])
+
+
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.pth not found; see MODEL\.WEIGHTS"):
         load_weights(Model(), str(tmp_path / "none.pth"))

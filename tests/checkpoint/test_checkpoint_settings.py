@@ -53,6 +53,20 @@ def test_other_settings_are_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_whose_dilation_it_is_matters_where_there_is_one(tmp_path: Path, dilation: int) -> None:
+    # The first block of res5 is dilated in one and not in the other; names and shapes are equal.
+    dilated = {"MODEL__RESNETS__RES5_DILATION": dilation}
+    dc5 = resnet_cfg(**dilated, MODEL__BACKBONE__NAME="build_resnet_dc5_backbone")
+    PanopticCheckpointer(Model(), str(tmp_path), settings=SettingsRecord(dc5)).save("w")
+    target = SettingsRecord(resnet_cfg(**dilated, MODEL__BACKBONE__NAME="build_resnet_backbone"))
+    if dilation == 1:
+        load_weights(Model(), str(tmp_path / "w.pth"), settings=target)
+    else:
+        with pytest.raises(UserError, match=r"Add MODEL\.BACKBONE\.NAME build_resnet_dc5_"):
+            load_weights(Model(), str(tmp_path / "w.pth"), settings=target)
+
+
 def test_every_other_setting_is_named_with_its_remedy(tmp_path: Path) -> None:
     settings = {"INPUT.FORMAT": "BGR", "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]}
     path = save_weights(tmp_path / "w.pth", Model(), settings=settings)

@@ -69,10 +69,14 @@ def _write(path: str, content: bytes) -> None:
     Path(path).write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("target", "words"), [("", "it is a folder"), ("none/w.pth", "does not exist")]
-)
-def test_no_place_to_write(tmp_path: Path, target: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        write_atomically(str(tmp_path / target), lambda path: _write(path, b"new"))
-    assert list(tmp_path.iterdir()) == []
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    write_atomically(str(tmp_path / "new" / "folder" / "w.pth"), lambda path: _write(path, b"new"))
+    assert (tmp_path / "new" / "folder" / "w.pth").read_bytes() == b"new"
+
+
+def test_no_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    for target, words in (("", "it is a folder"), ("file/w.pth", "cannot write .*file")):
+        with pytest.raises(UserError, match=words):
+            write_atomically(str(tmp_path / target), lambda path: _write(path, b"new"))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from conftest import load_script
 from conversion_models import coco_panoptic, official_boxes, our_model, save_checkpoint
 from safetensors.torch import save_file
@@ -176,6 +177,39 @@ def test_mistakes_are_one_clear_error(
     assert convert.main([src, str(dst), *options]) == 2
     assert message in capsys.readouterr().err
     assert not dst.exists()
+
+
+def test_a_backbone_has_no_class_rows_to_choose(
+    convert: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A class table beside them would refuse every data set but its own.
+    src, dst = str(tmp_path / "src.pth"), tmp_path / "dst.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), src)
+    options = [src, str(dst), "--source", "torchvision_resnet"]
+    assert convert.main([*options, "--classes", "coco_panoptic"]) == 2
+    assert "--classes coco_panoptic: torchvision_resnet" in capsys.readouterr().err
+    assert not dst.exists()
+    assert convert.main(options) == 0
+
+
+@pytest.mark.parametrize("content", [{"images": []}, [{"id": 1, "name": "b"}], 3])
+def test_a_bad_file_of_classes_is_named(
+    convert: ModuleType, tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "c.json"
+    classes.write_text(json.dumps(content))
+    src, dst = save_checkpoint(official_boxes(), tmp_path / "src.pth"), tmp_path / "dst.pth"
+    assert convert.main([src, str(dst), "--source", "detr", "--classes", str(classes)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --classes {classes}: ")
+
+
+def test_a_checkpoint_of_this_project_needs_no_conversion(
+    convert: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, dst = save_checkpoint(official_boxes(), tmp_path / "src.pth"), tmp_path / "dst.pth"
+    assert convert.main([src, str(dst), "--source", "detr"]) == 0
+    assert convert.main([str(dst), str(tmp_path / "again.pth"), "--source", "detr"]) == 2
+    assert f"{dst} is a checkpoint of this project already" in capsys.readouterr().err
 
 
 def test_an_existing_target_needs_overwrite(

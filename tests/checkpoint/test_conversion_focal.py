@@ -1,5 +1,6 @@
 """Conditional-DETR and SMCA of the public code: in, or refused."""
 
+import argparse
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from golden_files import load_golden
 
 from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
+from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.checkpoint.conversion.official_smca import DYNAMIC_SCALES
 from batchformer_panoptic.data.categories import ClassTable
 from batchformer_panoptic.errors import UserError
@@ -82,6 +84,17 @@ def test_settings_build_the_transformer_that_the_weights_fit(name, variant):
     ours = sum(value.numel() for value in converted.model.values())
     rest = unused.numel() + len(unused)
     assert ours + rest == sum(value.numel() for value in state.values())
+
+
+def test_what_smca_divides_by_comes_from_its_command_line_or_is_asked_for():
+    known = convert("smca", official("smca")).settings
+    assert "MODEL.SMCA.SMOOTH" not in known  # no weight tells
+    assert any("MODEL.SMCA.SMOOTH" in line for line in open_questions(known))
+    settings = settings_of_args(argparse.Namespace(smooth=4))
+    assert settings == {"MODEL.SMCA.SMOOTH": 4.0}
+    assert not any("SMOOTH" in line for line in open_questions({**known, **settings}))
+    conditional = convert("conditional", official("conditional")).settings
+    assert not any("SMOOTH" in line for line in open_questions(conditional))
 
 
 def test_a_whole_model_of_several_scales_loads():

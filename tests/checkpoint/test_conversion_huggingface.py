@@ -211,6 +211,44 @@ def test_the_config_tells_of_strides_and_dilation(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("written", "mean", "std"),
+    [
+        (
+            {"image_mean": [0.5, 0.25, 0.0], "image_std": [0.5] * 3},
+            [127.5, 63.75, 0.0],
+            [127.5] * 3,
+        ),
+        ({"do_normalize": False}, [0.0] * 3, [255.0] * 3),
+        (
+            {"do_rescale": False, "image_mean": [100] * 3, "image_std": [2] * 3},
+            [100.0] * 3,
+            [2.0] * 3,
+        ),
+    ],
+    ids=["other statistics", "not normalised", "0 to 255"],
+)
+def test_pixel_statistics_are_those_of_the_folder(
+    tmp_path: Path, written: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
+    write_config(tmp_path, {})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    settings = open_folder(tmp_path).settings
+    assert settings["MODEL.PIXEL_MEAN"] == pytest.approx(mean)
+    assert settings["MODEL.PIXEL_STD"] == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "3", '{"image_mean": 0.5}', '{"image_std": [0.5, 0.5]}', '{"rescale_factor": 0}'],
+)
+def test_unreadable_pixel_statistics_are_refused(tmp_path: Path, content: str) -> None:
+    write_config(tmp_path, {})
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        open_folder(tmp_path)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         open_folder(tmp_path)

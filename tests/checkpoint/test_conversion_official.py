@@ -288,8 +288,19 @@ def test_leftovers_of_the_wrapper_are_listed() -> None:
     state = wrapped(official_boxes())
     state["detr.backbone.0.backbone.res6.0.conv1.weight"] = torch.ones(1)
     state["pixel_mean"] = torch.ones(3)
-    with pytest.raises(UserError, match=r"2 keys are left over"):
+    with pytest.raises(UserError, match=r"2 keys are left over") as error:
         convert("detr_detectron2", state)
+    for key in ("detr.backbone.0.backbone.res6.0.conv1.weight", "pixel_mean"):
+        assert f"left over: {key}" in str(error.value), "in the words of the file"
+
+
+def test_what_may_be_left_over_is_named_in_the_words_of_the_file() -> None:
+    state = wrapped(official_boxes())
+    key = "detr.backbone.0.backbone.res6.0.conv1.weight"
+    state[key] = torch.ones(1)
+    request = Request(allowed_leftovers=("*.res6.*",))
+    converted = SOURCES["detr_detectron2"].convert(state, request)
+    assert (key, "--allow *.res6.*") in converted.dropped
 
 
 def test_the_numbers_of_blocks_need_not_be_known() -> None:

@@ -60,6 +60,15 @@ def test_compiled_operator_never_sees_half_precision():
     assert calls[0][3] == torch.float32
 
 
+@pytest.mark.parametrize(("batch", "step"), [(2, 2), (64, 64), (66, 33), (96, 48), (67, 1)])
+def test_images_of_a_step_divide_the_batch(batch, step):
+    """The operator refuses a batch that its step does not divide."""
+    calls = []
+    inputs = [x.requires_grad_() for x in random_inputs([(2, 3)], batch=batch)]
+    deform_attn_compiled(stand_in(calls), inputs[0], [(2, 3)], *inputs[1:]).sum().backward()
+    assert [call[2] for call in calls] == [step] * 2
+
+
 def test_compiled_operator_is_found_by_the_published_name(monkeypatch):
     find = where._compiled_op.__wrapped__
     monkeypatch.setitem(sys.modules, where._COMPILED_OP, None)

@@ -107,6 +107,20 @@ def test_refinement_starts_where_the_layer_before_ended_and_stops_gradients():
     assert all(p.grad.any() for p in last.parameters())
 
 
+def test_refinement_leaves_gradients_on_for_the_heads(monkeypatch):
+    """Autocast of older torch caches weights cast without gradients: the losses would get those."""
+    model, modes = make(**REFINE).train(), []
+    predict = LayerwiseBoxHead.predict_layer
+
+    def watched(self, *arguments):
+        modes.append(torch.is_grad_enabled())
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(LayerwiseBoxHead, "predict_layer", watched)
+    predictions(model)
+    assert modes == [True] * 3  # one refinement, two layers of predictions
+
+
 def test_without_refinement_all_layers_start_from_the_same_points():
     references = predictions(make().train()).transformer.reference_points
     assert references.shape[-1] == 2

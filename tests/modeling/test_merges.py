@@ -14,6 +14,7 @@ from batchformer_panoptic.modeling.merge import (
     merge_panoptic,
     merge_published,
     merge_strongest,
+    without_duplicates,
 )
 from batchformer_panoptic.modeling.postprocessing import ImageMasks
 from batchformer_panoptic.modeling.segments import PanopticOptions
@@ -275,4 +276,27 @@ def test_strongest_is_the_default():
 def test_settings_that_no_merge_knows_are_refused(settings, message):
     cfg = tiny_cfg(**{f"MODEL__PANOPTIC__{key}": value for key, value in settings.items()})
     with pytest.raises(UserError, match=message):
+        InferenceOptions.from_config(cfg)
+
+
+def test_duplicates_are_counted_in_full_precision():
+    """Areas that half precision cannot tell apart decide."""
+    logits = torch.full((2, 64, 64), -1.0)
+    logits[0, :, :40] = 1
+    logits[1, :, 20:60] = 1  # IoU 1/3
+    logits[1, 0, 0] = 1  # a little more than 1/3, lost in eight bits
+    arguments = (logits, torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
+    exact = 1281 / (2560 + 2561 - 1281)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert without_duplicates(*arguments, exact - 1e-5).tolist() == [0]
+        assert without_duplicates(*arguments, exact + 1e-5).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("MIN_AREA_TEST", -1), ("SCORE_THRESHOLD_TEST", 1.5), ("DUPLICATE_IOU_TEST", -0.1)],
+)
+def test_thresholds_have_ranges(key, value):
+    cfg = tiny_cfg(**{f"MODEL__PANOPTIC__{key}": value})
+    with pytest.raises(UserError, match=f"MODEL.PANOPTIC.{key} is {value}"):
         InferenceOptions.from_config(cfg)

@@ -221,6 +221,14 @@ def test_training_starts_with_gaussians_of_unit_scale():
             )
 
 
+@pytest.mark.parametrize(("name", "stride"), [("res3", 8), ("res4", 16), ("res5", 32)])
+def test_masks_are_read_from_the_chosen_map(name, stride):
+    model = random_model(SCALES, MODEL__DETR__IN_FEATURE=name).eval()
+    output = predictions(model).transformer
+    for feature_map in (output.projected_map, output.memory_map, output.padding_mask):
+        assert feature_map.shape[-2:] == (64 // stride, 64 // stride)
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
     [
@@ -232,6 +240,7 @@ def test_training_starts_with_gaussians_of_unit_scale():
         (SCALES, {"MODEL__SMCA__IN_FEATURES": ["res3", "res6"]}, "'res6'.*returns res2, res3"),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": []}, r"IN_FEATURES is \[\]"),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": ["res3", "res5"]}, r"strides \[8, 32\].*twice"),
+        (SCALES, {"MODEL__DETR__IN_FEATURE": "res2"}, r"'res2'.*one of MODEL\.SMCA\.IN_FEATURES"),
     ],
 )
 def test_wrong_settings_are_explained(kind, overrides, message):

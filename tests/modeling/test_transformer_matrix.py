@@ -60,6 +60,24 @@ def test_training_step(name, task, block):
     assert any(p.grad.abs().sum() > 0 for k, p in model.named_parameters() if "backbone" in k)
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_training_step_in_mixed_precision(name):
+    model = make_model(name, "panoptic", block=True).train()
+    inputs = random_inputs(SIZES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = model.preprocess(inputs)
+        output = model.predict(model.backbone(images.tensor), images.image_sizes, (64, 64))
+        losses = model(inputs)
+    references = output.transformer.reference_points
+    assert output.boxes.dtype == torch.float32
+    assert references is None or references.dtype == torch.float32
+    torch.testing.assert_close(total(losses), total(model(inputs)), rtol=0.01, atol=0)
+    total(losses).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+
+
 @each_case
 def test_results_do_not_depend_on_the_batch(name, task, block):
     model = make_model(name, task, block).eval()

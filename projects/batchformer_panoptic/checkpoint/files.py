@@ -85,23 +85,22 @@ def write_atomically(path: str, save: Callable[[str], None]) -> None:
     """Write a file as a whole or not at all.
 
     Args:
-        path: the target; a symbolic link keeps pointing to what is replaced.
+        path: the target, whose folder is made; a symbolic link keeps pointing to what is replaced.
         save: called with the name of a temporary file, with the target's ending, in the target's
             folder; writes it. When it raises, the target is as before and nothing is left behind.
 
     Raises:
-        UserError: the target is a folder, its folder does not exist, or the system refuses.
+        UserError: the target is a folder, or the system refuses.
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     if os.path.isdir(target):
         raise UserError(f"cannot write {path}: it is a folder")
-    if not os.path.isdir(folder):
-        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
     # Not by tempfile, whose files nobody else may read; the ending may tell `save` the format.
     stem, ending = os.path.splitext(name)
     temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
     try:
+        os.makedirs(folder, exist_ok=True)
         save(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name with no content
@@ -109,7 +108,7 @@ def write_atomically(path: str, save: Callable[[str], None]) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)
 
 
@@ -236,17 +235,20 @@ def _read_torch(path: str, head: bytes, allow_pickle: bool) -> Any:
 
 
 def _check_zip(path: str) -> None:
-    """Refuse a zip file that is incomplete, or that would grow when it is read.
+    """Refuse a zip file that is incomplete, is a program, or would grow when it is read.
 
     ``torch.save`` stores without compression.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} cannot be read: it is truncated; copy or download it again"
         ) from error
+    if any(name.endswith("/constants.pkl") for name in names):
+        _refuse(path, "it is a TorchScript program; name the checkpoint it was made from")
     size = os.path.getsize(path)
     if unpacked > size:
         _refuse(path, f"its {size} bytes would unpack to {unpacked}, which torch.save never writes")

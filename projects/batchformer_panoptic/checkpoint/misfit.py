@@ -47,7 +47,10 @@ def _remedy(misfit: Misfit, path: str, *, training: bool) -> str:
         return "It has no mask head: set MODEL.MASK_ON False, or train the head first"
     if misfit.wrong_shape and not misfit.missing and not misfit.unexpected:
         return _remedy_for_shapes(misfit, path, training=training)
-    return "Use the config it was trained with, usually config.yaml beside it"
+    remedy = "Use the config it was trained with, usually config.yaml beside it"
+    if misfit.missing and misfit.unexpected:
+        remedy += "; weights of another project need tools/convert_checkpoint.py first"
+    return remedy
 
 
 def _remedy_for_shapes(misfit: Misfit, path: str, *, training: bool) -> str:

@@ -75,8 +75,9 @@ class SettingsRecord:
     names and shapes as they are:
 
     * the order of the channels and the normalisation of the image;
-    * where a ResNet strides and dilates (the kernels are the same), and the name of a timm model
-      (``tf_efficientnet_lite0`` pads where ``efficientnet_lite0`` does not);
+    * where a ResNet strides and dilates (the kernels are the same; the two dilated ones differ in
+      the first block of res5), and the name of a timm model (``tf_efficientnet_lite0`` pads where
+      ``efficientnet_lite0`` does not);
     * the number of attention heads (it cuts the same matrices into other pieces; the mask head
       would notice, a model of boxes would not) and the side of the layer norms;
     * the scoring (K logits with "no object" are as many as K + 1 without);
@@ -97,11 +98,10 @@ class SettingsRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kept config keys and their values as numbers, texts and lists."""
-        return {
-            kept.key: _plain(_lookup(self._cfg, kept.key))
-            for kept in _KEPT
-            if kept.applies(self._cfg)
-        }
+        keys = [kept.key for kept in _KEPT if kept.applies(self._cfg)]
+        if _has_resnet(self._cfg) and self._cfg.MODEL.RESNETS.RES5_DILATION > 1:
+            keys.append("MODEL.BACKBONE.NAME")
+        return {key: _plain(_lookup(self._cfg, key)) for key in keys}
 
     def check(
         self, stored: Mapping[str, Any], path: str, *, class_head: bool = True, reason: str = ""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 LevelShapes = Sequence[tuple[int, int]]
 
 _COMPILED_OP = "MultiScaleDeformableAttention"
-_IMAGES_PER_STEP = 64  # images that the compiled operator works on at once, as published
+_IMAGES_PER_STEP = 64  # most images that the compiled operator works on at once, as published
 
 
 class MSDeformAttn(nn.Module):
@@ -241,7 +241,7 @@ class _CompiledOp(torch.autograd.Function):
         ctx.compiled = compiled
         ctx.save_for_backward(shapes, starts, *tensors)
         return compiled.ms_deform_attn_forward(
-            value, shapes, starts, locations, weights, min(len(value), _IMAGES_PER_STEP)
+            value, shapes, starts, locations, weights, _images_of_a_step(len(value))
         )
 
     @staticmethod
@@ -255,9 +255,14 @@ class _CompiledOp(torch.autograd.Function):
             locations,
             weights,
             grad_outputs[0].contiguous(),
-            min(len(value), _IMAGES_PER_STEP),
+            _images_of_a_step(len(value)),
         )
         return None, None, None, *gradients
+
+
+def _images_of_a_step(batch: int) -> int:
+    """The compiled operator wants steps of one size: the largest divisor within its bound."""
+    return max(step for step in range(1, _IMAGES_PER_STEP + 1) if batch % step == 0)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from .criterion import SetCriterion
 from .heads import BoxHead, LayerwiseBoxHead, MaskHead, SemanticAuxHead
 from .matcher import HungarianMatcher
 from .scoring import Scoring, build_scoring
+from .transformer.base import feature_shapes
 
 
 def build_scoring_from_config(cfg: CfgNode) -> Scoring:
@@ -56,9 +57,9 @@ def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Sema
     if not cfg.MODEL.MASK_ON:
         raise UserError("MODEL.SEMANTIC_AUX.ENABLED learns from masks: set MODEL.MASK_ON")
     names = cfg.MODEL.SEMANTIC_AUX.IN_FEATURES
-    _check_features("MODEL.SEMANTIC_AUX.IN_FEATURES", names, input_shape)
+    shapes = feature_shapes("MODEL.SEMANTIC_AUX.IN_FEATURES", names, input_shape)
     return SemanticAuxHead(
-        in_channels={name: input_shape[name].channels for name in names},
+        in_channels={name: shape.channels for name, shape in zip(names, shapes, strict=True)},
         num_classes=cfg.MODEL.DETR.NUM_CLASSES,
     )
 
@@ -66,22 +67,13 @@ def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Sema
 def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
     """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``."""
     names = cfg.MODEL.MASK_HEAD.IN_FEATURES
-    _check_features("MODEL.MASK_HEAD.IN_FEATURES", names, input_shape)
+    shapes = feature_shapes("MODEL.MASK_HEAD.IN_FEATURES", names, input_shape)
     return MaskHead(
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
         num_heads=cfg.MODEL.DETR.NHEADS,
-        in_channels=[input_shape[name].channels for name in names],
+        in_channels=[shape.channels for shape in shapes],
         channels=cfg.MODEL.MASK_HEAD.CHANNELS or None,
     )
-
-
-def _check_features(key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]) -> None:
-    missing = [name for name in names if name not in input_shape]
-    if missing:
-        raise UserError(
-            f"{key} names {', '.join(missing)}, but the backbone returns "
-            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES"
-        )
 
 
 def build_matcher(cfg: CfgNode, scoring: Scoring) -> HungarianMatcher:

@@ -138,7 +138,8 @@ class SetCriterion:
         # A query that prefers "no object" is wrong as well.
         labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
         correct = (labels == wanted).float().sum() / max(len(wanted), 1)
-        counts = torch.tensor([float(len(t)) for t in targets]).to(logits.device)
+        counts = torch.tensor([float(len(t)) for t in targets])
+        counts = counts.to(logits.device, non_blocking=True)
         cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
         return {"class_error": 100 - 100 * correct, "cardinality_error": cardinality}
 
@@ -156,7 +157,8 @@ class SetCriterion:
 
 def count_objects(targets: Sequence[ImageTarget], device: torch.device) -> Tensor:
     """Objects of the batch, averaged over processes, at least 1: a 0-d float tensor."""
-    count = torch.tensor(float(sum(len(target) for target in targets))).to(device)
+    count = torch.tensor(float(sum(len(target) for target in targets)))
+    count = count.to(device, non_blocking=True)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()

@@ -58,6 +58,7 @@ class InferenceOptions(NamedTuple):
                 f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not know: set it to 0.0, or the "
                 "merge to strongest"
             )
+        _check_ranges(node)
         return cls(
             thing_class_ids=tuple(node.THING_CLASS_IDS),
             panoptic=PanopticOptions(
@@ -72,6 +73,22 @@ class InferenceOptions(NamedTuple):
             instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,
             max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
             pad_images=cfg.MODEL.DETR.PAD_IN_TEST,
+        )
+
+
+def _check_ranges(node: CfgNode) -> None:
+    for key in (
+        "SCORE_THRESHOLD_TEST",
+        "MASK_THRESHOLD_TEST",
+        "OVERLAP_THRESHOLD_TEST",
+        "DUPLICATE_IOU_TEST",
+        "INSTANCE_SCORE_THRESHOLD_TEST",
+    ):
+        if not 0 <= node[key] <= 1:
+            raise UserError(f"MODEL.PANOPTIC.{key} is {node[key]}; it must be from 0 to 1")
+    if node.MIN_AREA_TEST < 0:
+        raise UserError(
+            f"MODEL.PANOPTIC.MIN_AREA_TEST is {node.MIN_AREA_TEST}; it counts pixels, 0 keeps all"
         )
 
 

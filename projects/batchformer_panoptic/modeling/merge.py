@@ -57,7 +57,7 @@ def merge_strongest(
     logits = masks.at_output_size()
     segment_of_query, classes = segments_of_queries(labels.tolist(), thing_class_ids)
     alive = torch.ones(len(classes), dtype=torch.bool)
-    query_segment = torch.tensor(segment_of_query, dtype=torch.int64, device=logits.device)
+    query_segment = torch.tensor(segment_of_query, dtype=torch.int64)
     while True:
         segment_map = _strongest(logits, query_segment, alive, options.mask_threshold)
         areas = torch.bincount(segment_map.flatten(), minlength=len(classes) + 1)[1:].cpu()
@@ -211,7 +211,8 @@ def without_duplicates(
         Indices of the queries to keep, ascending, int64.
     """
     masks = (mask_logits > 0).flatten(1).float()
-    overlap = masks @ masks.T
+    with torch.autocast(masks.device.type, enabled=False):  # half precision cannot count pixels
+        overlap = masks @ masks.T
     area = overlap.diagonal()
     iou = overlap / (area[:, None] + area[None] - overlap).clamp(min=1)
     similar = ((iou > max_iou) & is_thing[:, None] & is_thing[None]).tolist()
@@ -225,10 +226,14 @@ def without_duplicates(
 def _strongest(
     mask_logits: Tensor, query_segment: Tensor, alive: Tensor, threshold: float
 ) -> Tensor:
-    """(H, W) int64: 1 + the living segment with the strongest mask, 0 for none."""
-    living = alive.to(mask_logits.device)[query_segment].nonzero()[:, 0]
+    """(H, W) int64: 1 + the living segment with the strongest mask, 0 for none.
+
+    ``query_segment`` and ``alive`` are on the host, so that nothing waits for the device.
+    """
+    living = alive[query_segment].nonzero()[:, 0]
+    device = mask_logits.device
     if len(living) == 0:
-        return torch.zeros(mask_logits.shape[-2:], dtype=torch.int64, device=mask_logits.device)
-    best, query = mask_logits[living].max(dim=0)
-    segment_map = query_segment[living][query] + 1
+        return torch.zeros(mask_logits.shape[-2:], dtype=torch.int64, device=device)
+    best, query = mask_logits[living.to(device, non_blocking=True)].max(dim=0)
+    segment_map = query_segment[living].to(device, non_blocking=True)[query] + 1
     return segment_map.masked_fill(best.sigmoid() < threshold, 0) if threshold > 0 else segment_map

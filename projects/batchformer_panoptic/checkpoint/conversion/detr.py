@@ -78,6 +78,8 @@ def settings_of_args(args: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if isinstance(nheads := getattr(args, "nheads", None), int):
         settings["MODEL.DETR.NHEADS"] = nheads
+    if isinstance(smooth := getattr(args, "smooth", None), int | float):  # of SMCA
+        settings["MODEL.SMCA.SMOOTH"] = float(smooth)
     if isinstance(dilation := getattr(args, "dilation", None), bool):
         settings.update(dilation_settings(dilation))
     return settings
@@ -106,8 +108,13 @@ def open_questions(settings: Mapping[str, Any]) -> list[str]:
             + ", ".join(f"{key} {value}" for key, value in dilation_settings(True).items())
         ),
     }
-    if "MODEL.DETR.TRANSFORMER_NAME" not in settings:
+    transformer = settings.get("MODEL.DETR.TRANSFORMER_NAME")
+    if transformer is None:
         return []  # a backbone alone
+    if transformer.startswith("smca"):
+        questions["MODEL.SMCA.SMOOTH"] = (
+            "the weights do not tell MODEL.SMCA.SMOOTH (--smooth); published: 8"
+        )
     return [question for key, question in questions.items() if key not in settings]
 
 
@@ -125,7 +132,7 @@ def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]
     misfit = compare_with_layout(renamed.model)
     refuse_misfit(
         "the weights are no DETR that can be converted",
-        leftovers=[*renamed.leftovers, *misfit.unexpected],
+        leftovers=[*renamed.leftovers, *renamed.old_keys(misfit.unexpected)],
         missing=misfit.missing,
         wrong_shape=misfit.wrong_shape,
         remedy=_REMEDY,

@@ -60,7 +60,7 @@ def finish_focal(
     misfit = compare_with_layout(model, transformer_layout(model, settings, subject))
     refuse_misfit(
         subject,
-        leftovers=[*renamed.leftovers, *misfit.unexpected],
+        leftovers=[*renamed.leftovers, *renamed.old_keys(misfit.unexpected)],
         missing=misfit.missing,
         wrong_shape=misfit.wrong_shape,
         remedy=_REMEDY,

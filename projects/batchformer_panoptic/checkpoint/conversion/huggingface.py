@@ -69,6 +69,8 @@ _ALLOWED = [
     NO_STATISTICS_COUNT,
     Allowed("*criterion.empty_weight", "class weights of the loss"),
 ]
+# What DetrImageProcessor uses where a folder does not say; torchvision's, of pixels from 0 to 1.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The projections in the order in which torch.nn.MultiheadAttention stacks them.
 _STACKED = ("q_proj", "k_proj", "v_proj")
 _SEPARATE = re.compile(r"(?P<attention>.*attn)\.(?P<which>[qkv]_proj)\.(?P<part>weight|bias)")
@@ -80,7 +82,8 @@ class ModelFolder(NamedTuple):
 
     Attributes:
         weights: path of the file of weights.
-        settings: config keys that its ``config.json`` implies.
+        settings: config keys that its ``config.json`` and, where there is one,
+            ``preprocessor_config.json`` imply.
     """
 
     weights: Path
@@ -166,10 +169,10 @@ def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_folder(folder: Path) -> ModelFolder:
-    """Find the weights in a folder of Hugging Face and read its ``config.json``.
+    """Find the weights in a folder of Hugging Face and read what lies beside them.
 
     Raises:
-        UserError: no weights in one file, or no config of a DETR.
+        UserError: no weights in one file, no config of a DETR, or unreadable pixel statistics.
     """
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     weights = next((file for file in files if file.is_file()), None)
@@ -182,7 +185,8 @@ def open_folder(folder: Path) -> ModelFolder:
     if not isinstance(config, dict) or config.get("model_type") != "detr":
         found = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"{folder}/config.json is not that of a DETR: model_type {found!r}")
-    return ModelFolder(weights, _settings_of_config(config, folder))
+    settings = {**_settings_of_config(config, folder), **_pixel_settings(folder)}
+    return ModelFolder(weights, settings)
 
 
 def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -204,3 +208,24 @@ def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "MODEL.RESNETS.STRIDE_IN_1X1": bool(backbone.get("downsample_in_bottleneck", False)),
         **dilation_settings(bool(dilated)),
     }
+
+
+def _pixel_settings(folder: Path) -> dict[str, Any]:
+    """Statistics of pixels from 0 to 255; nothing without a file, which may be left out."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        white = 1 / content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1
+        mean, std = [0, 0, 0], [1, 1, 1]
+        if content.get("do_normalize", True):
+            mean = content.get("image_mean", _IMAGENET_MEAN)
+            std = content.get("image_std", _IMAGENET_STD)
+        pairs = {"MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
+        settings = {key: [round(x * white, 4) for x in value] for key, value in pairs.items()}
+        if any(len(value) != 3 for value in settings.values()):
+            raise ValueError("image_mean and image_std must have three numbers")
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return settings

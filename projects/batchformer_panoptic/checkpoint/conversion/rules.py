@@ -72,11 +72,17 @@ class Renamed(NamedTuple):
         model: tensors by new name.
         dropped: old key and reason.
         leftovers: old keys that are neither renamed nor allowed to be dropped.
+        origin: old key of each new name.
     """
 
     model: dict[str, Tensor]
     dropped: list[tuple[str, str]]
     leftovers: list[str]
+    origin: dict[str, str]
+
+    def old_keys(self, names: Iterable[str]) -> list[str]:
+        """What the user calls some of the new names."""
+        return [self.origin.get(name, name) for name in names]
 
 
 def rename(
@@ -85,25 +91,27 @@ def rename(
     allowed: Sequence[Allowed],
     request: Request,
 ) -> Renamed:
-    """Give every tensor its new name; two keys of one name must hold the same values."""
-    allowed = [*allowed, *(Allowed(p, f"--allow {p}") for p in request.allowed_leftovers)]
-    result = Renamed({}, [], [])
-    first_key: dict[str, str] = {}
+    """Give every tensor its new name; two keys of one name must hold the same values.
+
+    What the user allows to be left over is left over, whether it has a new name or not.
+    """
+    by_user = [Allowed(p, f"--allow {p}") for p in request.allowed_leftovers]
+    result = Renamed({}, [], [], {})
     for key, value in state.items():
         name = new_name(key)
-        if name is None:
-            reason = next((a.reason for a in allowed if fnmatchcase(key, a.pattern)), None)
-            if reason is None:
-                result.leftovers.append(key)
-            else:
-                result.dropped.append((key, reason))
+        reasons = [*by_user, *(allowed if name is None else [])]
+        reason = next((a.reason for a in reasons if fnmatchcase(key, a.pattern)), None)
+        if reason is not None:
+            result.dropped.append((key, reason))
+        elif name is None:
+            result.leftovers.append(key)
         elif name not in result.model:
             result.model[name] = value
-            first_key[name] = key
+            result.origin[name] = key
         elif torch.equal(result.model[name], value):
-            result.dropped.append((key, f"the same tensor as {first_key[name]}"))
+            result.dropped.append((key, f"the same tensor as {result.origin[name]}"))
         else:
-            result.leftovers.append(f"{key} (differs from {first_key[name]})")
+            result.leftovers.append(f"{key} (differs from {result.origin[name]})")
     return result
 
 
@@ -128,6 +136,10 @@ def refuse_misfit(
     listed = {kind: sorted(keys) for kind, keys in kinds.items()}
     if not any(listed.values()):
         return
-    counts = ", ".join(f"{len(keys)} keys are {kind}" for kind, keys in listed.items() if keys)
+    counts = ", ".join(
+        f"{len(keys)} key{'s are' if len(keys) > 1 else ' is'} {kind}"
+        for kind, keys in listed.items()
+        if keys
+    )
     lines = [f"  {kind}: {key}" for kind, keys in listed.items() for key in keys]
     raise UserError("\n".join([f"{what}: {counts}; {remedy}", *lines]))

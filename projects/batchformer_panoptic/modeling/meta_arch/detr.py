@@ -314,14 +314,16 @@ class PanopticDETR(nn.Module):
         ]
 
     def _target_of(self, inputs: dict[str, Any]) -> ImageTarget:
-        instances = inputs["instances"].to(self.device)
+        instances = inputs["instances"]
         height, width = instances.image_size
-        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor / scale.to(self.device))
+        boxes = instances.gt_boxes.tensor
+        boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
+        boxes = boxes.to(self.device, non_blocking=True)
+        labels = instances.gt_classes.to(self.device, non_blocking=True)
         masks = None
         if self.mask_head is not None:
             masks = SegmentMap(inputs["segment_map"].to(self.device, non_blocking=True))
-        return ImageTarget(instances.gt_classes, boxes, masks)
+        return ImageTarget(labels, boxes, masks)
 
     def _pixel_losses(
         self, features: dict[str, Tensor], targets: Sequence[ImageTarget]

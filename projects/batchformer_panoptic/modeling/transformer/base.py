@@ -65,9 +65,10 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         hidden_states: (L, B', Q, C), normalised query states after each decoder layer.
-        reference_points: None (DETR), or (L, B', Q, 2 or 4) as logits: what the box head's
+        reference_points: None (DETR), or (L, B', Q, 2 or 4) float32 logits: what the box head's
             offsets are added to before the sigmoid.
-        projected_map: (B, C, H, W), the coarsest backbone map brought to C channels; not expanded.
+        projected_map: (B, C, H, W), the map of MODEL.DETR.IN_FEATURE brought to C channels; not
+            expanded.
         memory_map: (B', C, H, W), the encoder's output at the same positions.
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
         streams: the streams along dimension 0 of everything that is B'.
@@ -106,6 +107,34 @@ def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Transf
         known = sorted(key for key, _ in TRANSFORMER_REGISTRY)
         raise UserError(f"MODEL.DETR.TRANSFORMER_NAME is {name!r}; known: {', '.join(known)}")
     return TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
+
+
+def feature_shapes(
+    key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]
+) -> list[ShapeSpec]:
+    """Shapes of the backbone maps that a config key names; at least one.
+
+    Raises:
+        UserError: the backbone does not return them all.
+    """
+    missing = [name for name in names if name not in input_shape]
+    if missing or not names:
+        raise UserError(
+            f"{key} is {list(names)}, but the backbone returns {', '.join(sorted(input_shape))}; "
+            "see its OUT_FEATURES"
+        )
+    return [input_shape[name] for name in names]
+
+
+def mask_level(cfg: CfgNode, key: str, names: Sequence[str]) -> int:
+    """Which of the maps that ``key`` names ``MODEL.DETR.IN_FEATURE`` is: masks are read from it."""
+    chosen = cfg.MODEL.DETR.IN_FEATURE
+    if chosen not in names:
+        raise UserError(
+            f"MODEL.DETR.IN_FEATURE is {chosen!r}, which masks are read from; it must be one of "
+            f"{key} {list(names)}"
+        )
+    return list(names).index(chosen)
 
 
 def build_batchformer_hook(cfg: CfgNode) -> IdentityHook | BatchFormerHook:

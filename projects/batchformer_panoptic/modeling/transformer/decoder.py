@@ -56,7 +56,7 @@ class Decoder(nn.Module):
 
         Returns:
             (L, B', Q, C) normalised states after each layer, and the reference points as
-            (L, B', Q, 2) logits (x, y), or None.
+            (L, B', Q, 2) float32 logits (x, y), or None.
         """
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class ConditionalDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
-        references = self.ref_point_head(query_pos)
+        references = self.ref_point_head(query_pos).float()
         # Rows before columns, as the position encoding of the tokens.
         where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
         valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]

@@ -19,6 +19,8 @@ from .base import (
     Transformer,
     TransformerOutput,
     build_batchformer_hook,
+    feature_shapes,
+    mask_level,
 )
 from .deformable_layers import (
     DeformableDecoder,
@@ -34,6 +36,9 @@ from .deformable_levels import (
     valid_sizes,
 )
 from .deformable_proposals import ProposalStage
+from .detr import post_norm_arguments
+
+_FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
 
 
 class DeformableTransformer(Transformer):
@@ -85,15 +90,10 @@ class DeformableTransformer(Transformer):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Translate ``MODEL.DETR`` and ``MODEL.DEFORMABLE`` into constructor arguments."""
-        _check(cfg, input_shape)
+        _check_settings(cfg)
         detr, node = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
-        layer = {
-            "embed_dim": detr.HIDDEN_DIM,
-            "num_heads": detr.NHEADS,
-            "num_levels": node.NUM_FEATURE_LEVELS,
-            "dim_feedforward": detr.DIM_FEEDFORWARD,
-            "dropout": detr.DROPOUT,
-        }
+        shapes = feature_shapes(_FEATURES_KEY, node.IN_FEATURES, input_shape)
+        layer = {**post_norm_arguments(cfg), "num_levels": node.NUM_FEATURE_LEVELS}
         encoder = [
             DeformableEncoderLayer(**layer, num_points=node.ENC_POINTS)
             for _ in range(detr.ENC_LAYERS)
@@ -111,11 +111,11 @@ class DeformableTransformer(Transformer):
             )
         return {
             "in_features": tuple(node.IN_FEATURES),
-            "mask_level": list(node.IN_FEATURES).index(detr.IN_FEATURE),
+            "mask_level": mask_level(cfg, _FEATURES_KEY, node.IN_FEATURES),
             "embed_dim": detr.HIDDEN_DIM,
             "num_queries": detr.NUM_OBJECT_QUERIES,
             "projection": LevelProjection(
-                in_channels=[input_shape[name].channels for name in node.IN_FEATURES],
+                in_channels=[shape.channels for shape in shapes],
                 embed_dim=detr.HIDDEN_DIM,
                 num_levels=node.NUM_FEATURE_LEVELS,
                 see_padding=node.SEE_PADDING,
@@ -190,30 +190,15 @@ def _initialise(part: nn.Module | None) -> None:
             module.reset_parameters()
 
 
-def _check(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
-    """Raise UserError for a config that no Deformable-DETR can be built from."""
+def _check_settings(cfg: CfgNode) -> None:
+    """Raise UserError for settings that do not go together."""
     detr, node = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
     names = list(node.IN_FEATURES)
-    missing = [name for name in names if name not in input_shape]
     wrong: list[tuple[bool, str]] = [
-        (
-            not names or bool(missing),
-            f"MODEL.DEFORMABLE.IN_FEATURES is {names}, but the backbone returns "
-            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES",
-        ),
-        (
-            detr.IN_FEATURE not in names,
-            f"MODEL.DETR.IN_FEATURE is {detr.IN_FEATURE!r}, which masks are read from; it must be "
-            f"one of MODEL.DEFORMABLE.IN_FEATURES {names}",
-        ),
         (
             len(names) > node.NUM_FEATURE_LEVELS,
             f"MODEL.DEFORMABLE.NUM_FEATURE_LEVELS is {node.NUM_FEATURE_LEVELS}, fewer than the "
             f"{len(names)} maps of MODEL.DEFORMABLE.IN_FEATURES",
-        ),
-        (
-            detr.PRE_NORM,
-            "MODEL.DETR.PRE_NORM is True; the transformer 'deformable' is post-norm",
         ),
         (
             node.TWO_STAGE and not node.BOX_REFINE,

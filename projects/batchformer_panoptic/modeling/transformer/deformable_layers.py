@@ -14,13 +14,13 @@ from ...batchformer.streams import SINGLE
 from ...layers import MSDeformAttn
 from .base import BoxPredictor
 from .deformable_levels import Levels
-from .layers import _FeedForwardLayer
+from .layers import FeedForwardLayer
 
 # Bound of reference points as logits, where the published inverse sigmoid ends (at 1e-5).
 _LARGEST_LOGIT = 11.5129
 
 
-class DeformableEncoderLayer(_FeedForwardLayer):
+class DeformableEncoderLayer(FeedForwardLayer):
     """Deformable self-attention over the tokens of all levels, then the feed-forward network."""
 
     def __init__(
@@ -54,7 +54,7 @@ class DeformableEncoderLayer(_FeedForwardLayer):
         return self._feed_forward(self.norm1(tokens + self.dropout(attended)), self.norm2)
 
 
-class DeformableDecoderLayer(_FeedForwardLayer):
+class DeformableDecoderLayer(FeedForwardLayer):
     """Self-attention of the queries, deformable cross-attention, feed-forward network."""
 
     def __init__(
@@ -192,9 +192,10 @@ class DeformableDecoder(nn.Module):
             states.append(queries)
             starts.append(references)
             if self.box_refine and index + 1 < len(self.layers):
-                with torch.no_grad():
-                    boxes = box_head.predict_layer(index, queries, references)[1]
-                    references = boxes.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+                # Not under no_grad: autocast of older torch would keep the head's weights, cast
+                # without gradients, and give them to the losses as well.
+                boxes = box_head.predict_layer(index, queries, references)[1].detach()
+                references = boxes.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         width = max(start.shape[-1] for start in starts)
         starts = [nn.functional.pad(start, (0, width - start.shape[-1])) for start in starts]
         return torch.stack(states), torch.stack(starts)

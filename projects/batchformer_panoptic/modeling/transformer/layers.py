@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _FeedForwardLayer(nn.Module):
+class FeedForwardLayer(nn.Module):
     """The feed-forward half that encoder and decoder layers share."""
 
     def __init__(
@@ -27,7 +27,7 @@ class _FeedForwardLayer(nn.Module):
         return out if self.pre_norm else norm(out)
 
 
-class EncoderLayer(_FeedForwardLayer):
+class EncoderLayer(FeedForwardLayer):
     """Self-attention over the tokens of one image, then the feed-forward network."""
 
     def __init__(
@@ -64,7 +64,7 @@ class EncoderLayer(_FeedForwardLayer):
         return self._feed_forward(tokens, self.norm2)
 
 
-class DecoderLayer(_FeedForwardLayer):
+class DecoderLayer(FeedForwardLayer):
     """Self-attention of the queries, cross-attention to the memory, feed-forward network."""
 
     def __init__(
@@ -160,7 +160,7 @@ class ConditionalAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class ConditionalDecoderLayer(_FeedForwardLayer):
+class ConditionalDecoderLayer(FeedForwardLayer):
     """Decoder layer of Conditional-DETR (Meng et al. 2021, section 3.3).
 
     In the cross-attention content meets content and position meets position: their halves are

@@ -18,11 +18,11 @@ from ...layers import MLP
 from .base import TRANSFORMER_REGISTRY
 from .decoder import Decoder, MemoryGrid
 from .detr import SingleScaleTransformer, in_feature_shape, post_norm_arguments
-from .layers import _FeedForwardLayer
+from .layers import FeedForwardLayer
 from .smca_attention import LevelAttention, SpatialPrior
 
 
-class SMCADecoderLayer(_FeedForwardLayer):
+class SMCADecoderLayer(FeedForwardLayer):
     """Decoder layer of DETR (norm after attention) whose cross-attention has a spatial prior.
 
     Args:

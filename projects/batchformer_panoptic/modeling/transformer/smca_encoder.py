@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...batchformer.streams import SINGLE
 from .deformable_levels import flatten_maps, valid_sizes
-from .layers import _FeedForwardLayer
+from .layers import FeedForwardLayer
 
 _KERNEL = 5
 
 
-class ScaleMixingLayer(_FeedForwardLayer):
+class ScaleMixingLayer(FeedForwardLayer):
     """Encoder layer: every cell hears its neighbours on its own level and on the next ones.
 
     Args:

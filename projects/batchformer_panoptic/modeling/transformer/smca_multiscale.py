@@ -24,12 +24,16 @@ from .base import (
     Transformer,
     TransformerOutput,
     build_batchformer_hook,
+    feature_shapes,
+    mask_level,
 )
 from .decoder import MemoryGrid
 from .deformable_levels import flatten_maps
 from .detr import post_norm_arguments
 from .smca import SMCADecoder, build_smca_decoder
 from .smca_encoder import ScaleMixingEncoder, ScaleMixingLayer, to_maps
+
+_FEATURES_KEY = "MODEL.SMCA.IN_FEATURES"
 
 
 class MultiScaleSMCA(Transformer):
@@ -45,6 +49,7 @@ class MultiScaleSMCA(Transformer):
         num_queries: object queries Q.
         encoder: tokens of all levels to memory, opening streams on the way.
         decoder: over the strides of :func:`decoder_strides`.
+        mask_level: index among ``in_features`` of the level that the mask head is given.
     """
 
     @configurable
@@ -57,9 +62,11 @@ class MultiScaleSMCA(Transformer):
         num_queries: int,
         encoder: ScaleMixingEncoder,
         decoder: SMCADecoder,
+        mask_level: int = -1,
     ) -> None:
         super().__init__()
         self.in_features = tuple(in_features)
+        self.mask_level = range(len(self.in_features))[mask_level]
         self.position_encoding = SinePositionEncoding(num_channels=embed_dim)
         self.encoder = encoder
         self.decoder = decoder
@@ -87,6 +94,7 @@ class MultiScaleSMCA(Transformer):
         return {
             "in_features": names,
             "in_channels": [shape.channels for shape in shapes],
+            "mask_level": mask_level(cfg, _FEATURES_KEY, names),
             "embed_dim": cfg.MODEL.DETR.HIDDEN_DIM,
             "num_queries": cfg.MODEL.DETR.NUM_OBJECT_QUERIES,
             "encoder": ScaleMixingEncoder(
@@ -101,7 +109,6 @@ class MultiScaleSMCA(Transformer):
         """See :data:`TRANSFORMER_REGISTRY`."""
         inputs = [features[name] for name in self.in_features]
         maps = [project(x) for project, x in zip(self.input_proj, inputs, strict=True)]
-        projected = maps[-1]
         maps.append(self.extra_proj(self._visible(inputs[-1], padding, SINGLE)))
         map_sizes = [_size(x) for x in maps]
         masks = [padding.mask_like(x) for x in maps]
@@ -113,7 +120,7 @@ class MultiScaleSMCA(Transformer):
             _flat(masks) if padding.is_padded else None,
         )
         memories = to_maps(memory, map_sizes)
-        memory_map = memories[-2]
+        memory_map = memories[self.mask_level]
         memories[0] = self.finest_reduction(self._visible(memories[0], padding, streams))
         key_masks = [padding.mask_like(memories[0]), *masks[1:]]
         hidden_states, references = self.decoder(
@@ -125,7 +132,12 @@ class MultiScaleSMCA(Transformer):
             MemoryGrid([_size(x) for x in memories], padding, streams),
         )
         return TransformerOutput(
-            hidden_states, references, projected, memory_map, masks[-2], streams
+            hidden_states,
+            references,
+            projected_map=maps[self.mask_level],
+            memory_map=memory_map,
+            padding_mask=masks[self.mask_level],
+            streams=streams,
         )
 
     def _visible(self, x: Tensor, padding: BatchPadding, streams: StreamState) -> Tensor:
@@ -173,17 +185,11 @@ def _halving(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _level_shapes(names: Sequence[str], input_shape: dict[str, ShapeSpec]) -> list[ShapeSpec]:
-    missing = [name for name in names if name not in input_shape]
-    if not names or missing:
-        raise UserError(
-            f"MODEL.SMCA.IN_FEATURES is {list(names)}, but the backbone returns "
-            f"{', '.join(sorted(input_shape))}; see MODEL.RESNETS.OUT_FEATURES"
-        )
-    shapes = [input_shape[name] for name in names]
+    shapes = feature_shapes(_FEATURES_KEY, names, input_shape)
     strides = [shape.stride for shape in shapes]
     if any(2 * fine != coarse for fine, coarse in pairwise(strides)):
         raise UserError(
-            f"MODEL.SMCA.IN_FEATURES is {list(names)} with strides {strides}; each map must have "
+            f"{_FEATURES_KEY} is {list(names)} with strides {strides}; each map must have "
             "twice the stride of the one before"
         )
     return shapes
