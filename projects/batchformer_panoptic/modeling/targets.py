@@ -1,11 +1,14 @@
 """What the criterion is given for each image: classes, boxes and, for panoptic, masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..layers import xyxy_to_cxcywh
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,33 @@ class ImageTarget:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+
+def to_target(inputs: dict[str, Any], device: torch.device, with_masks: bool) -> ImageTarget:
+    """What an input dict in Detectron2's format says of its image.
+
+    Args:
+        inputs: ``instances`` with ``gt_classes`` and ``gt_boxes``, and ``segment_map`` for masks.
+        device: where the target is to be.
+        with_masks: whether masks are wanted.
+    """
+    instances = inputs["instances"]
+    height, width = instances.image_size
+    boxes = instances.gt_boxes.tensor
+    boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
+    masks = None
+    if with_masks:
+        masks = SegmentMap(inputs["segment_map"].to(device, non_blocking=True))
+    return ImageTarget(
+        instances.gt_classes.to(device, non_blocking=True),
+        boxes.to(device, non_blocking=True),
+        masks,
+    )
+
+
+def of_one_class(targets: Sequence[ImageTarget]) -> list[ImageTarget]:
+    """The same objects, all of class 0: what proposals are matched with."""
+    return [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
 
 
 def gather_masks(

@@ -4,7 +4,6 @@ Shapes: B images, B' = streams * B, L decoder layers, Q queries, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ...batchformer import StreamState
-from ...layers import xyxy_to_cxcywh
 from ..build import (
     build_box_head,
     build_criterion,
@@ -29,7 +27,7 @@ from ..losses import pixel_class_loss
 from ..matcher import HungarianMatcher, NonFiniteCostError
 from ..padding import BatchPadding
 from ..scoring import Scoring
-from ..targets import ImageTarget, SegmentMap, class_maps
+from ..targets import ImageTarget, class_maps, of_one_class, to_target
 from ..transformer import Transformer, TransformerOutput, build_transformer
 
 
@@ -180,7 +178,8 @@ class PanopticDETR(nn.Module):
         images = self.preprocess(batched_inputs)
         features = self.backbone(images.tensor)
         predictions = self.predict(features, images.image_sizes, _spatial_size(images.tensor))
-        targets = [self._target_of(inputs) for inputs in batched_inputs]
+        with_masks = self.mask_head is not None
+        targets = [to_target(inputs, self.device, with_masks) for inputs in batched_inputs]
         try:
             return self.losses(predictions, features, targets)
         except NonFiniteCostError as error:
@@ -260,7 +259,7 @@ class PanopticDETR(nn.Module):
         proposals = predictions.transformer.proposals
         if proposals is not None:
             logits, boxes = proposals.logits[None], proposals.boxes[None]
-            objects = [replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
+            objects = of_one_class(targets)
             found = self.matcher(logits, boxes, objects)
             losses.update(
                 self.criterion.box_losses(logits, boxes, objects, found, num_objects, suffix="_enc")
@@ -312,18 +311,6 @@ class PanopticDETR(nn.Module):
             )
             for i, inputs in enumerate(batched_inputs)
         ]
-
-    def _target_of(self, inputs: dict[str, Any]) -> ImageTarget:
-        instances = inputs["instances"]
-        height, width = instances.image_size
-        boxes = instances.gt_boxes.tensor
-        boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-        boxes = boxes.to(self.device, non_blocking=True)
-        labels = instances.gt_classes.to(self.device, non_blocking=True)
-        masks = None
-        if self.mask_head is not None:
-            masks = SegmentMap(inputs["segment_map"].to(self.device, non_blocking=True))
-        return ImageTarget(labels, boxes, masks)
 
     def _pixel_losses(
         self, features: dict[str, Tensor], targets: Sequence[ImageTarget]

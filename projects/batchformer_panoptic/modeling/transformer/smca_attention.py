@@ -16,7 +16,8 @@ from ...errors import UserError
 DYNAMIC_SCALES = {"fixed": 0, "isotropic": 1, "per_axis": 2, "per_axis_and_product": 3}
 # The stride of the map for which the published divisor of distances ("smooth", 8) is meant.
 _SMOOTH_STRIDE = 32
-# Lower than any score that still counts, and above the lowest number of half precision.
+# Lower than any score that still counts, even its half, and above the lowest number of half
+# precision.
 _LOWEST_BIAS = -3e4
 
 
@@ -43,10 +44,14 @@ def gaussian_bias(centers: Tensor, weights: Tensor, map_size: tuple[int, int]) -
     dy = (centers[..., 1, None] - rows).square()
     weight_x = weights[..., :1]
     weight_y = weights[..., 1:2] if weights.shape[-1] > 1 else weight_x
-    bias = (weight_y * dy)[..., :, None] + (weight_x * dx)[..., None, :]
+    # Limited before they meet: a limit on the sum would keep a second copy of it for backward.
+    of_rows = (weight_y * dy).clamp(min=_LOWEST_BIAS / 2)
+    of_columns = (weight_x * dx).clamp(min=_LOWEST_BIAS / 2)
+    bias = of_rows[..., :, None] + of_columns[..., None, :]
     if weights.shape[-1] > 2:
         bias = bias + (weights[..., 2:] * dy)[..., :, None] * dx[..., None, :]
-    return bias.clamp(min=_LOWEST_BIAS).flatten(-2)
+        bias = bias.clamp(min=_LOWEST_BIAS)
+    return bias.flatten(-2)
 
 
 class SpatialPrior(nn.Module):
