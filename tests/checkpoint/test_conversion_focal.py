@@ -156,7 +156,7 @@ def test_left_over_and_wrong_keys_are_named(name):
     text = str(error.value)
     for line in (
         "left over: something.else",
-        "left over: transformer.encoder.batchformer.blocks.0.linear1.weight",
+        "left over: transformer.bf.0.linear1.weight",
         "of another shape: box_head.bbox_embed.layers.2.bias: (5,) instead of (4,)",
     ):
         assert line in text
