@@ -297,3 +297,11 @@ def test_folder(tmp_path: Path) -> None:
 
 def test_missing(tmp_path: Path) -> None:
     assert "not found" in _refusal(tmp_path / "none.pth")
+
+
+def test_names_of_a_wrapped_model_are_unwrapped(tmp_path: Path) -> None:
+    path = tmp_path / "ddp.pth"
+    torch.save({"model": {"module.a": torch.ones(1), "module.b": torch.ones(2)}}, path)
+    assert set(read_weights(str(path))["model"]) == {"a", "b"}
+    torch.save({"model": {"module.a": torch.ones(1), "b": torch.ones(2)}}, path)
+    assert set(read_weights(str(path))["model"]) == {"module.a", "b"}

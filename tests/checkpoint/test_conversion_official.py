@@ -30,6 +30,7 @@ from batchformer_panoptic.checkpoint.conversion import (
 )
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.checkpoint.conversion.export import to_official
+from batchformer_panoptic.checkpoint.conversion.layout import settings_of
 from batchformer_panoptic.errors import UserError
 
 BLOCKS = "transformer.encoder.batchformer.blocks."
@@ -308,3 +309,16 @@ def test_the_numbers_of_blocks_need_not_be_known() -> None:
     assert "MODEL.RESNETS.DEPTH" not in converted.settings
     assert converted.settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] == 8 != WIDTHS[0]
     assert any("no MODEL.RESNETS.DEPTH" in note for note in converted.notes)
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 8), (4, 2)])
+def test_groups_of_a_resnet_are_read_off_its_weights(groups: int, width: int) -> None:
+    cfg = get_cfg()
+    sizes = {"NUM_GROUPS": groups, "WIDTH_PER_GROUP": width, "RES2_OUT_CHANNELS": 16}
+    for key, value in sizes.items():
+        cfg.MODEL.RESNETS[key] = value
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    state = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
+    of_detr = {official_to_ours(name): value for name, value in official_boxes().items()}
+    settings = settings_of({**of_detr, **{f"backbone.{k}": v for k, v in state.items()}})
+    assert {key: settings[f"MODEL.RESNETS.{key}"] for key in sizes} == sizes

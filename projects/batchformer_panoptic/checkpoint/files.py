@@ -35,6 +35,7 @@ _HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
 _JSON_METADATA = ("settings", "class_table")
 _HEAD_BYTES = 4096
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_WRAPPED = "module."
 
 
 class _ForeignObject(pickle.UnpicklingError):
@@ -59,7 +60,8 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     * ``.pkl`` of Detectron2's model zoo: dictionaries of arrays. One in Caffe2's layout (the files
       of MSRA) gets the entries that Detectron2 gives it, so that its names are translated later.
 
-    Weights that stand alone, or under "state_dict", come back under "model".
+    Weights that stand alone, or under "state_dict", come back under "model", without the "module."
+    that a model wrapped for distributed training puts before every name.
 
     Args:
         path: a local file.
@@ -269,4 +271,6 @@ def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
             raise UserError(
                 f"checkpoint {path} holds no plain weights: {name!r} is a {type(value).__name__}"
             )
+    if all(name.startswith(_WRAPPED) for name in weights):
+        loaded["model"] = {name.removeprefix(_WRAPPED): v for name, v in weights.items()}
     return loaded

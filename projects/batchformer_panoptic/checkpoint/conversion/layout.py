@@ -156,7 +156,9 @@ def _resnet_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
     if depth is not None:
         settings["MODEL.RESNETS.DEPTH"] = depth
     if shape.bottleneck:
-        settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = shape.inner_widths[0]
+        width = model["backbone.res2.0.conv2.weight"].shape[1]
+        settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = width
+        settings["MODEL.RESNETS.NUM_GROUPS"] = shape.inner_widths[0] // width
     return settings
 
 
