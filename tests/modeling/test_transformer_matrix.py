@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_model import random_inputs, tiny_cfg, tiny_model, total
 
+from batchformer_panoptic.engine.flops import flop_analysis
 from batchformer_panoptic.modeling.build import build_box_head, build_scoring_from_config
 from batchformer_panoptic.modeling.transformer import TRANSFORMER_REGISTRY
 
@@ -125,3 +126,13 @@ def test_boxes_start_at_their_reference_points(name, bias):
     last = build_box_head(cfg, build_scoring_from_config(cfg)).bbox_embed.layers[-1]
     assert not last.weight.any()
     assert torch.equal(last.bias, torch.tensor(bias))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_operations_are_counted_and_the_block_costs_none_of_them(name):
+    """Counting traces the model, which turns sizes into tensors."""
+    plain, with_block = (
+        flop_analysis(make_model(name, "panoptic", block).eval(), random_inputs([(64, 64)])).total()
+        for block in (False, True)
+    )
+    assert plain == with_block > 0

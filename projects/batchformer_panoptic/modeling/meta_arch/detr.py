@@ -210,7 +210,9 @@ class PanopticDETR(nn.Module):
             image_sizes: (height, width) of each image before padding.
             padded_size: (height, width) of the batch.
         """
-        padding = BatchPadding(image_sizes, padded_size)
+        # Numbers, which they are not while the model is traced.
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        padding = BatchPadding(sizes, padded_size)
         output = self.transformer(features, padding, self.box_head)
         first = 0 if self.training and self.deep_supervision else -1
         references = output.reference_points
