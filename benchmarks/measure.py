@@ -1,0 +1,61 @@
+"""How numbers are taken: side by side in one run, in turns, medians of ratios."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call, what it started on a GPU included."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, after one call of each that does not count.
+
+    A round calls all of them one after the other, so that what else the machine does falls on all;
+    every second round goes backwards.
+    """
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds):
+        names = list(functions)[:: -1 if number % 2 else 1]
+        for name in names:
+            times[name].append(seconds(functions[name]))
+    return times
+
+
+def median_ratio(times: list[float], reference: list[float]) -> float:
+    """Median over the rounds of one time divided by the other."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
