@@ -147,6 +147,9 @@ def _add_detr_keys(cfg: CN) -> None:
     # Its maps, named by stride: res2 is 4, res3 is 8, res4 is 16, res5 is 32.
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.TIMM.FROZEN_BN = True  # batch norms keep statistics, scale and shift
+    # Normalise each pixel's channels of the maps. Those of some models are large (deviation 8 for
+    # EfficientNet-Lite0), and then drown what the mask head knows of a query.
+    cfg.MODEL.TIMM.NORMALIZE_MAPS = False
     # Let timm download weights. MODEL.WEIGHTS, if any, is read afterwards and needs no network.
     cfg.MODEL.TIMM.PRETRAINED = False
 

@@ -291,3 +291,17 @@ def test_pretrained_weights_want_their_pixel_statistics(monkeypatch):
         "MODEL__PIXEL_STD": [58.395, 57.12, 57.375],
     }
     build_backbone(timm_cfg("resnet18", MODEL__TIMM__PRETRAINED=True, **statistics))
+
+
+def test_maps_of_timm_are_normalised_if_asked_for():
+    images = torch.randn(2, 3, 64, 64)
+    plain, normalised = (
+        build_backbone(timm_cfg("resnet18", MODEL__TIMM__NORMALIZE_MAPS=on)).eval()
+        for on in (False, True)
+    )
+    normalised.load_state_dict(plain.state_dict())
+    for name, maps in normalised(images).items():
+        expected = plain(images)[name]
+        expected = expected - expected.mean(1, keepdim=True)
+        expected = expected / (expected.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)

@@ -60,6 +60,7 @@ _KEPT = (
     _Kept("MODEL.RESNETS.RES5_DILATION", _has_resnet),
     _Kept("MODEL.SMALL_RESNET.STAGE_STRIDES", _has_small_resnet),
     _Kept(_TIMM_NAME, _has_timm_model),
+    _Kept("MODEL.TIMM.NORMALIZE_MAPS", _has_timm_model),
     _Kept("MODEL.DETR.NHEADS", _has_queries),
     _Kept("MODEL.DETR.PRE_NORM", _has_queries),
     _Kept("MODEL.DETR.SCORING", _has_queries),
@@ -77,7 +78,7 @@ class SettingsRecord:
     * the order of the channels and the normalisation of the image;
     * where a ResNet strides and dilates (the kernels are the same; the two dilated ones differ in
       the first block of res5), and the name of a timm model (``tf_efficientnet_lite0`` pads where
-      ``efficientnet_lite0`` does not);
+      ``efficientnet_lite0`` does not), and whether its maps are normalised;
     * the number of attention heads (it cuts the same matrices into other pieces; the mask head
       would notice, a model of boxes would not) and the side of the layer norms;
     * the scoring (K logits with "no object" are as many as K + 1 without);

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import UserError
 from .timm_features import (
@@ -33,6 +34,7 @@ class TimmBackbone(Backbone):
         freeze_at: the parameters that ``res<freeze_at>`` is computed from stay as they are, and so
             do the statistics of their batch norms. 0: none.
         frozen_norm: all batch norms stay as they are.
+        normalize_maps: bring the channels of each pixel of a map to mean 0 and variance 1.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class TimmBackbone(Backbone):
         out_features: tuple[str, ...],
         freeze_at: int,
         frozen_norm: bool,
+        normalize_maps: bool = False,
     ) -> None:
         super().__init__()
+        self._normalize_maps = normalize_maps
         self._levels = features.levels
         self._shapes = {
             level: ShapeSpec(channels=channels, stride=stride_of(level))
@@ -70,6 +74,8 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map (B, 3, H, W) images to (B, C_i, H / stride, W / stride) maps by name."""
         maps = dict(zip(self._levels, self.features(images), strict=True))
+        if self._normalize_maps:
+            maps = {name: _normalized(x) for name, x in maps.items()}
         return {name: maps[name] for name in self._out_features}
 
     @torch.enable_grad()  # gradients tell what depends on what, whoever builds the model
@@ -87,6 +93,11 @@ class TimmBackbone(Backbone):
             parent, _, child = name.rpartition(".")
             owner = self.features.get_submodule(parent)
             setattr(owner, child, _with_frozen_norms(getattr(owner, child)))
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    """Layer norm of each pixel's channels without weights, so that no checkpoint changes."""
+    return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
 
 
 def _leave_out_later_stages(
@@ -132,6 +143,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         out_features=tuple(node.OUT_FEATURES),
         freeze_at=freeze_at,
         frozen_norm=node.FROZEN_BN,
+        normalize_maps=node.NORMALIZE_MAPS,
     )
 
 
