@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import quickstart_cost
 import sampling_cost
 import transformers_cost
 from measure import machine
@@ -20,6 +21,7 @@ from batchformer_panoptic.errors import UserError
 
 BENCHMARKS: dict[str, ModuleType] = {
     "transformers": transformers_cost,
+    "quickstart": quickstart_cost,
     "sampling": sampling_cost,
 }
 HERE = Path(__file__).resolve().parent

@@ -13,7 +13,7 @@ DOCUMENT = REPO_ROOT / "docs" / "benchmarks.md"
 def run(monkeypatch):
     monkeypatch.syspath_prepend(str(REPO_ROOT / "benchmarks"))
     yield load_script("benchmarks/run.py")
-    for name in ("measure", "sampling_cost", "transformers_cost"):
+    for name in ("measure", "quickstart_cost", "sampling_cost", "transformers_cost"):
         sys.modules.pop(name, None)
 
 
@@ -72,3 +72,14 @@ def test_sampling_is_compared_with_equal_results(run, tmp_path):
     assert 0 < row["largest_difference"] < 1e-4
     assert row["forward"] > 0
     assert case in document.read_text()
+
+
+def test_the_quickstart_is_compared_over_transformers(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- quickstart -->\n<!-- end quickstart -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "quickstart", "--rounds", "1", "--images", "2"]) == 0
+    rows = json.loads((tmp_path / "quickstart.json").read_text())["rows"]
+    assert [row["transformer"] for row in rows] == ["detr", "conditional", "smca", "deformable"]
+    assert rows[0]["step_against_first"] == 1.0
+    assert "| smca" in document.read_text()

@@ -190,3 +190,49 @@ def test_weights_of_another_model_are_refused():
     detr = load_golden("detr_box_batchformer_small.pt")["state_dict"]
     with pytest.raises(UserError, match=r"missing: transformer\.level_embed"):
         convert({key: value.float() for key, value in detr.items()})
+
+
+FORK = load_golden("deformable_detr_batchformer.pt")
+
+
+def blocks_of(args):
+    """The fork's block keys: one shared block once, separate ones under two names."""
+    layers = [{k: v.float() for k, v in layer.items()} for layer in FORK["bf_layers"]]
+    if args["share_bf"]:
+        return {f"transformer.bf.{key}": value for key, value in layers[0].items()}
+    return {
+        f"{prefix}{index}.{key}": value
+        for prefix in ("transformer.bf.", "transformer.encoder.bf.")
+        for index in args["insert_idx"]
+        for key, value in layers[index].items()
+    }
+
+
+@pytest.mark.parametrize("name", FORK["variants"])
+def test_blocks_of_the_fork_are_kept(name):
+    variant = FORK["variants"][name]
+    state = {**official(variant["base_variant"]), **blocks_of(variant["args"])}
+    converted = SOURCES["deformable_detr_batchformer"].convert(state, Request())
+    shared = bool(variant["args"]["share_bf"])
+    names = ["shared"] if shared else [str(i) for i in variant["args"]["insert_idx"]]
+    for index, block in enumerate(names):
+        for key, value in FORK["bf_layers"][0 if shared else int(block)].items():
+            ours = converted.model[f"transformer.encoder.batchformer.blocks.{block}.{key}"]
+            assert torch.equal(ours, value.float()), (index, key)
+    plain = convert(official(variant["base_variant"]))
+    rest = {k: v for k, v in converted.model.items() if ".batchformer." not in k}
+    assert rest.keys() == plain.model.keys()
+    assert any("MODEL.BATCHFORMER.ENABLED True" in note for note in converted.notes)
+
+
+def test_blocks_must_be_there_and_whole():
+    source = SOURCES["deformable_detr_batchformer"]
+    state = official("plain" if "plain" in VARIANTS else next(iter(VARIANTS)))
+    with pytest.raises(UserError, match="hold no BatchFormer block"):
+        source.convert(state, Request())
+    blocks = blocks_of({"share_bf": 1})
+    del blocks["transformer.bf.linear2.bias"]
+    with pytest.raises(UserError, match=r"missing: .*shared\.linear2\.bias"):
+        source.convert({**state, **blocks}, Request())
+    with pytest.raises(UserError, match=r"left over: transformer\.bf\.linear1\.weight"):
+        convert({**state, **blocks})

@@ -1,6 +1,6 @@
 """Weights of facebookresearch/detr, of its BatchFormer fork and of its Detectron2 wrapper."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,18 +141,14 @@ def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]
     settings = {**input_settings, "MODEL.RESNETS.STRIDE_IN_1X1": False, **settings_of(model)}
     if "MODEL.RESNETS.DEPTH" not in settings:
         notes.append("the numbers of blocks of the ResNet are those of no MODEL.RESNETS.DEPTH")
-    return Converted(model, renamed.dropped, [*notes, *_block_notes(model)], settings)
+    return Converted(model, renamed.dropped, [*notes, *block_notes(model)], settings)
 
 
 def _convert_official(state: dict[str, Tensor], request: Request, *, with_block: bool) -> Converted:
     new_name = official_to_ours if with_block else _without_block(official_to_ours)
     renamed = rename(state, new_name, [NO_STATISTICS_COUNT], request)
-    if with_block and not block_names(renamed.model):
-        refuse_misfit(
-            "the weights hold no BatchFormer block",
-            missing=["transformer.bf.*"],
-            remedy="they are those of a plain DETR: use its --source",
-        )
+    if with_block:
+        refuse_without_block(renamed.model)
     return finish(renamed, request, input_settings=TORCHVISION_INPUT)
 
 
@@ -176,7 +172,18 @@ def _wrapper_to_ours(key: str) -> str | None:
     return official_to_ours(inner)
 
 
-def _block_notes(model: dict[str, Tensor]) -> Sequence[str]:
+def refuse_without_block(model: Collection[str]) -> None:
+    """Raise UserError unless there is a BatchFormer block among some weights."""
+    if not block_names(model):
+        refuse_misfit(
+            "the weights hold no BatchFormer block",
+            missing=["transformer.bf.*"],
+            remedy="they are those of a plain model: use its --source",
+        )
+
+
+def block_notes(model: Collection[str]) -> Sequence[str]:
+    """What the user needs to know to go on training with the blocks of some weights."""
     blocks = block_names(model)
     if not blocks:
         return []

@@ -169,6 +169,14 @@ def _count(names: Collection[str], prefix: str) -> int:
     return min(largest, len(names)) + 1  # a forged number must not keep us busy
 
 
+def block_layout(model: Mapping[str, Tensor], width: int) -> Iterator[tuple[str, Shape | None]]:
+    """Every name that the BatchFormer blocks of some weights have, with its shape."""
+    for block in block_names(model):
+        linear = model.get(f"{BLOCKS}{block}.linear1.weight")
+        inner = width if linear is None else linear.shape[0]
+        yield from _layer(f"{BLOCKS}{block}.", width, inner, ("self_attn",))
+
+
 def _detr_transformer(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape | None]]:
     """Every name DETR's transformer has, with its shape; None where any will do."""
     num_queries, width = model[_QUERIES].shape
@@ -181,10 +189,7 @@ def _detr_transformer(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape 
         yield from _layer(f"{_ENCODER}{i}.", width, hidden, ("self_attn",))
     if has_pre_norm(model):
         yield from _norm("transformer.encoder.norm", width)
-    for block in block_names(model):
-        linear = model.get(f"{BLOCKS}{block}.linear1.weight")
-        inner = width if linear is None else linear.shape[0]
-        yield from _layer(f"{BLOCKS}{block}.", width, inner, ("self_attn",))
+    yield from block_layout(model, width)
     for i in range(_count(model, _DECODER)):
         yield from _layer(f"{_DECODER}{i}.", width, hidden, ("self_attn", "multihead_attn"))
     yield from _norm("transformer.decoder.norm", width)

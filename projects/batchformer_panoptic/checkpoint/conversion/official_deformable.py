@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...data.categories import ClassTable
 from .class_rows import CLASS_KEYS, select_class_rows
-from .detr import NO_STATISTICS_COUNT, TORCHVISION_INPUT
+from .detr import NO_STATISTICS_COUNT, TORCHVISION_INPUT, block_notes, refuse_without_block
 from .focal import transformer_layout
-from .layout import compare_with_layout, settings_of, transformer_settings
+from .layout import block_layout, compare_with_layout, settings_of, transformer_settings
 from .names import NameTable, Row
 from .official import AFFINE, ALIAS, ALIASED, BLOCKS, official_to_ours
 from .rules import Converted, Renamed, Request, refuse_misfit, rename
@@ -118,6 +118,35 @@ def convert_deformable(state: dict[str, Tensor], request: Request) -> Converted:
         **settings,
     }
     return Converted(model, renamed.dropped, [*notes, *_drop_unknown(settings, model)], settings)
+
+
+def convert_deformable_batchformer(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a Deformable-DETR of zhihou7/BatchFormer together with its blocks.
+
+    Raises:
+        UserError: as in :func:`convert_deformable`, and when there is no block.
+    """
+    of_blocks = {k: v for k, v in state.items() if k.startswith((ALIAS, ALIASED))}
+    renamed = rename(of_blocks, official_to_ours, [], request)
+    refuse_without_block(renamed.model)
+    converted = convert_deformable({k: state[k] for k in state.keys() - of_blocks.keys()}, request)
+    expected = dict(block_layout(renamed.model, converted.settings["MODEL.DETR.HIDDEN_DIM"]))
+    refuse_misfit(
+        _WHAT,
+        leftovers=renamed.leftovers,
+        missing=expected.keys() - renamed.model.keys(),
+        wrong_shape=[
+            f"{name}: {tuple(value.shape)} instead of {expected[name]}"
+            for name, value in renamed.model.items()
+            if tuple(value.shape) != expected[name]
+        ],
+        remedy=_REMEDY,
+    )
+    return converted._replace(
+        model={**converted.model, **renamed.model},
+        dropped=[*converted.dropped, *renamed.dropped],
+        notes=[*converted.notes, *block_notes(renamed.model)],
+    )
 
 
 def _refuse_unknown_sizes(renamed: Renamed) -> None:

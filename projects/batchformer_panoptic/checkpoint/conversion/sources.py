@@ -5,7 +5,7 @@ from .backbones import BACKBONE_SOURCES
 from .detr import convert_batchformer, convert_detectron2, convert_official
 from .huggingface import convert_huggingface
 from .official_conditional import convert_conditional
-from .official_deformable import convert_deformable
+from .official_deformable import convert_deformable, convert_deformable_batchformer
 from .official_smca import convert_smca
 from .rules import Source
 from .timm_models import TIMM_PREFIX, timm_source
@@ -30,6 +30,11 @@ _DETR_SOURCES = (
         "deformable_detr",
         "fundamentalvision/Deformable-DETR, boxes: plain, refined or two-stage",
         convert_deformable,
+    ),
+    Source(
+        "deformable_detr_batchformer",
+        "Deformable-DETR of zhihou7/BatchFormer, its blocks kept for further training",
+        convert_deformable_batchformer,
     ),
     Source("smca_detr", "gaopengcuhk/SMCA-DETR, boxes, single- or multi-scale", convert_smca),
 )
