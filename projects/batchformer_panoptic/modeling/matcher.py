@@ -83,7 +83,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes: Tensor, targets: Sequence[ImageTarget]) -> Matching:
-        """Match all decoder layers; the only place of a training step that waits for the device.
+        """Match all layers at once; a training step waits for the device here and nowhere else.
 
         Args:
             logits: (L, B', Q, num_outputs).
