@@ -1,6 +1,7 @@
 """Two CPU processes over gloo."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from stand_in import StandInTrainer, stand_in_cfg
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchformer_panoptic.engine.processes import _run_and_leave, launch_processes
 from batchformer_panoptic.engine.train_loop import NonFiniteLossError
 
 
@@ -45,7 +47,7 @@ def _train(output_dir: Path) -> None:
 
 @pytest.mark.distributed
 def test_processes_agree_on_weights_metrics_and_errors(tmp_path: Path) -> None:
-    launch(_train, 2, dist_url="auto", args=(tmp_path,))
+    launch_processes(_train, 2, args=(tmp_path,))
     heads = [torch.load(tmp_path / f"head_{rank}.pth", weights_only=True) for rank in (0, 1)]
     assert torch.equal(heads[0], heads[1])
     records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
@@ -55,3 +57,28 @@ def test_processes_agree_on_weights_metrics_and_errors(tmp_path: Path) -> None:
     assert "1000 (100_0.jpg)" in errors[0]
     assert "(0_0.jpg)" not in errors[0]
     assert (tmp_path / "poisoned" / "model_nonfinite.pth").is_file()
+
+
+def _thread_names() -> set[str]:
+    tasks = Path("/proc/self/task")
+    return {(task / "comm").read_text().strip() for task in tasks.iterdir()}
+
+
+def _reduce_a_gradient() -> None:
+    model = DistributedDataParallel(nn.Linear(2, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    assert "pt_gloo_runloop" in _thread_names()
+
+
+def _leave(folder: Path) -> None:
+    _run_and_leave(_reduce_a_gradient, ())
+    (folder / f"threads_{os.getpid()}.txt").write_text(" ".join(_thread_names()))
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads: Linux alone")
+def test_no_thread_of_a_process_group_outlives_the_work(tmp_path: Path) -> None:
+    launch(_leave, 2, dist_url="auto", args=(tmp_path,))
+    left = [file.read_text() for file in tmp_path.iterdir()]
+    assert len(left) == 2
+    assert "gloo" not in "".join(left)

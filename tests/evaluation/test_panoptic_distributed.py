@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 from panoptic_sets import (
     CATEGORIES,
@@ -19,6 +18,7 @@ from panoptic_sets import (
 )
 from panopticapi.evaluation import pq_compute
 
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
 
@@ -43,7 +43,7 @@ def _evaluate_a_share(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_panopticapi_numbers(tmp_path):
-    launch(_evaluate_a_share, 2, dist_url="auto", args=(tmp_path,))
+    launch_processes(_evaluate_a_share, 2, args=(tmp_path,))
     truths, predictions = random_set(20, num_images=NUM_IMAGES)
     truth_json = write_panoptic(tmp_path / "truth", truths, CATEGORIES)
     prediction_json = write_panoptic(tmp_path / "predicted", predictions, CATEGORIES)

@@ -4,11 +4,12 @@ import argparse
 import os
 
 import torch
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
+from .processes import launch_processes
 from .setup import setup_cfg
 from .trainer import PanopticTrainer
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         _check_processes(args)
         several_machines = args.num_machines > 1
-        launch(
+        launch_processes(
             train_or_evaluate,
             args.num_gpus,
             num_machines=args.num_machines,
