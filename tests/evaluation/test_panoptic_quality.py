@@ -3,15 +3,18 @@ import io
 
 import numpy as np
 import pytest
-from panoptic_sets import CATEGORIES, MAX_ID, PanopticImage, random_set, write_panoptic
+from panoptic_sets import (
+    CATEGORIES,
+    MAX_ID,
+    PanopticImage,
+    describe,
+    random_set,
+    write_panoptic,
+)
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation.panoptic_quality import (
-    Segments,
-    count_id_pairs,
-    image_pq_counts,
-)
+from batchformer_panoptic.evaluation.panoptic_quality import Segments, image_pq_counts
 
 
 def _counts(truth: PanopticImage, prediction: PanopticImage) -> PQStat:
@@ -171,12 +174,52 @@ def test_negative_ids_of_a_prediction_are_refused():
         _counts(_image(["5555"], (5, 3, 0)), prediction)
 
 
-@pytest.mark.parametrize("largest", [2, MAX_ID, 2**31 - 1])
-def test_pairs_equal_a_loop_over_pixels(largest):
-    rng = np.random.default_rng(1)
-    values = np.array([0, 1, largest])
-    first, second = values[rng.integers(0, 3, (2, 7, 9))]
-    pairs = list(zip(first.ravel().tolist(), second.ravel().tolist(), strict=True))
-    expected = [(a, b, pairs.count((a, b))) for a, b in sorted(set(pairs))]
-    found = count_id_pairs(first.astype(np.int32), second.astype(np.int32))
-    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+def _speckled(seed: int, num_segments: int) -> tuple[PanopticImage, PanopticImage]:
+    """Every pixel its own run; each segment is found again, partly, with another id."""
+    rng = np.random.default_rng(seed)
+    ids = np.concatenate(([0], rng.choice(MAX_ID, num_segments, replace=False) + 1))
+    other_ids = np.concatenate(([0], rng.choice(MAX_ID, num_segments, replace=False) + 1))
+    regions = rng.integers(0, num_segments + 1, (30, 41))
+    moved = rng.random(regions.shape) < rng.choice([0.1, 0.4], num_segments + 1)[regions]
+    found = np.where(moved, rng.integers(0, num_segments + 1, regions.shape), regions)
+    truth = describe(ids[regions], rng, [3, 7, 90, 200], crowd_share=0.25)
+    prediction = describe(other_ids[found], rng, [3, 7, 90, 200], crowd_share=0.0)
+    classes = {info["id"]: info["category_id"] for info in truth.segments_info}
+    id_of = dict(zip(other_ids.tolist(), ids.tolist(), strict=True))
+    for info in prediction.segments_info:
+        if rng.random() < 0.8:
+            info["category_id"] = classes.get(id_of[info["id"]], 3)
+    return truth, prediction
+
+
+@pytest.mark.parametrize(("seed", "num_segments"), [(0, 1), (1, 2), (2, 14), (3, 40), (4, 300)])
+def test_maps_without_runs_equal_panopticapi(tmp_path, seed, num_segments):
+    truth, prediction = _speckled(seed, num_segments)
+    expected = _published_counts(tmp_path, truth, prediction)
+    assert _as_rows(_counts(truth, prediction)) == _as_rows(expected)
+    assert sum(value.tp for value in expected.pq_per_cat.values()) >= num_segments // 10
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_ids_of_a_prediction_may_be_larger_than_a_png_holds(dtype):
+    truth, prediction = random_set(3, num_images=1)
+    truth, prediction = truth[0], prediction[0]
+    largest = 2**31 - 1
+    shifted = PanopticImage(
+        (largest - prediction.id_map).astype(dtype),
+        [{**info, "id": largest - info["id"]} for info in prediction.segments_info],
+    )
+    shifted.id_map[prediction.id_map == 0] = 0
+    assert _as_rows(_counts(truth, shifted)) == _as_rows(_counts(truth, prediction))
+
+
+def test_an_image_without_pixels_has_no_counts():
+    empty = PanopticImage(np.zeros((0, 5), dtype=np.int64), [])
+    assert _as_rows(_counts(empty, empty)) == {}
+
+
+def test_a_map_that_is_a_view_is_read_in_its_own_order():
+    truth, prediction = (images[0] for images in random_set(2, num_images=1))
+    turned = PanopticImage(prediction.id_map.T.copy().T, prediction.segments_info)
+    assert not turned.id_map.flags.c_contiguous
+    assert _as_rows(_counts(truth, turned)) == _as_rows(_counts(truth, prediction))

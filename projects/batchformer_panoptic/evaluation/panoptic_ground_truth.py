@@ -108,15 +108,16 @@ def read_id_map(path: str) -> np.ndarray:
                     f"{path} is an image of mode {image.mode}; panoptic annotations are RGB PNGs "
                     "(id = R + 256 G + 65536 B)"
                 )
-            # with a fourth byte per pixel the buffer already is an array of little-endian integers
-            pixels = np.asarray(image.convert("RGBX"))
+            # with a fourth byte per pixel the bytes already are little-endian integers
+            pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")
+            width, height = image.size
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist; the folder must hold one PNG per annotation"
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{path} is not a readable image: {error}") from error
-    return (pixels.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
+    return np.frombuffer(pixels, dtype="<i4").reshape(height, width) & 0xFFFFFF
 
 
 def _read_panoptic_json(path: str) -> dict[str, Any]:

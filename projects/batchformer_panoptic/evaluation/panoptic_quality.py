@@ -66,10 +66,10 @@ def image_pq_counts(
     positive; where a category has several crowd segments, panopticapi looks at the last one.
 
     Args:
-        pred_map: (H, W) integers below 2**31, the predicted segment of every pixel; 0 is void
+        pred_map: (H, W) integers, the predicted segment of every pixel; 0 is void
             unless a predicted segment has this id.
         pred_segments: the predicted segments. Their areas are counted, not read.
-        gt_map: (H, W) integers below 2**31, the true segment of every pixel; 0 is void.
+        gt_map: (H, W) integers, the true segment of every pixel; 0 is void.
         gt_segments: the true segments.
         image_name: names the image in errors.
 
@@ -125,13 +125,13 @@ def _overlaps(
     gt_segments: Segments,
     image_name: str,
 ) -> _Overlaps:
-    """Intersect two (H, W) id maps and look their ids up."""
-    gt_ids, pred_ids, pixels = count_id_pairs(gt_map, pred_map)
+    """Intersect two (H, W) id maps; pairs come sorted by both positions."""
     if VOID in gt_segments.ids:
         raise UserError(
             f"segments_info of image {image_name} lists a segment with the id {VOID}, which means "
             "void; give it another id"
         )
+    gt_ids, pred_ids, lengths = _runs(gt_map.ravel(), pred_map.ravel())
     try:
         gt_index = _look_up(gt_ids, gt_segments.ids)
     except ValueError as error:
@@ -145,37 +145,29 @@ def _overlaps(
         raise ValueError(
             f"the prediction for image {image_name} contradicts itself: {error}"
         ) from error
-    return _Overlaps(gt_index, pred_index, pixels)
+    # a cell for each pair, void in row and column 0: 8 MB for 1000 segments in either map, where
+    # sorting the runs would take longer than all the rest
+    width = len(pred_segments.ids) + 1
+    size = (len(gt_segments.ids) + 1) * width
+    table = _sum_pixels((gt_index + 1) * width + pred_index + 1, lengths, size)
+    cells = np.flatnonzero(table)
+    rows, columns = np.divmod(cells, width)
+    return _Overlaps(rows - 1, columns - 1, table[cells])
 
 
-def count_id_pairs(
-    first_map: np.ndarray, second_map: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count how many pixels each pair of ids shares.
+def _runs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut two flat id maps (N,) where either of them changes.
 
-    Id maps consist of long runs along the rows, so that only the few thousand places where either
-    map changes have to be sorted and not every pixel.
-
-    Args:
-        first_map: (H, W) integers from 0 to 2**31 - 1.
-        second_map: as ``first_map``, of the same size.
+    Id maps consist of long runs along the rows, so that only some thousand ids have to be looked up
+    and not those of every pixel.
 
     Returns:
-        Ids in the first map, ids in the second map, pixels; (P,) int64 each, sorted by both ids.
+        Id in the first map, id in the second map and pixels of each run.
     """
-    first, second = first_map.ravel(), second_map.ravel()
-    if first.size == 0:
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty, empty
-    changes = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    starts = np.concatenate(([0], np.flatnonzero(changes) + 1))
-    lengths = np.diff(starts, append=first.size)
-    # the mask keeps a negative id from spilling into the other one; it is then an unknown id
-    low = second[starts].astype(np.int64) & 0xFFFFFFFF
-    keys = (first[starts].astype(np.int64) << 32) | low
-    pairs, pair_of_run = np.unique(keys, return_inverse=True)
-    pixels = _sum_pixels(pair_of_run.reshape(-1), lengths, len(pairs))
-    return pairs >> 32, pairs & 0xFFFFFFFF, pixels
+    changes = first[1:] != first[:-1]
+    changes |= second[1:] != second[:-1]
+    starts = np.concatenate(([0], np.flatnonzero(changes) + 1))[: first.size]  # none without pixels
+    return first[starts], second[starts], np.diff(starts, append=first.size)
 
 
 def _look_up(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
@@ -184,21 +176,17 @@ def _look_up(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: an id is neither known nor void, or is known twice.
     """
-    order = np.argsort(known_ids, kind="stable")
-    ordered = known_ids[order]
+    with_void = known_ids if VOID in known_ids else np.append(known_ids, VOID)
+    order = np.argsort(with_void, kind="stable")
+    ordered = with_void[order]
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeated):
         raise ValueError(f"segments_info lists the segment {repeated[0]} more than once")
-    if len(ordered) == 0:
-        found, index = np.zeros(len(ids), dtype=bool), np.full(len(ids), -1, dtype=np.int64)
-    else:
-        place = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-        found = ordered[place] == ids
-        index = np.where(found, order[place], -1)
-    unknown = ids[~found & (ids != VOID)]
+    place = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
+    unknown = ids[ordered[place] != ids]
     if len(unknown):
         raise ValueError(f"the segment {unknown[0]} has pixels but is not in segments_info")
-    return index
+    return np.where(order < len(known_ids), order, -1)[place]
 
 
 def _sum_pixels(index: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
