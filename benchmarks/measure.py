@@ -4,9 +4,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import tracemalloc
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -38,6 +41,41 @@ def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
 def median_ratio(times: list[float], reference: list[float]) -> float:
     """Median over the rounds of one time divided by the other."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes of tensors alive during one call, beside those alive before it.
+
+    On a GPU its allocator counts; on a CPU every allocation is in the profiler's record.
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        function()
+    # Only the raw events have the allocations in the middle of an operation.
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
+
+
+def python_peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that Python and numpy hold during one call; PyTorch's tensors are not counted."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def exponent(steps: Sequence[int], costs: Sequence[float]) -> float:
+    """The p of cost = c * step ** p, by least squares in logarithms."""
+    slope, _ = np.polyfit(np.log(steps), np.log(costs), 1)
+    return float(slope)
 
 
 def machine() -> dict[str, Any]:

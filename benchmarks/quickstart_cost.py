@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"images": args.images, "rounds": args.rounds, "rows": rows}
 
 
-def make_model(name: str) -> torch.nn.Module:
-    cfg = load_config(str(CONFIG), ["MODEL.DETR.TRANSFORMER_NAME", name])
+def make_model(name: str, opts: Sequence[str] = ()) -> torch.nn.Module:
+    cfg = load_config(str(CONFIG), ["MODEL.DETR.TRANSFORMER_NAME", name, *opts])
     cfg.MODEL.DETR.NUM_CLASSES = NUM_CLASSES
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(NUM_THINGS))
     torch.manual_seed(0)

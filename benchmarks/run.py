@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cost_curves
+import pq_evaluation
 import quickstart_cost
 import sampling_cost
 import transformers_cost
@@ -23,6 +25,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "transformers": transformers_cost,
     "quickstart": quickstart_cost,
     "sampling": sampling_cost,
+    "pq": pq_evaluation,
+    "curves": cost_curves,
 }
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -78,18 +82,21 @@ def rendered(text: str, results: dict[str, dict[str, Any]]) -> str:
         name = found[1]
         if name not in results:
             return found[0]
-        result = results[name]
-        content = f"{BENCHMARKS[name].table(result)}\n\n{caption(result)}"
+        result, module = results[name], BENCHMARKS[name]
+        content = f"{module.table(result)}\n\n{caption(result, module)}"
         return f"<!-- {name} -->\n{content}\n<!-- end {name} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end \1 -->", part, text, flags=re.S)
 
 
-def caption(result: dict[str, Any]) -> str:
+def caption(result: dict[str, Any], module: ModuleType) -> str:
+    """Machine, versions and, unless the benchmark has other words for it, what a number is of."""
     where = result["machine"]
+    rounds = f"medians of {result['rounds']} rounds."
+    how_taken = module.how_taken(result) if hasattr(module, "how_taken") else rounds
     return (
         f"{where['processor']}, {where['threads']} of {where['cores']} cores, device "
-        f"{where['device']}, torch {where['torch']}; medians of {result['rounds']} rounds."
+        f"{where['device']}, torch {where['torch']}; {how_taken}"
     )
 
 

@@ -3,7 +3,9 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import REPO_ROOT, load_script
 
 DOCUMENT = REPO_ROOT / "docs" / "benchmarks.md"
@@ -13,8 +15,8 @@ DOCUMENT = REPO_ROOT / "docs" / "benchmarks.md"
 def run(monkeypatch):
     monkeypatch.syspath_prepend(str(REPO_ROOT / "benchmarks"))
     yield load_script("benchmarks/run.py")
-    for name in ("measure", "quickstart_cost", "sampling_cost", "transformers_cost"):
-        sys.modules.pop(name, None)
+    for path in (REPO_ROOT / "benchmarks").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def test_the_document_shows_the_results(run):
@@ -83,3 +85,52 @@ def test_the_quickstart_is_compared_over_transformers(run, tmp_path):
     assert [row["transformer"] for row in rows] == ["detr", "conditional", "smca", "deformable"]
     assert rows[0]["step_against_first"] == 1.0
     assert "| smca" in document.read_text()
+
+
+def test_evaluators_of_panoptic_quality_are_compared_with_equal_results(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- pq -->\n<!-- end pq -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["pq", "--rounds", "1", "--size", "48", "64", "--images", "3"]
+    assert run.main([*where, *what, "--memory-images", "20", "220"]) == 0
+    result = json.loads((tmp_path / "pq.json").read_text())
+    assert result["largest_difference"] <= 1e-12
+    assert 0 < result["metrics"]["PQ"] < 100
+    ours, theirs, _ = result["rows"]
+    assert ours["against_streaming"] == 1.0
+    assert ours["bytes_held"][1] - ours["bytes_held"][0] < 200 * 500
+    assert theirs["bytes_held"][1] > 2 * theirs["bytes_held"][0]
+    assert "| Detectron2's" in document.read_text()
+
+
+def test_cost_curves_are_measured_in_doublings(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- curves -->\n<!-- end curves -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    curves = ["inference, kept queries", "training mapper, segments of an image"]
+    assert run.main([*where, "curves", "--rounds", "1", "--points", "3", "--curves", *curves]) == 0
+    queries, segments = json.loads((tmp_path / "curves.json").read_text())["rows"]
+    assert [row["curve"] for row in (queries, segments)] == curves
+    assert queries["steps"] == [2, 4, 8]
+    assert 0 < queries["peak_exponent"] < 1.1
+    assert abs(segments["peak_exponent"]) < 0.1
+    assert len(queries["time_ratios"]) == len(segments["peak_ratios"]) == 2
+    assert "2, 8" in document.read_text()
+
+
+def test_exponents_are_those_of_powers(run):
+    exponent = sys.modules["measure"].exponent
+    assert exponent([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
+    assert exponent([16, 32], [7.0, 7.0]) == pytest.approx(0)
+
+
+def test_peaks_count_what_is_alive_at_once(run):
+    measure = sys.modules["measure"]
+
+    def function():
+        for _ in range(3):
+            (torch.zeros(1000, 10) + 1).sum()
+
+    # Two tensors of 40 kB at a time, three times over.
+    assert 80_000 <= measure.peak_bytes(function) < 85_000
+    assert 800_000 <= measure.python_peak_bytes(lambda: np.zeros((10_000, 10)).sum()) < 1_000_000

@@ -11,7 +11,6 @@ import torch
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
-from panopticapi.utils import id2rgb, rgb2id
 from scipy import ndimage
 
 from ..errors import UserError
@@ -25,7 +24,8 @@ _MAX_SEGMENTS = 2**15 - 1
 def number_segments(png: npt.NDArray[np.uint8], segments_info: list[dict[str, Any]]) -> IntMap:
     """Replace the ids of a panoptic PNG by numbers: k + 1 for `segments_info[k]`.
 
-    One search for all pixels together, so that the cost does not grow with S.
+    One search for all runs of equal pixels together: the cost grows with the outlines that there
+    are to see, not with H0 W0 S.
 
     Args:
         png: (H0, W0, 3) uint8, id = red + 256 * green + 65536 * blue, 0 = void.
@@ -47,16 +47,16 @@ def number_segments(png: npt.NDArray[np.uint8], segments_info: list[dict[str, An
     order = np.argsort(ids)
     sorted_ids = ids[order]
 
-    pixel_ids = rgb2id(png)
-    position = np.minimum(np.searchsorted(sorted_ids, pixel_ids), len(ids) - 1)
-    unlisted = pixel_ids[sorted_ids[position] != pixel_ids]
+    run_ids, lengths = _runs(_joined(png, np.int32))
+    position = np.minimum(np.searchsorted(sorted_ids, run_ids), len(ids) - 1)
+    unlisted = run_ids[sorted_ids[position] != run_ids]
     if unlisted.size:
         raise UserError(f"the PNG has segment id {unlisted[0]}, which the JSON does not list")
-    counts = np.bincount(position.ravel(), minlength=len(ids))
+    counts = np.bincount(position, minlength=len(ids))
     absent = sorted_ids[(counts == 0) & (sorted_ids != 0)]
     if absent.size:
         raise UserError(f"the JSON lists segment id {absent[0]}, which the PNG does not have")
-    result: IntMap = numbers[order][position]
+    result: IntMap = np.repeat(numbers[order][position], lengths).reshape(png.shape[:2])
     return result
 
 
@@ -65,7 +65,7 @@ def transform_numbers(numbers: IntMap, transforms: T.TransformList) -> IntMap:
 
     Images are resized by Pillow, which takes uint8 only; Detectron2 moves other types with a
     routine whose nearest pixel lies half a pixel elsewhere. So the map travels as uint8: in one
-    channel where that is enough, else in three.
+    channel where that is enough, else in two.
 
     Args:
         numbers: (H0, W0), 0 or more.
@@ -77,7 +77,10 @@ def transform_numbers(numbers: IntMap, transforms: T.TransformList) -> IntMap:
     if numbers.dtype == np.uint8:
         moved: IntMap = transforms.apply_segmentation(numbers)
     else:
-        moved = rgb2id(transforms.apply_segmentation(id2rgb(numbers)))
+        channels = np.stack(
+            [numbers & 255, numbers >> 8], axis=-1, dtype=np.uint8, casting="unsafe"
+        )
+        moved = _joined(transforms.apply_segmentation(channels), numbers.dtype)
     return moved
 
 
@@ -97,23 +100,25 @@ def panoptic_instances(
         - The segment map, int16 (H, W): the instance of each pixel, or -1. It is no field of the
           instances, because Detectron2 wants every field to be as long as there are instances.
     """
-    counts = np.bincount(numbers.ravel(), minlength=len(segments_info) + 1)
-    visible = np.flatnonzero(counts[1:])
-    new_numbers = np.zeros(len(segments_info) + 1, dtype=np.int16)
-    new_numbers[visible + 1] = np.arange(1, len(visible) + 1)
-    labels = new_numbers[numbers]
-    slices = ndimage.find_objects(labels, max_label=len(visible))
+    # One pass over the pixels finds all boxes; a segment without pixels has None.
+    found = ndimage.find_objects(numbers, max_label=len(segments_info))
+    visible = [position for position, slices in enumerate(found) if slices is not None]
     boxes = np.array(
-        [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in slices],
+        [
+            (columns.start, rows.start, columns.stop, rows.stop)
+            for rows, columns in filter(None, found)
+        ],
         dtype=np.float32,
     ).reshape(-1, 4)
+    index_of = np.full(len(segments_info) + 1, -1, dtype=np.int16)
+    index_of[1:][visible] = np.arange(len(visible))
 
     instances = Instances(numbers.shape)
     instances.gt_classes = torch.tensor(
         [segments_info[position]["category_id"] for position in visible], dtype=torch.int64
     )
     instances.gt_boxes = Boxes(torch.from_numpy(boxes))
-    return instances, torch.from_numpy(labels - 1)
+    return instances, torch.from_numpy(index_of[numbers])
 
 
 def box_instances(
@@ -141,3 +146,23 @@ def box_instances(
     ]
     instances = detection_utils.annotations_to_instances(moved, image_size)
     return detection_utils.filter_empty_instances(instances)
+
+
+def _joined(channels: npt.NDArray[np.uint8], dtype: npt.DTypeLike) -> IntMap:
+    """(H, W, C) bytes -> (H, W) numbers, the first channel being the least byte.
+
+    For a panoptic PNG what panopticapi's `rgb2id` computes, in a fifth of its memory.
+    """
+    numbers: IntMap = channels[..., -1].astype(dtype)
+    for index in reversed(range(channels.shape[-1] - 1)):
+        np.left_shift(numbers, 8, out=numbers)
+        np.bitwise_or(numbers, channels[..., index], out=numbers)
+    return numbers
+
+
+def _runs(values: IntMap) -> tuple[IntMap, IntMap]:
+    """Value and length of each run of equal values, read row by row."""
+    flat = values.ravel()
+    starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts = np.concatenate([np.zeros(min(1, flat.size), dtype=starts.dtype), starts])
+    return flat[starts], np.diff(starts, append=flat.size)

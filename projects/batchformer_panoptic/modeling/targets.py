@@ -10,13 +10,17 @@ from torch.nn import functional as F
 
 from ..layers import xyxy_to_cxcywh
 
+# Maps that are copied while their masks are made.
+_MASKS_AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class SegmentMap:
     """Masks that do not overlap, as one map: lossless, and free of charge for 1000 segments.
 
     Attributes:
-        index_map: (H, W) int, k at the pixels of target k, negative elsewhere.
+        index_map: (H, W) int of a signed type that can count the targets, k at the pixels of
+            target k, negative elsewhere.
     """
 
     index_map: Tensor
@@ -78,6 +82,45 @@ def of_one_class(targets: Sequence[ImageTarget]) -> list[ImageTarget]:
     return [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
 
 
+class TargetMasks:
+    """The masks of a batch, made a few at a time from what is stored once for each image.
+
+    Entries of the batch may share their masks, as those of several streams do.
+
+    Attributes:
+        size: the largest height and width of the batch, which masks are padded to.
+
+    Args:
+        targets: of all B' entries of the batch, each with masks of the same kind.
+    """
+
+    def __init__(self, targets: Sequence[ImageTarget]) -> None:
+        kept = list({id(t.masks): t.masks for t in targets}.values())
+        self._maps: Tensor | None = None
+        maps = [m.index_map for m in kept if isinstance(m, SegmentMap)]
+        dense = [m.masks for m in kept if isinstance(m, DenseMasks)]
+        assert len(kept) in (len(maps), len(dense)), "the masks of a batch are of one kind"
+        stored = maps or dense
+        self.size = (max(m.shape[-2] for m in stored), max(m.shape[-1] for m in stored))
+        device = stored[0].device
+        if maps:
+            self._maps = torch.stack([_pad_to(m, *self.size, value=-1) for m in maps])
+        else:
+            self._dense = torch.cat([_pad_to(m, *self.size, value=0) for m in dense])
+        counts = torch.tensor([len(m) for m in dense] or [0])
+        position = {id(m): i for i, m in enumerate(kept)}
+        entry = torch.tensor([position[id(t.masks)] for t in targets])
+        self._entry = entry.to(device, non_blocking=True)
+        self._first = (counts.cumsum(0) - counts).to(device, non_blocking=True)
+
+    def gather(self, image_index: Tensor, local_index: Tensor) -> Tensor:
+        """(K,) entries of the batch and (K,) objects of theirs -> (K, H, W) bool masks."""
+        entry = self._entry[image_index]
+        if self._maps is not None:
+            return _compare(self._maps, entry, local_index)
+        return self._dense[self._first[entry] + local_index]
+
+
 def gather_masks(
     targets: Sequence[ImageTarget], image_index: Tensor, local_index: Tensor
 ) -> Tensor:
@@ -91,17 +134,32 @@ def gather_masks(
     Returns:
         (K, H, W) bool.
     """
-    maps = [t.masks.index_map for t in targets if isinstance(t.masks, SegmentMap)]
-    if len(maps) == len(targets):
-        return _pad_and_stack(maps, value=-1)[image_index] == local_index[:, None, None]
-    dense = [t.masks.masks for t in targets if isinstance(t.masks, DenseMasks)]
-    assert len(dense) == len(targets), "the targets of a batch carry masks of one kind"
-    height = max(m.shape[-2] for m in dense)
-    width = max(m.shape[-1] for m in dense)
-    padded = torch.cat([_pad_to(m, height, width, value=0) for m in dense])
-    counts = torch.tensor([len(m) for m in dense], device=padded.device)
-    first = counts.cumsum(0) - counts
-    return padded[first[image_index] + local_index]
+    return TargetMasks(targets).gather(image_index, local_index)
+
+
+def gather_mask_shares(
+    targets: Sequence[ImageTarget], image_index: Tensor, local_index: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """The masks of :func:`gather_masks` averaged over the cells of a smaller map.
+
+    Never more than a few masks exist at full size.
+
+    Args:
+        targets: see :func:`gather_masks`.
+        image_index: (K,) int64.
+        local_index: (K,) int64.
+        size: (h, w) wanted.
+
+    Returns:
+        (K, h, w) float32 in 0 to 1: how much of each cell the mask covers.
+    """
+    parts = zip(image_index.split(_MASKS_AT_ONCE), local_index.split(_MASKS_AT_ONCE), strict=True)
+    masks = TargetMasks(targets)
+    shares = [
+        F.interpolate(masks.gather(image, local)[:, None].float(), size=size, mode="area")
+        for image, local in parts
+    ]
+    return torch.cat(shares)[:, 0]
 
 
 def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
@@ -121,6 +179,17 @@ def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
             index = target.labels[index.clamp(min=0)].masked_fill(index < 0, -1)
         maps.append(index)
     return _pad_and_stack(maps, value=-1)
+
+
+def _compare(maps: Tensor, image_index: Tensor, local_index: Tensor) -> Tensor:
+    """(B', H, W) and K pairs of indices -> (K, H, W) bool, with next to nothing beside it."""
+    # In the type of the maps: with two integer types PyTorch copies all of the smaller to int64.
+    wanted = local_index.to(maps.dtype)[:, None, None]
+    masks = torch.empty((len(image_index), *maps.shape[-2:]), dtype=torch.bool, device=maps.device)
+    parts = (x.split(_MASKS_AT_ONCE) for x in (image_index, wanted, masks))
+    for images, numbers, out in zip(*parts, strict=True):
+        torch.eq(maps[images], numbers, out=out)
+    return masks
 
 
 def _pad_and_stack(maps: list[Tensor], value: int) -> Tensor:

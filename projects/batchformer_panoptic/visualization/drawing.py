@@ -7,6 +7,7 @@ class decides the colour, and every further instance of a thing class gets anoth
 import colorsys
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
@@ -110,7 +111,7 @@ def draw_scene(
     """
     factor = automatic_scale(image_rgb) if scale is None else scale
     size = round(factor * image_rgb.shape[0]), round(factor * image_rgb.shape[1])
-    regions = [_resized(region, size, factor) for region in scene.regions]
+    regions = [region.resized(size, factor) for region in scene.regions]
     shades = _shades(regions, table, vary_instances)
     void = _void(regions, size) if scene.is_panoptic else None
 
@@ -118,14 +119,14 @@ def draw_scene(
     if void is not None:
         _hatch(canvas, void, _VOID_COLOR)
     for region, shade in zip(regions, shades, strict=True):
-        if region.crowd and region.mask is not None:
-            _hatch(canvas, region.mask, _bytes(shade))
+        if region.crowd and (mask := region.mask) is not None:
+            _hatch(canvas, mask, _bytes(shade))
     visualizer = Visualizer(canvas, Metadata())
     # The largest first, so that no region hides another one.
     order = sorted(range(len(regions)), key=lambda index: -_area(regions[index]))
     for index in order:
         _draw_region(visualizer, regions[index], shades[index])
-    _outline(visualizer, [region.mask for region in regions if region.mask is not None], size)
+    _outline(visualizer, (mask for region in regions if (mask := region.mask) is not None), size)
 
     names = [_text(region, table) for region in regions]
     named = list(zip(regions, names, [_bytes(shade) for shade in shades], strict=True))
@@ -164,18 +165,6 @@ def _muted(image: ImageArray) -> ImageArray:
     return mixed
 
 
-def _resized(region: Region, size: tuple[int, int], factor: float) -> Region:
-    mask, box = region.mask, region.box
-    if mask is not None and mask.shape != size:
-        # Nearest, so that the picture shows the pixels as they are.
-        resized = cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
-        mask = resized.astype(bool)
-    if box is not None:
-        x0, y0, x1, y1 = (factor * value for value in box)
-        box = (x0, y0, x1, y1)
-    return region._replace(mask=mask, box=box)
-
-
 def _shades(regions: list[Region], table: ClassTable, vary_instances: bool) -> list[Shade]:
     seen: Counter[int] = Counter()
     shades = []
@@ -197,8 +186,8 @@ def instance_shade(color: Color, index: int) -> Shade:
 def _void(regions: list[Region], size: tuple[int, int]) -> BoolMap:
     void = np.ones(size, dtype=bool)
     for region in regions:
-        if region.mask is not None:
-            void &= ~region.mask
+        if (mask := region.mask) is not None:
+            void &= ~mask
     return void
 
 
@@ -213,14 +202,15 @@ def _hatch(canvas: ImageArray, mask: BoolMap, color: Color) -> None:
 
 
 def _draw_region(visualizer: Visualizer, region: Region, shade: Shade) -> None:
-    if region.mask is not None and region.mask.any():
+    mask = region.mask
+    if mask is not None and mask.any():
         alpha = _FILL_STRIPED if region.crowd else _FILL
-        visualizer.draw_binary_mask(region.mask, color=shade, alpha=alpha, area_threshold=0)
+        visualizer.draw_binary_mask(mask, color=shade, alpha=alpha, area_threshold=0)
     if region.box is not None:
         visualizer.draw_box(region.box, edge_color=shade, alpha=1.0)
 
 
-def _outline(visualizer: Visualizer, masks: list[BoolMap], size: tuple[int, int]) -> None:
+def _outline(visualizer: Visualizer, masks: Iterable[BoolMap], size: tuple[int, int]) -> None:
     """Separate neighbouring regions by thin white lines."""
     lines = np.zeros(size, dtype=bool)
     kernel = np.ones((3, 3), dtype=np.uint8)
@@ -242,8 +232,8 @@ def _text(region: Region, table: ClassTable) -> str:
 
 
 def _area(region: Region) -> float:
-    if region.mask is not None:
-        return float(region.mask.sum())
+    if (mask := region.mask) is not None:
+        return float(mask.sum())
     assert region.box is not None
     x0, y0, x1, y1 = region.box
     return math.prod((x1 - x0, y1 - y0))

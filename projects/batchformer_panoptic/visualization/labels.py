@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from ..data.categories import Color
-from .scene import BoolMap, Region
+from .scene import BoolMap, Box, Region
 
 _POINTS_PER_PIXEL = 0.72  # the Visualizer draws 100 pixels an inch
 _CHARACTER_WIDTH, _LINE_HEIGHT = 0.64, 1.5  # of the font size, frame included
@@ -54,13 +54,14 @@ def place_labels(
     labels = []
     for index in sorted(range(len(named)), key=lambda index: not things[index]):
         region, text, color = named[index]
-        if region.mask is not None and not region.mask.any():
+        mask = region.mask
+        if mask is not None and not mask.any():
             continue
         width, height = pixels * (_CHARACTER_WIDTH * len(text) + 0.3), pixels * _LINE_HEIGHT
-        if things[index] or region.mask is None:
-            candidates = _beside_thing(region, width, height)
+        if things[index] or mask is None:
+            candidates = _beside_thing(region.box, mask, width, height)
         else:
-            candidates = [_widest_place(region.mask, placed, width, height)]
+            candidates = [_widest_place(mask, placed, width, height)]
         rectangles = [_inside(x, y, width, height, size) for x, y in candidates]
         best = min(rectangles, key=lambda rectangle: sum(map(rectangle.overlap, placed)))
         placed.append(best)
@@ -68,13 +69,15 @@ def place_labels(
     return labels
 
 
-def _beside_thing(region: Region, width: float, height: float) -> list[tuple[float, float]]:
+def _beside_thing(
+    box: Box | None, mask: BoolMap | None, width: float, height: float
+) -> list[tuple[float, float]]:
     """Top left corners in the order of preference."""
-    if region.box is not None:
-        x0, y0, x1, y1 = region.box
+    if box is not None:
+        x0, y0, x1, y1 = box
         return [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0), (x1 - width, y1 - height)]
-    assert region.mask is not None
-    rows, columns = np.nonzero(region.mask)
+    assert mask is not None
+    rows, columns = np.nonzero(mask)
     x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     middle = (x0 + x1 - width) / 2
     around = [
@@ -83,7 +86,7 @@ def _beside_thing(region: Region, width: float, height: float) -> list[tuple[flo
         (x1, (y0 + y1 - height) / 2),
         (x0 - width, (y0 + y1 - height) / 2),
     ]
-    x, y, radius = _widest_point(region.mask)
+    x, y, radius = _widest_point(mask)
     inside = (x - width / 2, y - height / 2)
     # A name inside has to leave most of the thing visible.
     return [inside, *around] if radius > 1.5 * height else [*around, inside]

@@ -13,9 +13,10 @@ from detectron2.utils.file_io import PathManager
 
 from .. import modeling  # noqa: F401 - registers the models
 from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
-from ..data import ClassTable, build_augmentations, setup_datasets
+from ..data import ClassTable, build_augmentations, class_section, setup_datasets
 from ..data.datasets.setup import class_table_of
 from ..errors import UserError
+from ..modeling.fast_inference import model_for_evaluation
 from .images import ImageArray
 
 # Boxes without a panoptic map are drawn from this score on when no threshold is asked for.
@@ -55,7 +56,7 @@ class Predictor:
 
     Attributes:
         class_table: the classes that results refer to.
-        model: in evaluation mode, on MODEL.DEVICE.
+        model: in evaluation mode, on MODEL.DEVICE; the faster copy with TEST.FAST.
 
     Args:
         cfg: left as it is. MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of []
@@ -68,14 +69,20 @@ class Predictor:
     def __init__(self, cfg: CfgNode) -> None:
         cfg = cfg.clone()
         cfg.defrost()
+        if class_section(cfg) == "CLASSIFIER":
+            raise UserError(
+                "pictures show segments and boxes, and MODEL.META_ARCHITECTURE ImageClassifier "
+                "predicts neither: evaluate it with train_net.py --eval-only"
+            )
         weights = _local_weights(cfg.MODEL.WEIGHTS)
         self.class_table = _class_table(cfg, weights)
         if cfg.MODEL.DETR.NUM_CLASSES == 0:
             cfg.MODEL.DETR.NUM_CLASSES = self.class_table.num_classes
         if not cfg.MODEL.PANOPTIC.THING_CLASS_IDS:
             cfg.MODEL.PANOPTIC.THING_CLASS_IDS = self.class_table.thing_class_ids
-        self.model = build_model(cfg).eval()
-        PanopticCheckpointer(self.model, settings=SettingsRecord(cfg)).load(weights)
+        model = build_model(cfg).eval()
+        PanopticCheckpointer(model, settings=SettingsRecord(cfg)).load(weights)
+        self.model = model_for_evaluation(cfg, model)
         self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
         self._reverse_channels = cfg.INPUT.FORMAT == "RGB"
 

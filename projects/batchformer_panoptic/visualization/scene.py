@@ -5,6 +5,7 @@ H, W: size of the image that is drawn on.
 
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from detectron2.data import detection_utils
@@ -19,22 +20,72 @@ BoolMap = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]  # xyxy, pixels
 
 
+class IdMap:
+    """A map of numbers that many regions share, so that none of them has to hold a mask.
+
+    Attributes:
+        numbers: (H, W) int.
+    """
+
+    def __init__(self, numbers: npt.NDArray[np.integer[Any]]) -> None:
+        self.numbers = numbers
+        self._resized: dict[tuple[int, int], IdMap] = {}
+
+    def resized(self, size: tuple[int, int]) -> "IdMap":
+        """The map at (height, width) by the nearest neighbour, made once for all regions."""
+        if size not in self._resized:
+            self._resized[size] = IdMap(_nearest(self.numbers, size))
+        return self._resized[size]
+
+
+class Segment(NamedTuple):
+    """The pixels of a map that have one number.
+
+    Attributes:
+        map: shared by all segments of the image.
+        number: theirs.
+    """
+
+    map: IdMap
+    number: int
+
+
 class Region(NamedTuple):
     """One segment or object.
 
     Attributes:
         class_id: contiguous.
-        mask: (H, W), or None.
+        pixels: (H, W) bool, or where to find them, or None.
         box: to be drawn, or None.
         score: 0 to 1, or None.
         crowd: many objects annotated as one.
     """
 
     class_id: int
-    mask: BoolMap | None = None
+    pixels: BoolMap | Segment | None = None
     box: Box | None = None
     score: float | None = None
     crowd: bool = False
+
+    @property
+    def mask(self) -> BoolMap | None:
+        """(H, W), or None; that of a segment is made each time, and held by nobody."""
+        if isinstance(self.pixels, Segment):
+            mask: BoolMap = self.pixels.map.numbers == self.pixels.number
+            return mask
+        return self.pixels
+
+    def resized(self, size: tuple[int, int], factor: float) -> "Region":
+        """The region in a picture of (height, width) ``size``, ``factor`` times the image's."""
+        pixels, box = self.pixels, self.box
+        if isinstance(pixels, Segment):
+            pixels = Segment(pixels.map.resized(size), pixels.number)
+        elif pixels is not None:
+            pixels = _nearest(pixels.astype(np.uint8), size).astype(bool)
+        if box is not None:
+            x0, y0, x1, y1 = (factor * value for value in box)
+            box = (x0, y0, x1, y1)
+        return self._replace(pixels=pixels, box=box)
 
 
 class Scene(NamedTuple):
@@ -54,10 +105,10 @@ def scene_of_result(result: dict[str, Any]) -> Scene:
     if "panoptic_seg" not in result:
         return Scene(_instance_regions(result["instances"].to("cpu")), False)
     panoptic_map, segments = result["panoptic_seg"]
-    ids = panoptic_map.cpu().numpy()
+    ids = IdMap(panoptic_map.cpu().numpy())
     return Scene(
         [
-            Region(segment["category_id"], ids == segment["id"], score=segment.get("score"))
+            Region(segment["category_id"], Segment(ids, segment["id"]), score=segment.get("score"))
             for segment in segments
         ],
         True,
@@ -71,12 +122,12 @@ def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
         UserError: there is nothing to draw, or the panoptic PNG cannot be read.
     """
     if "pan_seg_file_name" in dataset_dict:
-        ids = _read_ids(dataset_dict["pan_seg_file_name"])
+        ids = IdMap(_read_ids(dataset_dict["pan_seg_file_name"]))
         return Scene(
             [
                 Region(
                     segment["category_id"],
-                    ids == segment["id"],
+                    Segment(ids, segment["id"]),
                     crowd=bool(segment.get("iscrowd", 0)),
                 )
                 for segment in dataset_dict["segments_info"]
@@ -93,9 +144,9 @@ def scene_of_targets(mapped: dict[str, Any]) -> Scene:
     """What the training mapper returns: the boxes, and the masks where there is a segment map."""
     instances = mapped["instances"]
     segment_map = mapped.get("segment_map")
-    numbers = None if segment_map is None else segment_map.numpy()
+    numbers = None if segment_map is None else IdMap(segment_map.numpy())
     regions = [
-        Region(class_id, None if numbers is None else numbers == index, box)
+        Region(class_id, None if numbers is None else Segment(numbers, index), box)
         for index, (class_id, box) in enumerate(
             zip(instances.gt_classes.tolist(), _boxes(instances.gt_boxes), strict=True)
         )
@@ -128,6 +179,13 @@ def _annotated(item: dict[str, Any], size: tuple[int, int]) -> Region:
 
 def _boxes(boxes: Any) -> list[Box]:
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tensor.tolist()]
+
+
+def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Nearest, so that the picture shows the pixels as they are."""
+    if values.shape == size:
+        return values
+    return np.asarray(cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST))
 
 
 def _read_ids(path: str) -> npt.NDArray[np.integer[Any]]:
