@@ -158,6 +158,13 @@ def test_context_reaches_the_later_layers_alone(layout):
     assert torch.equal(model.eval()(x, bias), plain.eval()(x, bias))
 
 
+def test_context_of_a_module_named_twice_is_joined():
+    context = {"layers.*": {"bias": 1}, "layers.3": {"x": 0}}
+    _, handle = make(context=context)
+    assert handle._context["layers.2"].arguments == [("bias", 1, 1)]
+    assert handle._context["layers.3"].arguments == [("bias", 1, 1), ("x", 0, 0)]
+
+
 def test_context_in_nested_arguments_and_by_position():
     class Sum(nn.Module):
         def forward(self, x: Tensor, *maps: Any, **named: Any) -> Tensor:
@@ -228,8 +235,18 @@ def test_one_token_an_image_is_batchformer_v1():
 
 def test_block_is_made_where_the_model_is():
     model = Model().to(torch.float64)
-    handle = attach(model, after=["layers.0"], layout="BNC", embed_dim=CHANNELS, num_heads=2)
+    handle = attach(
+        model,
+        after=["layers.0"],
+        layout="BNC",
+        embed_dim=CHANNELS,
+        num_heads=2,
+        dim_feedforward=24,
+        dropout=0.25,
+    )
     block = handle.hook.blocks["0"]
+    assert block.linear1.out_features == 24
+    assert block.dropout1.p == 0.25
     assert isinstance(block, BatchFormerV2)
     assert block.norm1.weight.dtype == torch.float64
     assert block.self_attn.num_heads == 2
