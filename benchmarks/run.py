@@ -13,10 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import cost_curves
+import digits_accuracy
+import inference
 import pq_evaluation
 import quickstart_cost
 import sampling_cost
+import training_step
 import transformers_cost
+import two_streams
 from measure import machine
 
 from batchformer_panoptic.errors import UserError
@@ -25,8 +29,12 @@ BENCHMARKS: dict[str, ModuleType] = {
     "transformers": transformers_cost,
     "quickstart": quickstart_cost,
     "sampling": sampling_cost,
+    "inference": inference,
+    "training": training_step,
+    "streams": two_streams,
     "pq": pq_evaluation,
     "curves": cost_curves,
+    "digits": digits_accuracy,
 }
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "benchmarks.md"

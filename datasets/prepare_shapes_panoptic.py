@@ -14,10 +14,7 @@ are (H, W) float32 pixel centres in units of 1/96 of the side, so that every siz
 """
 
 import argparse
-import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +27,10 @@ import numpy as np
 from panopticapi.utils import id2rgb
 
 from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.preparing import PreparedFolder, integer_between, write_json
 
 UNITS = 96.0  # side of a picture in the units of x and y
 SPLITS = {"train": 0, "val": 1_000_000}  # first image id less one; also keeps the seeds apart
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # raise it whenever the same arguments give other pictures
 
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # what every segment keeps
@@ -345,13 +342,6 @@ def write_png(path: Path, rgb: np.ndarray) -> None:
         raise OSError(f"cannot write {path}")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write in one step, so that nobody ever finds half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_split(output: Path, split: str, count: int, seed: int, size: int) -> int:
     """Write the pictures, segment PNGs and JSON of one split; returns the number of segments."""
     images: list[dict[str, Any]] = []
@@ -388,35 +378,6 @@ def is_intact(output: Path, counts: dict[str, int]) -> bool:
     )
 
 
-def read_manifest(output: Path) -> dict[str, Any] | None:
-    """What this command noted in ``output``, or None for a new or empty folder.
-
-    Raises:
-        UserError: ``output`` holds files that this command did not write.
-    """
-    if not output.exists():
-        return None
-    if not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a new folder")
-    if not any(output.iterdir()):
-        return None
-    try:
-        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("generator") != "shapes_panoptic":
-        raise UserError(f"--output {output} holds other files; name a new or empty folder")
-    return manifest
-
-
-def clear(output: Path) -> None:
-    """Remove what this command wrote, and nothing else."""
-    folders = [name for split in SPLITS for name in (split, f"panoptic_{split}")]
-    for folder in (*folders, "annotations"):
-        if (output / folder).exists():
-            shutil.rmtree(output / folder)
-
-
 def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrite: bool) -> str:
     """Make the set unless it is there already; returns one line about what was done.
 
@@ -431,39 +392,15 @@ def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrit
         "size": size,
         **{f"num_{split}": count for split, count in counts.items()},
     }
-    found = read_manifest(output)
-    if found == {**wanted, "complete": True} and is_intact(output, counts) and not overwrite:
+    folder = PreparedFolder(output, wanted)
+    if folder.is_done(lambda: is_intact(output, counts), overwrite=overwrite):
         return f"{output}: already complete, nothing to do"
-    if found is not None and not overwrite:
-        state = describe_difference(found, wanted)
-        raise UserError(f"{output} holds {state}; add --overwrite to replace it")
     started = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / MANIFEST, {**wanted, "complete": False})
-    clear(output)
-    segments = sum(write_split(output, split, n, seed, size) for split, n in counts.items())
-    write_json(output / MANIFEST, {**wanted, "complete": True})
+    with folder.filling([*SPLITS, *(f"panoptic_{split}" for split in SPLITS), "annotations"]):
+        segments = sum(write_split(output, split, n, seed, size) for split, n in counts.items())
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
     seconds = time.perf_counter() - started
     return f"{output}: {made} images with {segments} segments in {seconds:.1f} s"
-
-
-def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    changed = [
-        f"{key} {found.get(key)} (asked: {value})"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
-    return "a set with " + ", ".join(changed) if changed else "an incomplete set"
-
-
-def integer_between(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -134,3 +134,35 @@ def test_peaks_count_what_is_alive_at_once(run):
     # Two tensors of 40 kB at a time, three times over.
     assert 80_000 <= measure.peak_bytes(function) < 85_000
     assert 800_000 <= measure.python_peak_bytes(lambda: np.zeros((10_000, 10)).sum()) < 1_000_000
+
+
+@pytest.mark.slow
+def test_training_step_is_compared_with_equal_losses_and_gradients(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- training -->\n<!-- end training -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["training", "--rounds", "1", "--size", "128", "160", "--objects", "3"]
+    small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "1"]
+    arms = ["this project", "all queries", "all queries, nothing shared among them"]
+    assert run.main([*where, *what, "--arms", *arms, "--opts", *small]) == 0
+    ours, *others = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert ours["times_as_long"] == 1.0
+    assert len(others) == 2
+    for other in others:
+        assert 0 < other["gradient_difference"] < 1e-2
+        assert other["loss_difference"] < 1e-4
+        assert other["tensor_bytes"] > ours["tensor_bytes"] > 0
+    assert "| all queries" in document.read_text()
+
+
+def test_two_streams_are_compared_with_one(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- streams -->\n<!-- end streams -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["streams", "--rounds", "1", "--size", "64", "64", "--systems", "DETR"]
+    small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "1"]
+    assert run.main([*where, *what, "--opts", *small]) == 0
+    rows = json.loads((tmp_path / "streams.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["boxes", "panoptic"]
+    assert all(row["times_as_long"] > 0 for row in rows)
+    assert "| DETR" in document.read_text()

@@ -13,6 +13,8 @@ from batchformer_panoptic import add_batchformer_panoptic_config
 
 CONFIGS = sorted((REPO_ROOT / "configs").rglob("*.yaml"))
 RECIPES = [path for path in CONFIGS if not path.name.startswith("Base-")]
+CLASSIFIERS = [path for path in RECIPES if path.parent.name == "classification"]
+DETECTORS = [path for path in RECIPES if path not in CLASSIFIERS]
 PACKAGE = REPO_ROOT / "projects" / "batchformer_panoptic"
 
 
@@ -26,10 +28,11 @@ def load(path: Path) -> CfgNode:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(REPO_ROOT / "configs")))
 def test_config_merges(path):
     cfg = load(path)
-    assert cfg.MODEL.META_ARCHITECTURE == "PanopticDETR"
+    classifies = path.parent.name == "classification"
+    assert ("ImageClassifier" if classifies else "PanopticDETR") == cfg.MODEL.META_ARCHITECTURE
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", DETECTORS, ids=lambda p: p.stem)
 def test_recipe_builds_what_its_name_says(path):
     cfg = load(path)
     cfg.MODEL.DEVICE, cfg.MODEL.DETR.NUM_CLASSES = "meta", 133
@@ -44,6 +47,24 @@ def test_recipe_builds_what_its_name_says(path):
     assert cfg.DATASETS.TEST
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert (trained == {"mask_head"}) == ("masks" in path.stem)
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda p: p.stem)
+def test_classifier_builds_what_its_name_says(path):
+    cfg = load(path)
+    cfg.MODEL.DEVICE, cfg.MODEL.CLASSIFIER.NUM_CLASSES = "meta", 10
+    with torch.device("meta"):
+        model = build_model(cfg)
+    with_block = any("batchformer" in name for name, _ in model.named_parameters())
+    assert with_block == path.stem.startswith("batchformer_")
+    widths = {"tiny": 192, "small": 384, "base": 768}
+    if "deit" in path.stem:
+        _, size, _ = path.stem.removeprefix("batchformer_").split("_")
+        assert model.vit.model.embed_dim == widths[size]
+        assert f"deit_{size}_" in cfg.MODEL.CLASSIFIER.NAME
+    folders = [name for name, _ in cfg.DATASETS.CUSTOM_IMAGE_FOLDERS]
+    assert [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] == folders
+    assert f"output/classification/{path.stem}" == cfg.OUTPUT_DIR
 
 
 def test_recipes_write_to_folders_of_their_own():

@@ -17,6 +17,9 @@ DOCUMENT = REPO_ROOT / "docs" / "recipes.md"
 COCO = REPO_ROOT / "configs" / "coco"
 RECIPES = sorted(p for p in COCO.rglob("*.yaml") if not p.name.startswith("Base-"))
 TRAIN_IMAGES = 118287
+CLASSIFICATION = REPO_ROOT / "configs" / "classification"
+CLASSIFIERS = sorted(p for p in CLASSIFICATION.glob("*.yaml") if not p.name.startswith("Base-"))
+IMAGENET_IMAGES = 1281167
 
 
 class Row(NamedTuple):
@@ -121,6 +124,18 @@ def test_documented_schedule(schedule: Schedule) -> None:
     assert schedule.config.endswith(f"_{schedule.epochs}ep")
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in CLASSIFIERS if "imagenet" in p.stem], ids=lambda p: p.stem
+)
+def test_schedule_of_deit(path: Path) -> None:
+    cfg = load(path).SOLVER
+    epoch = IMAGENET_IMAGES // 256 * 256 // cfg.IMS_PER_BATCH
+    assert (300 * epoch, 5 * epoch) == (cfg.MAX_ITER, cfg.WARMUP_ITERS)
+    assert pytest.approx(5e-4 * cfg.IMS_PER_BATCH / 512) == cfg.BASE_LR
+    assert pytest.approx(1e-6) == cfg.BASE_LR * cfg.WARMUP_FACTOR
+    assert f"{epoch} iterations" in DOCUMENT.read_text()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_documented_schedule(path: Path) -> None:
     documented = {schedule.config for schedule in schedules()}
@@ -135,7 +150,9 @@ def test_every_recipe_has_a_documented_schedule(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in RECIPES if p.stem.startswith("batchformer_")], ids=lambda path: path.stem
+    "path",
+    [p for p in [*RECIPES, *CLASSIFIERS] if p.stem.startswith("batchformer_")],
+    ids=lambda path: path.stem,
 )
 def test_the_block_is_the_one_difference_of_the_model(path: Path) -> None:
     mine, twin = load(path), load(path.with_name(path.name.removeprefix("batchformer_")))

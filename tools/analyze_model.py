@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import nn
 
 from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
-from batchformer_panoptic.data import build_test_loader, setup_datasets
+from batchformer_panoptic.data import build_test_loader, class_section, setup_datasets
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.flops import flop_analysis
 from batchformer_panoptic.errors import UserError
@@ -76,12 +76,13 @@ def fill_classes(cfg: CfgNode) -> list[str]:
     try:
         setup_datasets(cfg)
     except UserError as error:
+        section = class_section(cfg)
         table = read_class_table(cfg.MODEL.WEIGHTS) if is_file(cfg.MODEL.WEIGHTS) else None
         if table is not None:
-            cfg.MODEL.DETR.NUM_CLASSES = table.num_classes
+            cfg.MODEL[section].NUM_CLASSES = table.num_classes
             cfg.MODEL.PANOPTIC.THING_CLASS_IDS = table.thing_class_ids
-        elif cfg.MODEL.DETR.NUM_CLASSES == 0:
-            raise UserError(f"{error}; or give --opts MODEL.DETR.NUM_CLASSES N") from error
+        elif cfg.MODEL[section].NUM_CLASSES == 0:
+            raise UserError(f"{error}; or give --opts MODEL.{section}.NUM_CLASSES N") from error
         return [f"classes are not taken from the data sets: {error}"]
     return []
 
@@ -116,9 +117,11 @@ def load_inputs(cfg: CfgNode, num_inputs: int) -> tuple[list[Inputs], str]:
 
 
 def random_input(cfg: CfgNode, seed: int) -> Inputs:
-    """Noise of the test size, in the common aspect ratio of 4 to 3."""
+    """Noise of the test size, in the common aspect ratio of 4 to 3; a classifier's is square."""
     short = cfg.INPUT.MIN_SIZE_TEST or 480
     long = min(short * 4 // 3, max(short, cfg.INPUT.MAX_SIZE_TEST))
+    if class_section(cfg) == "CLASSIFIER":
+        short = long = cfg.MODEL.CLASSIFIER.IMAGE_SIZE
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, short, long), generator=generator, dtype=torch.uint8)
     return [{"image": image, "height": short, "width": long}]

@@ -9,19 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_batchformer_panoptic_config
-    from .data import register_instances_dataset, register_panoptic_dataset
-    from .modeling.meta_arch import PanopticDETR
+    from .data import (
+        register_image_folder,
+        register_instances_dataset,
+        register_panoptic_dataset,
+    )
+    from .modeling.fast_inference import prepare_for_inference
+    from .modeling.meta_arch import ImageClassifier, PanopticDETR
 
 __all__ = [
+    "ImageClassifier",
     "PanopticDETR",
     "add_batchformer_panoptic_config",
+    "prepare_for_inference",
+    "register_image_folder",
     "register_instances_dataset",
     "register_panoptic_dataset",
 ]
 
 _HOME_OF_NAME = {
+    "ImageClassifier": ".modeling.meta_arch",
     "PanopticDETR": ".modeling.meta_arch",
     "add_batchformer_panoptic_config": ".config",
+    "prepare_for_inference": ".modeling.fast_inference",
+    "register_image_folder": ".data",
     "register_instances_dataset": ".data",
     "register_panoptic_dataset": ".data",
 }

@@ -11,13 +11,19 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
     the panoptic mask head, ``MODEL.WEIGHTS``, ``SOLVER.*``, ``INPUT.*``, ``TEST.*`` are as usual.
     """
     _add_input_keys(cfg)
+    _add_image_folder_keys(cfg)
     _add_detr_keys(cfg)
+    _add_classification_keys(cfg)
     _add_batchformer_keys(cfg)
     _add_panoptic_keys(cfg)
     _add_solver_keys(cfg)
     # Start a training from a trained model of other classes, without its class head (--init-from).
     # Takes the place of MODEL.WEIGHTS; evaluation and resuming do not read it.
     cfg.MODEL.INIT_FROM = ""
+    # Parts that keep their inputs alone for the backward pass and run a second time in it: less
+    # memory, more time, same losses and gradients. Of "encoder", "decoder" (each layer for itself)
+    # and "mask_head".
+    cfg.MODEL.ACTIVATION_CHECKPOINTING = []
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -43,6 +49,42 @@ def _add_input_keys(cfg: CN) -> None:
 
     # Images per process in one evaluation step.
     cfg.TEST.IMS_PER_BATCH = 1
+
+    # Evaluation, the demo and predictions that are drawn run on a faster copy of the model, equal
+    # up to rounding: batch norms folded into convolutions, maps in channels-last order.
+    cfg.TEST.FAST = CN()
+    cfg.TEST.FAST.ENABLED = False
+    # Compile the backbone (torch.compile); needs a compiler. Pays where many images have few
+    # different sizes, for every new size compiles once more.
+    cfg.TEST.FAST.COMPILE = False
+    # Convolutions and matrix products in bfloat16. Scores, boxes, softmaxes over the cells of a
+    # map, the resizing of masks and all that follows stay in float32.
+    cfg.TEST.FAST.BFLOAT16 = False
+
+
+def _add_image_folder_keys(cfg: CN) -> None:
+    # Data sets of one's own for image classification: a list of [name, root] with a folder of
+    # images for each class in root. The classes are the names of the folders.
+    cfg.DATASETS.CUSTOM_IMAGE_FOLDERS = []
+
+    # Augmentation to MODEL.CLASSIFIER.IMAGE_SIZE; the defaults are those of DeiT.
+    cfg.INPUT.CLASSIFICATION = CN()
+    # "resized": a random part of the image, resized. "padded": the whole image, moved by up to
+    # PADDING pixels over black.
+    cfg.INPUT.CLASSIFICATION.TRAIN_CROP = "resized"
+    cfg.INPUT.CLASSIFICATION.SCALE = [0.08, 1.0]  # share of the image's area ("resized")
+    cfg.INPUT.CLASSIFICATION.RATIO = [3 / 4, 4 / 3]  # width over height of the part ("resized")
+    cfg.INPUT.CLASSIFICATION.PADDING = 4  # pixels ("padded")
+    cfg.INPUT.CLASSIFICATION.HFLIP = 0.5  # probability
+    # A policy in timm's notation, or "": none, and COLOR_JITTER in its place.
+    cfg.INPUT.CLASSIFICATION.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    cfg.INPUT.CLASSIFICATION.COLOR_JITTER = 0.4  # of brightness, contrast and saturation
+    cfg.INPUT.CLASSIFICATION.RANDOM_ERASING = 0.25  # probability
+    # "bilinear", "bicubic", or "random", which is "bicubic" in evaluation.
+    cfg.INPUT.CLASSIFICATION.INTERPOLATION = "bicubic"
+    cfg.INPUT.CLASSIFICATION.CROP_PCT = 0.875  # share of the short side seen in evaluation
+    # Draws of an image in a row, each with its own augmentation (DeiT: 3).
+    cfg.INPUT.CLASSIFICATION.REPEATED_AUGMENTATION = 1
 
 
 def _add_detr_keys(cfg: CN) -> None:
@@ -123,6 +165,11 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.MASK_HEAD.LOSS_RESOLUTION = "target"
     # Train the mask head alone: everything else keeps the weights it was given.
     cfg.MODEL.MASK_HEAD.FREEZE_DETR = False
+    # Queries whose maps would take more than about this many MiB are decoded in several steps, so
+    # that a crowded image cannot exhaust the memory (at 800 x 1066 a query takes 36 MiB). In
+    # training, what such steps compute is computed again in the backward pass. Results are the same
+    # up to rounding.
+    cfg.MODEL.MASK_HEAD.STEP_MEMORY = 8192
 
     # Not in DETR: in training, the class of every pixel is also predicted from backbone maps. It
     # shortens the slow start of a backbone without pre-trained weights.
@@ -154,13 +201,41 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.TIMM.PRETRAINED = False
 
 
+def _add_classification_keys(cfg: CN) -> None:
+    # The meta-architecture "ImageClassifier": a vision Transformer of timm. The values of DeiT with
+    # BatchFormerV2 are the defaults, unless a comment says otherwise.
+    cfg.MODEL.CLASSIFIER = CN()
+    # A VisionTransformer of timm: vit_*, deit_*, deit3_* and others, but no distilled one.
+    # Published: deit_tiny_patch16_224, deit_small_patch16_224, deit_base_patch16_224.
+    cfg.MODEL.CLASSIFIER.NAME = "deit_small_patch16_224"
+    # Number of classes. 0: that of the data sets.
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 0
+    # Height and width of the images, in pixels.
+    cfg.MODEL.CLASSIFIER.IMAGE_SIZE = 224
+    # Probability that an image skips a block: of the last block, growing linearly from 0.
+    cfg.MODEL.CLASSIFIER.DROP_PATH = 0.1
+    # Share of the target that is spread evenly over all classes.
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.1
+    # In training, the images of a batch are blended in pairs (mixup) or patches are swapped between
+    # them (CutMix), and so are their targets: Beta(alpha, alpha) draws the share. 0: off.
+    cfg.MODEL.CLASSIFIER.MIXUP_ALPHA = 0.8
+    cfg.MODEL.CLASSIFIER.CUTMIX_ALPHA = 1.0
+    cfg.MODEL.CLASSIFIER.MIXUP_PROB = 1.0  # that a batch is mixed at all
+    cfg.MODEL.CLASSIFIER.SWITCH_PROB = 0.5  # that it is CutMix, where both are on
+    # Let timm download weights. MODEL.WEIGHTS, if any, is read afterwards and needs no network.
+    # Published: False.
+    cfg.MODEL.CLASSIFIER.PRETRAINED = False
+    # Further arguments of the timm model, as pairs: [["embed_dim", 64], ["depth", 4]].
+    cfg.MODEL.CLASSIFIER.TIMM_KWARGS = []
+
+
 def _add_batchformer_keys(cfg: CN) -> None:
     cfg.MODEL.BATCHFORMER = CN()
     cfg.MODEL.BATCHFORMER.ENABLED = False
-    # Encoder layers (from 0) after which the batch attention acts.
+    # Encoder layers (from 0) after which the batch attention acts. DeiT: [8], the ninth of twelve.
     cfg.MODEL.BATCHFORMER.INSERT_LAYERS = [0]
     cfg.MODEL.BATCHFORMER.NUM_HEADS = 4
-    # Width of the feed-forward layer. 0: MODEL.DETR.HIDDEN_DIM, as published.
+    # Width of the feed-forward layer. 0: that of the encoder's tokens, as published.
     cfg.MODEL.BATCHFORMER.DIM_FEEDFORWARD = 0
     cfg.MODEL.BATCHFORMER.DROPOUT = 0.5
     # One block for all INSERT_LAYERS instead of one each.
@@ -170,7 +245,7 @@ def _add_batchformer_keys(cfg: CN) -> None:
     # Factors on the losses of the (original, batchformer) stream. The published total, an average
     # over both streams, is [1.0, 1.0].
     cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS = [1.0, 1.0]
-    # Learning rate of the block relative to SOLVER.BASE_LR.
+    # Learning rate of the block relative to SOLVER.BASE_LR. DeiT: 0.5.
     cfg.MODEL.BATCHFORMER.LR_FACTOR = 1.0
 
 
@@ -212,5 +287,12 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     # Weight decay of normalisation layers. None: SOLVER.WEIGHT_DECAY, as DETR.
     cfg.SOLVER.WEIGHT_DECAY_NORM = None
+    # Weight decay of position embedding and class token of a vision Transformer. None:
+    # SOLVER.WEIGHT_DECAY; DeiT: 0.0, and the same for WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = None
+    # Batches whose gradients are averaged for one step of the optimizer; an iteration is such a
+    # step. SOLVER.IMS_PER_BATCH images each, which is also what BatchFormerV2 attends over and what
+    # the number of objects is counted in: a mean over these batches, not one batch of their size.
+    cfg.SOLVER.GRADIENT_ACCUMULATION = 1
     # Evaluate the exponential moving average of the weights instead of the last ones. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0

@@ -271,7 +271,8 @@ def test_an_unknown_evaluator_type_lists_the_known(tmp_path, evaluator_type):
         metadata.evaluator_type = evaluator_type
     try:
         with pytest.raises(
-            UserError, match=rf"odd_set .* {evaluator_type!r}; known are: coco, coco_panoptic_seg"
+            UserError,
+            match=rf"odd_set .* {evaluator_type!r}; known are: classification, coco, coco_panoptic_seg",
         ):
             build_evaluator(_config(True), "odd_set", str(tmp_path))
     finally:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from batchformer_panoptic.modeling.detections import best_detections
+from batchformer_panoptic.modeling.inference import ChosenQueries, on_host
 from batchformer_panoptic.modeling.scoring import FocalScoring, SoftmaxScoring
 
 QUERIES, CLASSES = 7, 4
@@ -72,3 +73,22 @@ def test_a_query_that_only_knows_stuff_is_not_a_thing_by_its_second_best_class()
     scores = SoftmaxScoring(CLASSES).decode(logits).class_scores
     assert found(scores, [1, 2, 3]) == [[]]
     assert [pair[:2] for pair in found(scores, [0])[0]] == [(0, 0)]
+
+
+def test_what_goes_to_the_host_in_one_transfer_arrives_as_it_was() -> None:
+    logits = torch.randn(2, 300, 134)
+    decoded = SoftmaxScoring(133).decode(logits)
+    chosen = ChosenQueries(
+        decoded.is_object, best_detections(decoded.class_scores, range(80), max_detections=100)
+    )
+    found, scores, labels = on_host(chosen, decoded.scores, decoded.labels)
+    pairs = [
+        (found.panoptic, chosen.panoptic),
+        *zip(found.detections, chosen.detections, strict=True),
+        (scores, decoded.scores),
+        (labels, decoded.labels),
+    ]
+    assert len(pairs) == 7
+    for mine, other in pairs:
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from tiny_model import tiny_model
 from torch.nn import functional as F
 
 from batchformer_panoptic.batchformer.streams import SINGLE, TWO_STREAMS
+from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.heads import MaskHead
 from batchformer_panoptic.modeling.transformer import TransformerOutput
 
@@ -77,10 +79,88 @@ def test_no_queries_give_no_masks_and_zero_gradients_everywhere():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
+@pytest.mark.parametrize("streams", [SINGLE, TWO_STREAMS])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_steps_of_a_few_queries_change_nothing(streams, num_images):
+    head = make_head()
+    output, maps = make_inputs(streams, num_images)
+    batch = num_images * streams.num_streams
+    entries = torch.arange(7) % batch
+    queries = torch.tensor([2, 4, 0, 3, 0, 1, 1])
+    expected = head(output, maps, entries, queries)
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), list(head.parameters()))
+    calls = []
+    head.convs[1].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    head.max_step_bytes = 3 * bytes_of_a_query(head, maps)
+    masks = head(output, maps, entries, queries)
+    assert calls == [3, 3, 1]
+    torch.testing.assert_close(masks, expected)
+    found = torch.autograd.grad((masks * weights).sum(), list(head.parameters()))
+    assert calls == [3, 3, 1, 1, 3, 3]  # computed once more, the last step first
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(head(output, maps, entries, queries), expected)
+    assert calls == [3, 3, 1]
+    head.max_step_bytes = 1
+    with torch.no_grad():
+        torch.testing.assert_close(head(output, maps, entries, queries), expected)
+    assert calls[3:] == [1] * 7, "one query at a time is the least"
+
+
+def bytes_of_a_query(head: MaskHead, maps) -> int:
+    """Of each level of the pyramid: input, input of the convolution, its result, and the norm's."""
+    widths = [(c.in_channels, c.out_channels) for c in head.convs[2:]]
+    return sum(
+        4 * m.shape[-2] * m.shape[-1] * 2 * (n_in + n_out)
+        for m, (n_in, n_out) in zip(maps, widths, strict=True)
+    )
+
+
+@pytest.mark.parametrize("channels", [None, [20, 12, 10, 7]])
+def test_one_image_is_not_copied_for_its_queries_and_gives_the_same(channels):
+    head = make_head(channels)
+    output, maps = make_inputs(num_images=2)
+    queries = torch.tensor([2, 4, 0])
+    together = head(output, maps, torch.tensor([0, 0, 0]), queries)
+    first = output._replace(
+        hidden_states=output.hidden_states[:, :1],
+        projected_map=output.projected_map[:1],
+        memory_map=output.memory_map[:1],
+        padding_mask=output.padding_mask[:1],
+    )
+    alone = head(first, [m[:1] for m in maps], torch.tensor([0, 0, 0]), queries)
+    torch.testing.assert_close(alone, together)
+
+
+def test_channels_last_changes_nothing_but_rounding():
+    head = make_head()
+    output, maps = make_inputs()
+    entries, queries = torch.tensor([0, 1, 1]), torch.tensor([2, 4, 0])
+    expected = head(output, maps, entries, queries)
+    last = torch.channels_last
+    layouts = []
+    head.to(memory_format=last)
+    head.norms[-1].register_forward_hook(
+        lambda *call: layouts.append(call[-1].is_contiguous(memory_format=last))
+    )
+    maps = [m.contiguous(memory_format=last) for m in maps]
+    torch.testing.assert_close(head(output, maps, entries, queries), expected)
+    assert layouts == [True]
+
+
 def test_published_width_has_the_published_group_norms():
     head = MaskHead(embed_dim=256, num_heads=8, in_channels=[1024, 512, 256])
     assert [norm.num_groups for norm in head.norms] == [8] * 5
     assert [conv.out_channels for conv in head.convs] == [264, 128, 64, 32, 16]
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_a_bound_on_memory_that_allows_none_is_refused(limit):
+    with pytest.raises(UserError, match=rf"STEP_MEMORY is {limit}; it counts MiB, from 1"):
+        tiny_model(MODEL__MASK_HEAD__STEP_MEMORY=limit)
 
 
 def test_refuses_what_it_cannot_build():

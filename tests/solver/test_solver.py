@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from tiny_classifier import classifier_cfg
 from tiny_model import tiny_cfg
 from torch import nn
 
@@ -175,3 +176,21 @@ def test_unknown_schedule_is_refused() -> None:
     cfg = _cfg("SOLVER.LR_SCHEDULER_NAME", "Downhill")
     with pytest.raises(UserError, match="Downhill"):
         build_lr_scheduler(cfg, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0))
+
+
+def test_a_classifier_decays_as_deit_does() -> None:
+    """Vectors and embeddings do not decay; the block learns half as fast."""
+    cfg = classifier_cfg(MODEL__BATCHFORMER__ENABLED=True, MODEL__BATCHFORMER__LR_FACTOR=0.5)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.2, "SOLVER.WEIGHT_DECAY", 0.05])
+    model = build_model(cfg)
+    plain = _hyperparameters(build_optimizer(cfg, model), model)
+    assert {decay for _, decay in plain.values()} == {0.05}
+    for key in ("NORM", "BIAS", "EMBED"):
+        cfg.SOLVER[f"WEIGHT_DECAY_{key}"] = 0.0
+    found = _hyperparameters(build_optimizer(cfg, model), model)
+    embeddings = {"vit.model.pos_embed", "vit.model.cls_token"}
+    for name, parameter in model.named_parameters():
+        decays = parameter.dim() > 1 and name not in embeddings
+        rate = 0.1 if "batchformer" in name else 0.2
+        assert found[name] == (rate, 0.05 if decays else 0.0), name
+    assert embeddings <= found.keys()

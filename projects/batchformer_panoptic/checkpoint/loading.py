@@ -233,7 +233,8 @@ class PanopticCheckpointer(DetectionCheckpointer):
         outside_backbone = [k for k in ours if not k.startswith("backbone.")]
         mask_head = list(filter(is_mask_head, ours))
         missing = set(misfit.missing)
-        if not self._fresh_classes and _all_missing(outside_backbone, missing):
+        has_backbone = len(outside_backbone) < len(ours)
+        if has_backbone and not self._fresh_classes and _all_missing(outside_backbone, missing):
             self.logger.info(f"{self._path} initialises the backbone; the rest starts afresh")
             return misfit._replace(
                 missing=[

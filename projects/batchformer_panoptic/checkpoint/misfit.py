@@ -8,7 +8,9 @@ _SHOWN = 5
 _BLOCK = "batchformer"
 _MASK_HEAD = "mask_head."
 # Everything whose shape follows from the number of classes; some models have a box head a layer.
-_CLASS_HEADS = re.compile(r"box_head\.(layers\.\d+\.)?class_embed\.|semantic_head\.")
+_CLASS_HEADS = re.compile(
+    r"box_head\.(layers\.\d+\.)?class_embed\.|semantic_head\.|vit\.model\.head\."
+)
 _QUERIES = "query_embed"
 
 
@@ -65,7 +67,8 @@ def _remedy_for_shapes(misfit: Misfit, path: str, *, training: bool) -> str:
             return f"It has {queries[0]} queries: set MODEL.DETR.NUM_OBJECT_QUERIES {queries[0]}"
     return (
         "Sizes of the model (MODEL.DETR.NUM_CLASSES, which the data set decides, "
-        "NUM_OBJECT_QUERIES, HIDDEN_DIM, ...) must be those of its training"
+        "NUM_OBJECT_QUERIES, HIDDEN_DIM, ...; MODEL.CLASSIFIER.IMAGE_SIZE, TIMM_KWARGS) must be "
+        "those of its training"
     )
 
 

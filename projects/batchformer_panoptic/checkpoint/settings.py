@@ -10,11 +10,15 @@ from ..errors import UserError
 
 KEY = "settings"
 # What matters to the class head alone, and not to weights that are loaded without it.
-_OF_CLASS_HEAD = {"MODEL.DETR.SCORING", "MODEL.DETR.NUM_CLASSES"}
+_OF_CLASS_HEAD = {
+    "MODEL.DETR.SCORING",
+    "MODEL.DETR.NUM_CLASSES",
+    "MODEL.CLASSIFIER.NUM_CLASSES",
+}
 # Pixel statistics are in 0-255 and come from files in one precision or another.
 _TOLERANCE = 0.01
 # "resnet50.a1_in1k": the part after the dot says which weights to download.
-_TIMM_NAME = "MODEL.TIMM.NAME"
+_TIMM_NAMES = ("MODEL.TIMM.NAME", "MODEL.CLASSIFIER.NAME")
 _MSRA_BIAS = "stem.conv1.bias"
 _CAFFE2_MSRA_BIAS = "conv1_b"
 
@@ -28,16 +32,25 @@ def _always(cfg: CfgNode) -> bool:
     return True
 
 
+def _classifies(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
+
+
+def _backbone(cfg: CfgNode) -> str:
+    """The name of the backbone; "" for a model without."""
+    return "" if _classifies(cfg) else str(cfg.MODEL.BACKBONE.NAME)
+
+
 def _has_resnet(cfg: CfgNode) -> bool:
-    return str(cfg.MODEL.BACKBONE.NAME).startswith("build_resnet")
+    return _backbone(cfg).startswith("build_resnet")
 
 
 def _has_small_resnet(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.BACKBONE.NAME == "build_small_resnet_backbone")
+    return _backbone(cfg) == "build_small_resnet_backbone"
 
 
 def _has_timm_model(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.BACKBONE.NAME == "build_timm_backbone")
+    return _backbone(cfg) == "build_timm_backbone"
 
 
 def _has_queries(cfg: CfgNode) -> bool:
@@ -59,13 +72,15 @@ _KEPT = (
     _Kept("MODEL.RESNETS.STRIDE_IN_1X1", _has_resnet),
     _Kept("MODEL.RESNETS.RES5_DILATION", _has_resnet),
     _Kept("MODEL.SMALL_RESNET.STAGE_STRIDES", _has_small_resnet),
-    _Kept(_TIMM_NAME, _has_timm_model),
+    _Kept("MODEL.TIMM.NAME", _has_timm_model),
     _Kept("MODEL.TIMM.NORMALIZE_MAPS", _has_timm_model),
     _Kept("MODEL.DETR.NHEADS", _has_queries),
     _Kept("MODEL.DETR.PRE_NORM", _has_queries),
     _Kept("MODEL.DETR.SCORING", _has_queries),
     _Kept("MODEL.SMCA.SMOOTH", _has_smca),
     _Kept("MODEL.BATCHFORMER.NUM_HEADS", _has_block),
+    _Kept("MODEL.CLASSIFIER.NAME", _classifies),
+    _Kept("MODEL.CLASSIFIER.TIMM_KWARGS", _classifies),
 )
 
 
@@ -83,7 +98,9 @@ class SettingsRecord:
       would notice, a model of boxes would not) and the side of the layer norms;
     * the scoring (K logits with "no object" are as many as K + 1 without);
     * what SMCA divides distances by, since its Gaussians are learned relative to that;
-    * the heads of the BatchFormer block, in models that have one.
+    * the heads of the BatchFormer block, in models that have one;
+    * the name of a classifier and timm's arguments (attention heads, what the classes are read
+      from).
 
     What changes shapes is not kept: loading refuses it anyway. Thresholds, losses, image sizes and
     schedules are not kept either: they are choices about weights and not part of their meaning.
@@ -177,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 
 def _same_setting(key: str, theirs: Any, ours: Any) -> bool:
-    if key == _TIMM_NAME and isinstance(theirs, str) and isinstance(ours, str):
+    if key in _TIMM_NAMES and isinstance(theirs, str) and isinstance(ours, str):
         return theirs.partition(".")[0] == ours.partition(".")[0]
     return _same(theirs, ours)
 

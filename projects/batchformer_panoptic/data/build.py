@@ -16,10 +16,12 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from .classification import ClassificationMapper
 from .dataset_mapper import PanopticDatasetMapper
+from .datasets.image_folder import CLASSIFICATION
 from .datasets.panoptic import check_paths
 from .datasets.setup import check_registered
-from .loading import CheckedLoader, IsolatedMapper, StreamDataset, limit_worker_threads
+from .loading import CheckedLoader, IsolatedMapper, Mapper, StreamDataset, limit_worker_threads
 from .samplers import StreamSampler
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> CheckedLoader:
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logger.info("%d training images, %d per process and step", len(dataset_dicts), batch_size)
     loader: DataLoader[Any] = DataLoader(
-        StreamDataset(dataset_dicts, PanopticDatasetMapper(cfg, is_train=True), seed),
+        StreamDataset(dataset_dicts, _build_mapper(cfg, cfg.DATASETS.TRAIN[0], True), seed),
         batch_size=batch_size,
         sampler=StreamSampler(
             len(dataset_dicts),
@@ -59,6 +61,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> CheckedLoader:
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
             start=start_iter * cfg.SOLVER.IMS_PER_BATCH,
+            repeats=_draws_per_image(cfg),
         ),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -80,7 +83,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> CheckedLoader:
         raise UserError(f"TEST.IMS_PER_BATCH is {cfg.TEST.IMS_PER_BATCH}: give 1 or more")
     loader = build_detection_test_loader(
         load_dataset_dicts([dataset_name], filter_empty=False),
-        mapper=IsolatedMapper(PanopticDatasetMapper(cfg, is_train=False)),
+        mapper=IsolatedMapper(_build_mapper(cfg, dataset_name, False)),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
@@ -117,6 +120,26 @@ def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict
         reason = " ".join(str(error).split())
         raise UserError(f"data set {', '.join(names)} cannot be read: {reason}") from error
     return dataset_dicts
+
+
+def _build_mapper(cfg: CfgNode, dataset_name: str, is_train: bool) -> Mapper:
+    """The mapper for the kind of data set that a registered name stands for."""
+    if _is_image_folder(dataset_name):
+        return ClassificationMapper(cfg, is_train=is_train)
+    return PanopticDatasetMapper(cfg, is_train=is_train)
+
+
+def _draws_per_image(cfg: CfgNode) -> int:
+    repeats = int(cfg.INPUT.CLASSIFICATION.REPEATED_AUGMENTATION)
+    if repeats < 1:
+        raise UserError(
+            f"INPUT.CLASSIFICATION.REPEATED_AUGMENTATION is {repeats}: give 1 or more draws"
+        )
+    return repeats if _is_image_folder(cfg.DATASETS.TRAIN[0]) else 1
+
+
+def _is_image_folder(dataset_name: str) -> bool:
+    return bool(MetadataCatalog.get(dataset_name).get("evaluator_type") == CLASSIFICATION)
 
 
 def _paths_to_check(metadata: Any) -> Sequence[str]:

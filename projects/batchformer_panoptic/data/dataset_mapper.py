@@ -16,7 +16,7 @@ from .targets import box_instances, number_segments, panoptic_instances, transfo
 
 ImageSize = tuple[int, int]  # height, width
 
-_IMAGE_FORMATS = ("RGB", "BGR")
+IMAGE_FORMATS = ("RGB", "BGR")
 
 
 class PanopticDatasetMapper:
@@ -56,9 +56,9 @@ class PanopticDatasetMapper:
         Raises:
             UserError: another image format.
         """
-        if image_format not in _IMAGE_FORMATS:
+        if image_format not in IMAGE_FORMATS:
             raise UserError(
-                f"INPUT.FORMAT is {image_format!r}: choose one of {', '.join(_IMAGE_FORMATS)}"
+                f"INPUT.FORMAT is {image_format!r}: choose one of {', '.join(IMAGE_FORMATS)}"
             )
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
@@ -76,7 +76,7 @@ class PanopticDatasetMapper:
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image; the randomness is numpy's global generator."""
         file_name = dataset_dict["file_name"]
-        image = _read(file_name, self.image_format, "image")
+        image = read_image_file(file_name, self.image_format, "image")
         result = {key: dataset_dict[key] for key in ("file_name", "image_id")}
         for key, pixels in zip(("height", "width"), image.shape[:2], strict=True):
             if dataset_dict.get(key, pixels) != pixels:
@@ -117,7 +117,7 @@ def _panoptic_targets(
 ) -> dict[str, Any]:
     png_name = dataset_dict["pan_seg_file_name"]
     segments_info = dataset_dict["segments_info"]
-    png = _read(png_name, "RGB", "panoptic PNG")
+    png = read_image_file(png_name, "RGB", "panoptic PNG")
     if png.shape[:2] != size:
         raise UserError(
             f"panoptic PNG {png_name} is {png.shape[1]}x{png.shape[0]}, but image "
@@ -134,7 +134,7 @@ def _panoptic_targets(
     return {"instances": instances, "segment_map": segment_map}
 
 
-def _read(path: str, image_format: str, role: str) -> npt.NDArray[np.uint8]:
+def read_image_file(path: str, image_format: str, role: str) -> npt.NDArray[np.uint8]:
     """The file as (H, W, 3) uint8, turned as its EXIF data says.
 
     Raises:

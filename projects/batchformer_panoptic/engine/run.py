@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
+from .memory import use_huge_pages
 from .processes import launch_processes
 from .setup import setup_cfg
 from .trainer import PanopticTrainer
@@ -66,6 +67,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     """
     try:
         _share_cores(args.num_gpus)
+        use_huge_pages()
         cfg = setup_cfg(args)
         if args.eval_only:
             PanopticTrainer.evaluate_weights(cfg, resume=args.resume)

@@ -23,6 +23,8 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINTED_PARTS = ("encoder", "decoder", "mask_head")
+
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Merge defaults, a YAML file and ``KEY VALUE`` pairs into an open (not frozen) config.
@@ -167,6 +169,17 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "
             f"{TWO_STREAMS.names}, not {cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS}"
+        )
+    unknown = set(cfg.MODEL.ACTIVATION_CHECKPOINTING) - set(_CHECKPOINTED_PARTS)
+    if unknown:
+        raise UserError(
+            f"MODEL.ACTIVATION_CHECKPOINTING names {sorted(unknown)[0]!r}; "
+            f"known: {', '.join(_CHECKPOINTED_PARTS)}"
+        )
+    if cfg.SOLVER.GRADIENT_ACCUMULATION < 1:
+        raise UserError(
+            "SOLVER.GRADIENT_ACCUMULATION must be at least 1 batch, "
+            f"not {cfg.SOLVER.GRADIENT_ACCUMULATION}"
         )
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise UserError(f"SOLVER.EMA_DECAY must be in [0, 1), not {cfg.SOLVER.EMA_DECAY}")

@@ -40,6 +40,8 @@ class StreamTrainLoop(SimpleTrainer):
         stream_weights: factor of each stream's losses, by stream name.
         seed: of the run; every iteration seeds anew from (seed, iteration, rank).
         amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
+        accumulation: batches whose gradients are averaged for one step; an iteration is a step.
+            Random numbers are seeded anew for each of them, as for an iteration with one.
         ema: moving average to update after each step.
         log_period: iterations between two transfers of metrics; the first and the last iteration
             are always logged.
@@ -54,6 +56,7 @@ class StreamTrainLoop(SimpleTrainer):
         stream_weights: Mapping[str, float],
         seed: int,
         amp: bool = False,
+        accumulation: int = 1,
         ema: WeightAverage | None = None,
         log_period: int = LOG_PERIOD,
     ) -> None:
@@ -62,6 +65,7 @@ class StreamTrainLoop(SimpleTrainer):
         self.data_loader: Iterable[list[dict[str, Any]]] | None
         self._clip = clipper
         self._stream_weights = dict(stream_weights)
+        self._accumulation = accumulation
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
@@ -72,27 +76,24 @@ class StreamTrainLoop(SimpleTrainer):
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
 
     def run_step(self) -> None:
-        """Train on one batch.
+        """Make one step of the optimizer, from one batch or the mean of several.
 
         Raises:
             NonFiniteLossError: before the step that would spoil the weights.
         """
-        seed_iteration(self.seed, self.iter, comm.get_rank())
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-
-        losses, combined, failure = self._forward(batch)
-        total = torch.tensor(math.nan, device=self._device) if combined is None else combined.total
-        check = FiniteCheck(total)
-        if combined is None or (check.is_ready and not check.passed()):
-            raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
-
         self.optimizer.zero_grad()
-        self._scaler.scale(total).backward()
+        data_time = 0.0
+        metrics: dict[str, Tensor] = {}
+        for part in range(self._accumulation):
+            number = self.iter * self._accumulation + part
+            seed_iteration(self.seed, number, comm.get_rank())
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
+                share = value.detach() / self._accumulation
+                metrics[name] = metrics[name] + share if name in metrics else share
         self.after_backward()
-        if not check.passed():
-            raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
 
         self._scaler.unscale_(self.optimizer)
         grad_norm = self._clip(self._parameters)
@@ -100,7 +101,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        self._log(combined, grad_norm, data_time)
+        self._log({**metrics, "grad_norm": grad_norm}, data_time)
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, optimizer, seed and loss scale."""
@@ -115,6 +116,25 @@ class StreamTrainLoop(SimpleTrainer):
         self.seed = state_dict["seed"]
         if self._scaler.is_enabled() and state_dict["grad_scaler"]:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _accumulate(self, batch: list[dict[str, Any]], *, last: bool) -> dict[str, Tensor]:
+        """Add the gradients of one batch; return its losses and metrics.
+
+        Processes exchange gradients with the last batch of a step alone.
+        """
+        alone = not last and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if alone else contextlib.nullcontext():
+            losses, combined, failure = self._forward(batch)
+            total = (
+                torch.tensor(math.nan, device=self._device) if combined is None else combined.total
+            )
+            check = FiniteCheck(total)
+            if combined is None or (check.is_ready and not check.passed()):
+                raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
+            self._scaler.scale(total / self._accumulation).backward()
+        if not check.passed():
+            raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
+        return {**combined.logged, **getattr(self._core, "training_metrics", {})}
 
     def _forward(
         self, batch: list[dict[str, Any]]
@@ -137,11 +157,10 @@ class StreamTrainLoop(SimpleTrainer):
         dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
         return torch.autocast(self._device, dtype=dtype)
 
-    def _log(self, losses: StreamLosses, grad_norm: Tensor, data_time: float) -> None:
+    def _log(self, metrics: Mapping[str, Tensor], data_time: float) -> None:
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
-        metrics = getattr(self._core, "training_metrics", {})
-        self._window.add({**losses.logged, "grad_norm": grad_norm, **metrics})
+        self._window.add(metrics)
         if not self.is_logged(self.iter):
             return
         # Loss scaling overflows now and then, and JSON has no word for infinity.

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from ..checkpoint import PanopticCheckpointer, SettingsRecord
 from ..data import build_test_loader, build_train_loader
 from ..data.categories import ClassTable
 from ..errors import UserError
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, main_metric
+from ..modeling.fast_inference import model_for_evaluation
 from ..solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from .ema import WeightAverage
 from .hooks import BestCheckpointer, ConsoleWriter, LogWriter
@@ -62,6 +63,7 @@ class PanopticTrainer(DefaultTrainer):
             ),
             seed=cfg.SEED,
             amp=cfg.SOLVER.AMP.ENABLED,
+            accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -114,7 +116,8 @@ class PanopticTrainer(DefaultTrainer):
         """
         self._trainer.start_iter, self._trainer.max_iter = self.start_iter, self.max_iter
         if self.start_iter < self.max_iter:
-            self.data_loader = self.build_train_loader(self.cfg, start_iter=self.start_iter)
+            first_batch = self.start_iter * self.cfg.SOLVER.GRADIENT_ACCUMULATION
+            self.data_loader = self.build_train_loader(self.cfg, start_iter=first_batch)
         with _without_traceback_of_user_errors():
             super().train()
         return getattr(self, "_last_eval_results", None)
@@ -207,6 +210,17 @@ class PanopticTrainer(DefaultTrainer):
         )
 
     @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate on ``DATASETS.TEST``, with ``TEST.FAST`` on a copy that runs faster."""
+        results: dict[str, Any] = super().test(cfg, model_for_evaluation(cfg, model), evaluators)
+        return results
+
+    @classmethod
     def evaluate_weights(cls, cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         """Evaluate ``MODEL.WEIGHTS`` (``resume``: the last checkpoint of ``OUTPUT_DIR``).
 
@@ -241,7 +255,7 @@ def _distribute(model: nn.Module) -> nn.Module:
 
 
 def _best_metric(cfg: CfgNode) -> str:
-    metric = "panoptic_seg/PQ" if cfg.MODEL.MASK_ON else "bbox/AP"
+    metric = main_metric(cfg, cfg.DATASETS.TEST[0])
     # With several data sets Detectron2 puts each one's results under its name.
     return metric if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
 

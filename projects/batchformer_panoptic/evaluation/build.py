@@ -11,6 +11,7 @@ from ..errors import UserError
 from .box_ap import build_box_evaluator
 from .panoptic_evaluator import StreamingPanopticEvaluator
 from .thing_ap import ThingAPEvaluator
+from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
             ``MODEL.PANOPTIC.INSTANCES_TEST`` whether it returns instances beside them.
         dataset_name: a registered data set; its metadata ``evaluator_type`` selects the evaluators:
             "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes alone without
-            masks) or "coco" (AP).
+            masks), "coco" (AP) or "classification" (top-1 and top-5).
         output_dir: folder for result files and annotations made for the evaluation.
 
     Raises:
@@ -37,6 +38,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
             f"{known}"
         )
     return EVALUATOR_FACTORIES[evaluator_type](cfg, dataset_name, output_dir)
+
+
+def main_metric(cfg: CfgNode, dataset_name: str) -> str:
+    """Return "task/metric" of the result that says how good a model is, the higher the better."""
+    if MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification":
+        return "classification/top1"
+    return "panoptic_seg/PQ" if cfg.MODEL.MASK_ON else "bbox/AP"
 
 
 def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
@@ -56,6 +64,10 @@ def _instance_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dat
     return build_box_evaluator(dataset_name, output_dir, _tasks(cfg))
 
 
+def _top_k_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    return TopKEvaluator(dataset_name, output_dir)
+
+
 def _tasks(cfg: CfgNode) -> tuple[str, ...]:
     return ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
 
@@ -63,4 +75,5 @@ def _tasks(cfg: CfgNode) -> tuple[str, ...]:
 EVALUATOR_FACTORIES: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
     "coco_panoptic_seg": _panoptic_evaluators,
     "coco": _instance_evaluator,
+    "classification": _top_k_evaluator,
 }

@@ -65,14 +65,22 @@ def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Sema
 
 
 def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
-    """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``."""
+    """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``.
+
+    Raises:
+        UserError: a bound on memory that allows none.
+    """
     names = cfg.MODEL.MASK_HEAD.IN_FEATURES
     shapes = feature_shapes("MODEL.MASK_HEAD.IN_FEATURES", names, input_shape)
+    limit = cfg.MODEL.MASK_HEAD.STEP_MEMORY
+    if limit < 1:
+        raise UserError(f"MODEL.MASK_HEAD.STEP_MEMORY is {limit}; it counts MiB, from 1")
     return MaskHead(
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
         num_heads=cfg.MODEL.DETR.NHEADS,
         in_channels=[shape.channels for shape in shapes],
         channels=cfg.MODEL.MASK_HEAD.CHANNELS or None,
+        max_step_bytes=limit * 2**20,
     )
 
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ..layers import cxcywh_to_xyxy, generalized_box_iou
 from .losses import mask_dice_loss, mask_focal_loss
+from .mask_losses import upsampled_mask_losses
 from .matcher import Matching
 from .scoring import Scoring
-from .targets import ImageTarget, gather_masks
+from .targets import ImageTarget, TargetMasks, gather_mask_shares
 
 
 class SetCriterion:
@@ -105,16 +106,19 @@ class SetCriterion:
         Returns:
             ``loss_mask`` and ``loss_dice``, each (B',), weighted.
         """
-        masks = gather_masks(targets, matching.image, matching.local_target)[:, None].float()
-        logits = mask_logits[:, None].float()
+        logits = mask_logits.float()
+        image, local = matching.image, matching.local_target
         if self.mask_resolution == "target":
-            logits = F.interpolate(
-                logits, size=masks.shape[-2:], mode="bilinear", align_corners=False
+            masks = TargetMasks(targets)
+            focal, dice = upsampled_mask_losses(
+                logits, masks.size, lambda part: masks.gather(image[part], local[part])
             )
         else:
-            masks = F.interpolate(masks, size=logits.shape[-2:], mode="area")
-        logits, masks = logits.flatten(1), masks.flatten(1)
-        each = {"mask": mask_focal_loss(logits, masks), "dice": mask_dice_loss(logits, masks)}
+            size = (logits.shape[-2], logits.shape[-1])
+            shares = gather_mask_shares(targets, image, local, size).flatten(1)
+            focal = mask_focal_loss(logits.flatten(1), shares)
+            dice = mask_dice_loss(logits.flatten(1), shares)
+        each = {"mask": focal, "dice": dice}
         return {
             f"loss_{name}": self.weights[name]
             * logits.new_zeros(len(targets)).index_add(0, matching.image, value)

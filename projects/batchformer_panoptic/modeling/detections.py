@@ -56,9 +56,10 @@ def best_detections(
         score_threshold: a detection scores more than this, and more than 0.
     """
     num_classes = scores.shape[-1]
-    wanted = torch.tensor(list(class_ids), dtype=torch.int64, device=scores.device)
-    allowed = torch.isin(torch.arange(num_classes, device=scores.device), wanted)
-    pairs = scores.masked_fill(~allowed, 0.0).flatten(-2)
+    wanted = set(class_ids)
+    others = torch.tensor([label not in wanted for label in range(num_classes)])
+    others = others.to(scores.device, non_blocking=True)
+    pairs = scores.masked_fill(others, 0.0).flatten(-2)
     best, index = pairs.topk(min(max_detections, pairs.shape[-1]), dim=-1)
     return Detections(
         query=index // num_classes,

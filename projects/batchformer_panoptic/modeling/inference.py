@@ -127,6 +127,26 @@ def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool)
     return ChosenQueries(panoptic, detections)
 
 
+def on_host(
+    chosen: ChosenQueries, scores: Tensor, labels: Tensor
+) -> tuple[ChosenQueries, Tensor, Tensor]:
+    """Copy to the host what the results of a batch are put together by: one wait for the device.
+
+    Args:
+        chosen: queries of the batch by use.
+        scores: (B, Q) float32.
+        labels: (B, Q) int64.
+    """
+    fields = [chosen.panoptic, *chosen.detections, scores, labels]
+    # Numbers of queries and classes are small: float32 holds them exactly.
+    packed = torch.cat([field.to(torch.float32) for field in fields], dim=1).cpu()
+    parts = packed.split([field.shape[1] for field in fields], dim=1)
+    panoptic, *detections, scores, labels = (
+        part.to(field.dtype) for part, field in zip(parts, fields, strict=True)
+    )
+    return ChosenQueries(panoptic, Detections(*detections)), scores, labels
+
+
 def to_result(
     chosen: ChosenQueries,
     scores: Tensor,
@@ -142,9 +162,9 @@ def to_result(
     """The result of one image.
 
     Args:
-        chosen: its queries by use.
-        scores: (Q,) class probabilities.
-        labels: (Q,) int64 contiguous class ids.
+        chosen: its queries by use, on the host, see :func:`on_host`.
+        scores: (Q,) class probabilities, on the host.
+        labels: (Q,) int64 contiguous class ids, on the host.
         boxes: (Q, 4) cxcywh in 0 to 1.
         mask_logits: (K, h, w) of the queries in ``chosen.any_use``, in order, or None.
         padded_size: (height, width) of the padded batch.
@@ -163,18 +183,21 @@ def to_result(
         )
     if masks is None or options.instances:
         found = chosen.detections
+        query = found.query.to(boxes.device, non_blocking=True)
         instances = Instances(output_size)
-        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[found.query], output_size))
-        instances.scores = found.scores
-        instances.pred_classes = found.labels
+        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
+        instances.scores = found.scores.to(boxes.device, non_blocking=True)
+        instances.pred_classes = found.labels.to(boxes.device, non_blocking=True)
         if masks is not None:
             place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
-            instances.pred_masks = masks.at_output_size()[place[found.query]] > 0
+            where = place[found.query].to(boxes.device, non_blocking=True)
+            instances.pred_masks = (masks.at_output_size() > 0)[where]
         result["instances"] = instances
     if masks is not None:
         panoptic = chosen.panoptic
+        where = panoptic[chosen.any_use].nonzero()[:, 0].to(boxes.device, non_blocking=True)
         result["panoptic_seg"] = merge_panoptic(
-            masks[panoptic[chosen.any_use]],
+            masks[where],
             scores[panoptic],
             labels[panoptic],
             merge=options.merge,

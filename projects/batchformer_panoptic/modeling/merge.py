@@ -29,12 +29,18 @@ def merge_panoptic(
     thing_class_ids: Sequence[int],
     options: PanopticOptions,
 ) -> PanopticSeg:
-    """Drop duplicates if asked to, then merge; arguments and result as in :class:`Merge`."""
+    """Drop duplicates if asked to, then merge; arguments and result as in :class:`Merge`.
+
+    What is decided query by query is decided on the host: scores and labels that are there already
+    spare a wait for the device.
+    """
     if options.duplicate_iou < 1:
-        is_thing = torch.isin(labels, labels.new_tensor(list(thing_class_ids)))
+        things = set(thing_class_ids)
+        is_thing = torch.tensor([label in things for label in labels.tolist()], dtype=torch.bool)
         logits = masks.at_output_size()
         kept = without_duplicates(logits, scores, is_thing, options.duplicate_iou)
-        masks, scores, labels = masks[kept], scores[kept], labels[kept]
+        masks = masks[kept.to(logits.device, non_blocking=True)]
+        scores, labels = scores[kept], labels[kept]
     return merge(masks, scores, labels, thing_class_ids=thing_class_ids, options=options)
 
 
@@ -78,7 +84,7 @@ def merge_strongest(
         [best_score[segment] for segment in living],
         thing_class_ids,
     )
-    return new_id.to(segment_map.device)[segment_map], segments
+    return new_id.to(segment_map.device, non_blocking=True)[segment_map], segments
 
 
 def merge_published(
@@ -145,7 +151,8 @@ def merge_mask2former(
     probabilities = masks.at_output_size().sigmoid()
     if len(probabilities) == 0:
         return probabilities.new_zeros(masks.output_size, dtype=torch.int32), []
-    winner = (scores[:, None, None] * probabilities).argmax(dim=0)
+    weights = scores.to(probabilities.device, non_blocking=True)
+    winner = (weights[:, None, None] * probabilities).argmax(dim=0)
     claims = probabilities >= 0.5
     claimed = claims.gather(0, winner[None])[0]
     counts = torch.stack(
@@ -171,7 +178,7 @@ def merge_mask2former(
         areas[segment] += final_areas[query]
     kept_scores = [score_list[query] for query in kept]
     best_score = best_scores(segment_of_kept, kept_scores, len(classes))
-    segment_map = new_id.to(winner.device)[winner].masked_fill(~claimed, 0)
+    segment_map = new_id.to(winner.device, non_blocking=True)[winner].masked_fill(~claimed, 0)
     return segment_map, describe_segments(classes, areas, best_score, thing_class_ids)
 
 
@@ -208,19 +215,20 @@ def without_duplicates(
         max_iou: a thing is dropped when it overlaps a better one, of whatever class, by more.
 
     Returns:
-        Indices of the queries to keep, ascending, int64.
+        Indices of the queries to keep, ascending, int64, on the device of ``scores``.
     """
     masks = (mask_logits > 0).flatten(1).float()
     with torch.autocast(masks.device.type, enabled=False):  # half precision cannot count pixels
         overlap = masks @ masks.T
     area = overlap.diagonal()
     iou = overlap / (area[:, None] + area[None] - overlap).clamp(min=1)
-    similar = ((iou > max_iou) & is_thing[:, None] & is_thing[None]).tolist()
+    things = (is_thing[:, None] & is_thing[None]).to(iou.device, non_blocking=True)
+    similar = ((iou > max_iou) & things).tolist()
     kept: list[int] = []
     for query in scores.argsort(descending=True).tolist():
         if not any(similar[query][other] for other in kept):
             kept.append(query)
-    return torch.tensor(sorted(kept), dtype=torch.int64, device=mask_logits.device)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=scores.device)
 
 
 def _strongest(

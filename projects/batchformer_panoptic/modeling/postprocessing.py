@@ -72,7 +72,8 @@ class ImageMasks:
 def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tensor:
     """(..., 4) cxcywh in 0 to 1 -> (..., 4) xyxy in pixels of (height, width), clipped."""
     height, width = output_size
-    scale = boxes_cxcywh.new_tensor([width, height, width, height])
+    scale = torch.tensor([width, height, width, height], dtype=boxes_cxcywh.dtype)
+    scale = scale.to(boxes_cxcywh.device, non_blocking=True)
     return cxcywh_to_xyxy(boxes_cxcywh).clamp(0, 1) * scale
 
 

@@ -64,8 +64,8 @@ class Merge(Protocol):
 
         Args:
             masks: of the K kept queries.
-            scores: (K,) class probabilities.
-            labels: (K,) int64 contiguous class ids.
+            scores: (K,) class probabilities, on any device.
+            labels: (K,) int64 contiguous class ids, on any device.
             thing_class_ids: classes whose every query is a segment of its own.
             options: thresholds.
         """

@@ -16,6 +16,10 @@ OPTIMIZERS = ("ADAMW", "SGD")
 CLIP_TYPES = ("full_model", "norm", "value")
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
+# What a vision Transformer of timm adds to its patches, and a bias of torch's attention.
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token")
+ATTENTION_BIAS = "in_proj_bias"
+
 # Modules of Deformable-DETR that learn more slowly than the rest.
 DEFORMABLE_PARTS = ("sampling_offsets", "reference_points")
 
@@ -30,7 +34,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     times ``MODEL.DEFORMABLE.LR_FACTOR`` for sampling offsets and reference points (as published).
     Weight decay follows Detectron2: ``SOLVER.WEIGHT_DECAY_NORM`` and ``SOLVER.WEIGHT_DECAY_BIAS``
     replace ``SOLVER.WEIGHT_DECAY`` for normalisation layers and biases unless they are None. DETR
-    decays every parameter alike, that is None for both.
+    decays every parameter alike, that is None for both. ``SOLVER.WEIGHT_DECAY_EMBED`` replaces it
+    for position embedding and class token of a vision Transformer, unless it is None.
 
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" clip each parameter inside the step, as
     in Detectron2. "full_model" is the business of :func:`build_gradient_clipper`.
@@ -125,10 +130,20 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         lr_factor_func=lr_factor,
+        overrides=_weight_decays_by_name(cfg),
     )
     if not groups:
         raise UserError("no parameter of the model is trainable; see MODEL.*FREEZE* in the config")
     return groups
+
+
+def _weight_decays_by_name(cfg: CfgNode) -> dict[str, dict[str, float]]:
+    """Weight decay of parameters that Detectron2 does not recognise as what they are."""
+    embed, bias = cfg.SOLVER.WEIGHT_DECAY_EMBED, cfg.SOLVER.WEIGHT_DECAY_BIAS
+    decays = {} if embed is None else dict.fromkeys(EMBEDDINGS, embed)
+    if bias is not None:
+        decays[ATTENTION_BIAS] = bias
+    return {name: {"weight_decay": decay} for name, decay in decays.items()}
 
 
 def _clip_type(cfg: CfgNode) -> str | None:

@@ -9,6 +9,7 @@ from .official_deformable import convert_deformable, convert_deformable_batchfor
 from .official_smca import convert_smca
 from .rules import Source
 from .timm_models import TIMM_PREFIX, timm_source
+from .vision_transformers import VIT_PREFIX, convert_deit, vision_transformer_source
 
 _DETR_SOURCES = (
     Source("detr", "facebookresearch/detr, boxes or panoptic (.pth)", convert_official),
@@ -39,19 +40,34 @@ _DETR_SOURCES = (
     Source("smca_detr", "gaopengcuhk/SMCA-DETR, boxes, single- or multi-scale", convert_smca),
 )
 
-SOURCES: dict[str, Source] = {source.name: source for source in (*_DETR_SOURCES, *BACKBONE_SOURCES)}
+_CLASSIFIER_SOURCES = (
+    Source(
+        "deit",
+        f"facebookresearch/deit, not distilled ({VIT_PREFIX}NAME for other models of timm)",
+        convert_deit,
+    ),
+)
+
+SOURCES: dict[str, Source] = {
+    source.name: source for source in (*_DETR_SOURCES, *BACKBONE_SOURCES, *_CLASSIFIER_SOURCES)
+}
 
 
 def source_named(name: str) -> Source:
-    """Return the source of a name: one of :data:`SOURCES`, or ``timm:`` and a model of timm.
+    """Return the source of a name: one of :data:`SOURCES`, or a prefix and a model of timm.
+
+    ``timm:`` makes a backbone of the model, ``timm_vit:`` an image classifier.
 
     Raises:
         UserError: there is none; the message lists the names.
     """
     if name.startswith(TIMM_PREFIX):
         return timm_source(name.removeprefix(TIMM_PREFIX))
+    if name.startswith(VIT_PREFIX):
+        return vision_transformer_source(name.removeprefix(VIT_PREFIX))
     if name not in SOURCES:
         raise UserError(
-            f"--source {name} is unknown; known: {', '.join(SOURCES)}, {TIMM_PREFIX}NAME"
+            f"--source {name} is unknown; known: {', '.join(SOURCES)}, {TIMM_PREFIX}NAME, "
+            f"{VIT_PREFIX}NAME"
         )
     return SOURCES[name]

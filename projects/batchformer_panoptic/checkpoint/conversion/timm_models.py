@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...modeling.backbone import (
-    TESTED_TIMM_MODELS,
-    create_timm_features,
-    import_timm,
-    timm_pixel_statistics,
-)
+from ...modeling.backbone import TESTED_TIMM_MODELS, create_timm_features
+from ...modeling.timm_models import import_timm, timm_pixel_statistics
 from .backbone_layout import CLASSIFIER, COUNTER, OURS, BackboneLayout, as_tensors
 from .rules import Allowed, Converted, Request, Source, rename
 

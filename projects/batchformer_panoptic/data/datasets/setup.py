@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
 from ..categories import ClassTable
+from .image_folder import CLASSIFICATION, register_image_folder
 from .instances import register_instances_dataset
 from .panoptic import register_panoptic_dataset
 
@@ -18,23 +19,25 @@ _CUSTOM: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ("name", "image_root", "panoptic_root", "panoptic_json"),
     ),
     "CUSTOM_INSTANCES": (register_instances_dataset, ("name", "image_root", "json_file")),
+    "CUSTOM_IMAGE_FOLDERS": (register_image_folder, ("name", "root")),
 }
 
 
 def setup_datasets(cfg: CfgNode) -> None:
     """Register the custom data sets and derive the classes from DATASETS.TRAIN and TEST.
 
-    DATASETS.CUSTOM_PANOPTIC and DATASETS.CUSTOM_INSTANCES list data sets of one's own.
-    MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of [] are filled in. Calling
-    this again with the same config changes nothing.
+    DATASETS.CUSTOM_PANOPTIC, CUSTOM_INSTANCES and CUSTOM_IMAGE_FOLDERS list data sets of one's own.
+    MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of [] are filled in, for the
+    meta-architecture "ImageClassifier" MODEL.CLASSIFIER.NUM_CLASSES instead. Calling this again
+    with the same config changes nothing.
 
     Args:
         cfg: changed in place, therefore not frozen.
 
     Raises:
         UserError: a wrong row, an unknown data set, data sets that do not share their classes,
-            classes in the config that are not those of the data sets, or masks to be learnt from
-            boxes.
+            classes in the config that are not those of the data sets, or data sets that the model
+            cannot learn from (masks from boxes, boxes from labels of whole images).
     """
     for key in _CUSTOM:
         for row in cfg.DATASETS[key]:
@@ -42,21 +45,33 @@ def setup_datasets(cfg: CfgNode) -> None:
     table = class_table_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if table is None:
         return
-    if cfg.MODEL.DETR.NUM_CLASSES not in (0, table.num_classes):
+    _check_task(cfg)
+    if cfg.MODEL.MASK_ON:
+        _check_masks(cfg.DATASETS.TRAIN)
+    section = class_section(cfg)
+    node = cfg.MODEL[section]
+    if node.NUM_CLASSES not in (0, table.num_classes):
         raise UserError(
-            f"MODEL.DETR.NUM_CLASSES is {cfg.MODEL.DETR.NUM_CLASSES}, but the data sets have "
+            f"MODEL.{section}.NUM_CLASSES is {node.NUM_CLASSES}, but the data sets have "
             f"{table.num_classes} classes: leave it at 0 to take that number"
         )
-    things = table.thing_class_ids
+    if not _classifies(cfg):
+        _take_things(cfg, table.thing_class_ids)
+    node.NUM_CLASSES = table.num_classes
+
+
+def class_section(cfg: CfgNode) -> str:
+    """The section of MODEL whose NUM_CLASSES the model reads: "CLASSIFIER" or "DETR"."""
+    return "CLASSIFIER" if _classifies(cfg) else "DETR"
+
+
+def _take_things(cfg: CfgNode, things: list[int]) -> None:
     configured_things = sorted(cfg.MODEL.PANOPTIC.THING_CLASS_IDS)
     if configured_things and configured_things != things:
         raise UserError(
             f"MODEL.PANOPTIC.THING_CLASS_IDS is {configured_things}, but the things of the data "
             f"sets are {things}: leave it at [] to take those"
         )
-    if cfg.MODEL.MASK_ON:
-        _check_masks(cfg.DATASETS.TRAIN)
-    cfg.MODEL.DETR.NUM_CLASSES = table.num_classes
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = things
 
 
@@ -98,6 +113,23 @@ def check_registered(name: str) -> None:
     )
 
 
+def _classifies(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
+
+
+def _check_task(cfg: CfgNode) -> None:
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        has_labels_alone = MetadataCatalog.get(name).get("evaluator_type") == CLASSIFICATION
+        if has_labels_alone == _classifies(cfg):
+            continue
+        what = "one label for each image" if has_labels_alone else "segments or boxes"
+        raise UserError(
+            f"the data set {name!r} has {what}, and MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}: image folders (DATASETS.CUSTOM_IMAGE_FOLDERS) are "
+            "for 'ImageClassifier', and nothing else is"
+        )
+
+
 def _check_masks(names: Sequence[str]) -> None:
     for name in names:
         if not MetadataCatalog.get(name).get("panoptic_root"):
@@ -114,7 +146,7 @@ def _register_row(key: str, row: object) -> None:
         or len(row) != len(words)
         or not all(isinstance(value, str) and value for value in row)
     ):
-        number = {3: "three", 4: "four"}[len(words)]
+        number = {2: "two", 3: "three", 4: "four"}[len(words)]
         raise UserError(
             f"DATASETS.{key}: {row!r} is not a list of {number} texts {_row_form(words)}"
         )

@@ -3,12 +3,7 @@
 from .detr_resnet import build_resnet_dc5_backbone
 from .small_resnet import build_small_resnet_backbone
 from .timm_backbone import TimmBackbone, build_timm_backbone
-from .timm_features import (
-    TESTED_TIMM_MODELS,
-    create_timm_features,
-    import_timm,
-    timm_pixel_statistics,
-)
+from .timm_features import TESTED_TIMM_MODELS, create_timm_features
 
 __all__ = [
     "TESTED_TIMM_MODELS",
@@ -17,6 +12,4 @@ __all__ = [
     "build_small_resnet_backbone",
     "build_timm_backbone",
     "create_timm_features",
-    "import_timm",
-    "timm_pixel_statistics",
 ]

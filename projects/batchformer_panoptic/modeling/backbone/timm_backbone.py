@@ -11,18 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UserError
+from ..timm_models import check_pixel_statistics
 from .timm_features import (
     COLOURS,
     TimmFeatures,
     create_timm_features,
     stride_of,
-    timm_pixel_statistics,
     try_out,
 )
 
 _logger = logging.getLogger(__name__)
-
-_TOLERANCE = 0.01  # of pixel statistics that should be equal, in grey levels
 
 
 class TimmBackbone(Backbone):
@@ -130,7 +128,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         node.NAME, out_features=tuple(node.OUT_FEATURES), pretrained=node.PRETRAINED
     )
     if node.PRETRAINED:
-        _check_pixel_statistics(cfg, *timm_pixel_statistics(features.net))
+        check_pixel_statistics(features.net, node.NAME, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     if freeze_at and f"res{freeze_at}" not in features.levels:
         levels = ", ".join(level.removeprefix("res") for level in features.levels)
@@ -159,13 +157,3 @@ def _with_frozen_norms(module: nn.Module) -> nn.Module:
 
     frozen: nn.Module = freeze_batch_norm_2d(module)
     return frozen
-
-
-def _check_pixel_statistics(cfg: CfgNode, mean: list[float], std: list[float]) -> None:
-    for key, wanted in (("PIXEL_MEAN", mean), ("PIXEL_STD", std)):
-        used = list(cfg.MODEL[key])
-        if any(abs(a - b) > _TOLERANCE for a, b in zip(used, wanted, strict=True)):
-            raise UserError(
-                f"MODEL.{key} is {used}, but timm's weights of {cfg.MODEL.TIMM.NAME} were trained "
-                f"with {wanted}: set MODEL.{key} {wanted}"
-            )

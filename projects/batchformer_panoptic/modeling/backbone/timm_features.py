@@ -1,12 +1,12 @@
 """Creating timm models that return feature maps."""
 
-import difflib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..timm_models import create_timm_model
 
 # Covered by the tests, with training step and evaluation; others of these families should do.
 TESTED_TIMM_MODELS = (
@@ -85,27 +85,6 @@ def create_timm_features(
     return features
 
 
-def timm_pixel_statistics(net: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, 0 to 255 and RGB, that timm's weights of a model expect."""
-    mean, std = ([255.0 * x for x in net.pretrained_cfg[key]] for key in ("mean", "std"))
-    return [round(x, 4) for x in mean], [round(x, 4) for x in std]
-
-
-def import_timm() -> Any:
-    """Return the module timm.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import timm  # an extra: only those who name a timm model need it
-    except ImportError as error:
-        raise UserError(
-            "timm backbones need timm: pip install timm, or this project's extra [timm]"
-        ) from error
-    return timm
-
-
 def stride_of(level: str) -> int:
     """The stride of a map called ``res<n>``."""
     number = level.removeprefix("res")
@@ -124,15 +103,11 @@ def try_out(net: nn.Module, unit: int) -> list[Tensor]:
 
 
 def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
-    timm = import_timm()
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"timm has no model {name!r}; {hint}")
     for any_size in _ANY_SIZE:
         try:
-            return timm.create_model(
+            return create_timm_model(
                 name,
+                node="MODEL.TIMM",
                 pretrained=pretrained,
                 features_only=True,
                 feature_cls="getter",  # maps as (B, C, H, W), parameters under timm's own names
@@ -144,16 +119,6 @@ def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
                 raise
         except AttributeError as error:
             raise UserError(f"timm's {name} offers no feature maps ({error})") from error
-        # Hubs fail in many ways (offline, no such weights, damaged file), with as many types.
-        except Exception as error:
-            if not pretrained:
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"MODEL.TIMM.PRETRAINED: timm has no weights of {name} here and cannot download "
-                f"them ({type(error).__name__}: {reason}); set it to False and MODEL.WEIGHTS to a "
-                "converted file"
-            ) from error
     raise AssertionError("the last attempt passes no argument that could be unknown")
 
 

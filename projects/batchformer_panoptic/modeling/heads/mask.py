@@ -5,11 +5,14 @@ Shapes: K queries of interest gathered from all images, B' = streams * B, h head
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..transformer import TransformerOutput
 
@@ -48,11 +51,26 @@ class AttentionMap(nn.Module):
         query = self.q_linear(queries).unflatten(1, (self.num_heads, -1))
         query = query / math.sqrt(query.shape[-1])
         key = self.k_linear(memory_map.flatten(2).transpose(1, 2))  # (B', H * W, C)
-        key = key.unflatten(2, (self.num_heads, -1))[image_index]  # (K, H * W, heads, C / heads)
+        key = key.unflatten(2, (self.num_heads, -1))
+        key = _of_entries(key, image_index)  # (K, H * W, heads, C / heads)
         scores = torch.einsum("khc,knhc->khn", query, key)
-        scores = scores.masked_fill(padding_mask.flatten(1)[image_index][:, None], -math.inf)
-        weights = scores.flatten(1).softmax(dim=1)
-        return weights.view(-1, self.num_heads, height, width)
+        ignored = _of_entries(padding_mask.flatten(1), image_index)[:, None]
+        # A softmax over thousands of cells wants more digits than half precision has.
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.masked_fill(ignored, -math.inf).flatten(1).softmax(dim=1, dtype=precise)
+        return weights.view(-1, self.num_heads, height, width).to(scores.dtype)
+
+
+class _Shared(NamedTuple):
+    """What depends on the image alone; B images.
+
+    Attributes:
+        first: (B, C_0, H_0, W_0), the image half of the first convolution.
+        adapted: (B, C_i, H_i, W_i) of each backbone map.
+    """
+
+    first: Tensor
+    adapted: tuple[Tensor, ...]
 
 
 class MaskHead(nn.Module):
@@ -73,6 +91,8 @@ class MaskHead(nn.Module):
         in_channels: channels of the three backbone maps, coarse to fine.
         channels: output channels of the second to the fifth convolution. None: C / 2, C / 4, C / 8,
             C / 16, as published.
+        max_step_bytes: decode so many queries at a time that their maps take about this much
+            memory. It changes no result but by rounding.
 
     Raises:
         ValueError: channels that cannot be built.
@@ -85,6 +105,7 @@ class MaskHead(nn.Module):
         num_heads: int,
         in_channels: Sequence[int],
         channels: Sequence[int] | None = None,
+        max_step_bytes: int = 2**33,
     ) -> None:
         super().__init__()
         if channels is None:
@@ -98,6 +119,8 @@ class MaskHead(nn.Module):
         first = embed_dim + num_heads
         widths = [first, first, *channels]
         self.embed_dim = embed_dim
+        self.max_step_bytes = max_step_bytes
+        self._level_channels = [n_in + n_out for n_in, n_out in pairwise(widths[2:])]
         self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
         self.convs = nn.ModuleList(
             nn.Conv2d(n_in, n_out, kernel_size=3, padding=1) for n_in, n_out in pairwise(widths)
@@ -136,21 +159,58 @@ class MaskHead(nn.Module):
             queries, output.memory_map, streams.expand(output.padding_mask), image_index
         )
         source_index = streams.image_of(image_index, output.projected_map.shape[0])
-        x = self._first_conv(output.projected_map, attention, source_index)
-        x = F.relu(self.norms[0](x))
-        x = F.relu(self.norms[1](self.convs[1](x)))
-        for level, backbone_map in enumerate(backbone_maps):
-            adapted = self.adapters[level](backbone_map)
-            x = F.interpolate(x, size=adapted.shape[-2:], mode="nearest") + adapted[source_index]
-            x = F.relu(self.norms[level + 2](self.convs[level + 2](x)))
+        adapted = tuple(
+            adapter(backbone_map)
+            for adapter, backbone_map in zip(self.adapters, backbone_maps, strict=True)
+        )
+        shared = _Shared(self._image_half(output.projected_map), adapted)
+        step = self.queries_per_step(shared)
+        if len(queries) <= step:
+            return self._decode(shared, attention, source_index)
+        decode = partial(self._decode, shared)
+        if torch.is_grad_enabled():
+            # What a step computed is not kept but computed once more in the backward pass.
+            decode = partial(checkpoint, decode, use_reentrant=False)
+        parts = zip(attention.split(step), source_index.split(step), strict=True)
+        return torch.cat([decode(*part) for part in parts])
+
+    def queries_per_step(self, shared: _Shared) -> int:
+        """How many queries the bound on memory allows at a time; at least one."""
+        # Of a level are there at once: its input, that of the convolution, and the results of
+        # convolution and norm.
+        values = sum(
+            2 * channels * image_map.shape[-2] * image_map.shape[-1]
+            for channels, image_map in zip(self._level_channels, shared.adapted, strict=True)
+        )
+        return max(1, self.max_step_bytes // (values * shared.first.element_size()))
+
+    def _decode(self, shared: _Shared, attention: Tensor, source_index: Tensor) -> Tensor:
+        """(K, H_3, W_3) masks of (K, heads, H_0, W_0) attention maps on the (K,) images."""
+        x = F.conv2d(attention, self._first_weights()[1], padding=1)
+        x += _of_entries(shared.first, source_index)
+        x = F.relu_(self.norms[0](x))
+        x = F.relu_(self.norms[1](self.convs[1](x)))
+        for level, adapted in enumerate(shared.adapted):
+            x = F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
+            x += _of_entries(adapted, source_index)
+            x = F.relu_(self.norms[level + 2](self.convs[level + 2](x)))
         return self.predictor(x)[:, 0]
 
-    def _first_conv(self, projected_map: Tensor, attention: Tensor, source_index: Tensor) -> Tensor:
-        """The first convolution over [projected map, attention maps], its image half shared."""
+    def _image_half(self, projected_map: Tensor) -> Tensor:
         conv = self.convs[0]
         assert isinstance(conv, nn.Conv2d)
-        weight_image, weight_attention = conv.weight.split(
-            [self.embed_dim, attention.shape[1]], dim=1
-        )
-        from_image = F.conv2d(projected_map, weight_image, conv.bias, padding=1)
-        return F.conv2d(attention, weight_attention, padding=1) + from_image[source_index]
+        return F.conv2d(projected_map, self._first_weights()[0], conv.bias, padding=1)
+
+    def _first_weights(self) -> tuple[Tensor, Tensor]:
+        """The first convolution's weights for the projected map and for the attention maps."""
+        weight = self.convs[0].weight
+        assert isinstance(weight, Tensor)
+        of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
+        return of_image, of_attention
+
+
+def _of_entries(per_entry: Tensor, index: Tensor) -> Tensor:
+    """(E, ...) -> (K, ...), the entry of each query; a view, and no copies, where there is one."""
+    if per_entry.shape[0] == 1:
+        return per_entry.expand(len(index), *per_entry.shape[1:])
+    return per_entry[index]

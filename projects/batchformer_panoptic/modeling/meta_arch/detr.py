@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...batchformer import StreamState
 from ..build import (
@@ -22,7 +23,7 @@ from ..build import (
     build_semantic_head,
 )
 from ..criterion import SetCriterion, count_objects
-from ..inference import InferenceOptions, select_queries, to_result
+from ..inference import InferenceOptions, on_host, select_queries, to_result
 from ..losses import pixel_class_loss
 from ..matcher import HungarianMatcher, NonFiniteCostError
 from ..padding import BatchPadding
@@ -76,6 +77,8 @@ class PanopticDETR(nn.Module):
         semantic_weight: weight of each of its losses.
         deep_supervision: losses on all decoder layers instead of the last alone.
         freeze_detr: train the mask head alone.
+        recompute_masks: in training, run the mask head again in the backward pass instead of
+            keeping what it computed.
     """
 
     @configurable
@@ -97,6 +100,7 @@ class PanopticDETR(nn.Module):
         semantic_weight: float = 1.0,
         deep_supervision: bool = True,
         freeze_detr: bool = False,
+        recompute_masks: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -112,6 +116,7 @@ class PanopticDETR(nn.Module):
         self.inference_options = inference_options
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
+        self.recompute_masks = recompute_masks
         self.training_metrics: dict[str, Tensor] = {}
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -146,6 +151,7 @@ class PanopticDETR(nn.Module):
             "semantic_weight": cfg.MODEL.SEMANTIC_AUX.WEIGHT,
             "deep_supervision": cfg.MODEL.DETR.DEEP_SUPERVISION,
             "freeze_detr": cfg.MODEL.MASK_HEAD.FREEZE_DETR,
+            "recompute_masks": "mask_head" in cfg.MODEL.ACTIVATION_CHECKPOINTING,
         }
 
     @property
@@ -268,7 +274,11 @@ class PanopticDETR(nn.Module):
             )
         if self.mask_head is not None:
             last = matching.of_layer(-1)
-            masks = self.predict_masks(predictions, features, last.image, last.query)
+            inputs = (predictions, features, last.image, last.query)
+            if self.recompute_masks:
+                masks = checkpoint(self.predict_masks, *inputs, use_reentrant=False)
+            else:
+                masks = self.predict_masks(*inputs)
             losses.update(self.criterion.mask_losses(masks, targets, last, num_objects))
         self.training_metrics = self.criterion.metrics(predictions.logits, targets, matching)
         return {**streams.sum_losses(losses), **pixel_losses}
@@ -292,18 +302,22 @@ class PanopticDETR(nn.Module):
         features = self.backbone(images.tensor)
         predictions = self.predict(features, images.image_sizes, _spatial_size(images.tensor))
         decoded = self.scoring.decode(predictions.logits[-1].float())
-        chosen = select_queries(decoded, self.inference_options, self.mask_head is not None)
+        chosen, scores, labels = on_host(
+            select_queries(decoded, self.inference_options, self.mask_head is not None),
+            decoded.scores,
+            decoded.labels,
+        )
         masks = None
         if self.mask_head is not None:
-            image_index, query_index = chosen.any_use.nonzero(as_tuple=True)
-            masks = self.predict_masks(predictions, features, image_index, query_index)
+            wanted = chosen.any_use.nonzero().to(self.device, non_blocking=True)
+            masks = self.predict_masks(predictions, features, wanted[:, 0], wanted[:, 1])
         counts = chosen.any_use.sum(-1).tolist()
         per_image_masks = [None] * len(counts) if masks is None else masks.split(counts)
         return [
             to_result(
                 chosen.of_image(i),
-                decoded.scores[i],
-                decoded.labels[i],
+                scores[i],
+                labels[i],
                 predictions.boxes[-1, i],
                 per_image_masks[i],
                 padded_size=_spatial_size(images.tensor),

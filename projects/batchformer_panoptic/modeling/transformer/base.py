@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
+from ..insertion import build_hook
 from ..padding import BatchPadding
 
 TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
@@ -106,7 +107,11 @@ def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Transf
     if name not in TRANSFORMER_REGISTRY:
         known = sorted(key for key, _ in TRANSFORMER_REGISTRY)
         raise UserError(f"MODEL.DETR.TRANSFORMER_NAME is {name!r}; known: {', '.join(known)}")
-    return TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
+    transformer: Transformer = TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
+    for part in ("encoder", "decoder"):
+        for layer in getattr(transformer, part).layers:
+            layer.recompute = part in cfg.MODEL.ACTIVATION_CHECKPOINTING
+    return transformer
 
 
 def feature_shapes(
@@ -138,28 +143,11 @@ def mask_level(cfg: CfgNode, key: str, names: Sequence[str]) -> int:
 
 
 def build_batchformer_hook(cfg: CfgNode) -> IdentityHook | BatchFormerHook:
-    """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes for an encoder."""
-    node = cfg.MODEL.BATCHFORMER
-    if not node.ENABLED:
-        return IdentityHook()
-    check_insert_layers(node.INSERT_LAYERS, cfg.MODEL.DETR.ENC_LAYERS)
-    return BatchFormerHook(
-        cfg.MODEL.DETR.HIDDEN_DIM,
-        insert_layers=node.INSERT_LAYERS,
-        num_heads=node.NUM_HEADS,
-        dim_feedforward=node.DIM_FEEDFORWARD or None,
-        dropout=node.DROPOUT,
-        shared=node.SHARED,
-        mask_padding=node.MASK_PADDING,
+    """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes for the encoder of ``MODEL.DETR``."""
+    num_layers = cfg.MODEL.DETR.ENC_LAYERS
+    return build_hook(
+        cfg,
+        embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
+        num_layers=num_layers,
+        layers_are=f"MODEL.DETR.ENC_LAYERS is {num_layers}",
     )
-
-
-def check_insert_layers(insert_layers: Sequence[int], num_layers: int) -> None:
-    """Raise when a block would sit after an encoder layer that does not exist."""
-    layers = list(insert_layers)
-    in_range = all(0 <= layer < num_layers for layer in layers)
-    if not layers or not in_range or len(set(layers)) != len(layers):
-        raise UserError(
-            f"MODEL.BATCHFORMER.INSERT_LAYERS is {layers}; it must name distinct encoder layers "
-            f"from 0 to {num_layers - 1} (MODEL.DETR.ENC_LAYERS is {num_layers})"
-        )

@@ -4,13 +4,23 @@ Shapes: B' images times streams, N tokens of the encoder, Q queries, C channels.
 are those of facebookresearch/detr and Atten4Vis/ConditionalDETR.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class FeedForwardLayer(nn.Module):
-    """The feed-forward half that encoder and decoder layers share."""
+    """The feed-forward half that encoder and decoder layers share.
+
+    Attributes:
+        recompute: keep only the inputs for the backward pass, which then runs the layer a second
+            time, with the same dropout (activation checkpointing).
+    """
+
+    recompute = False
 
     def __init__(
         self, *, embed_dim: int, dim_feedforward: int, dropout: float, pre_norm: bool
@@ -20,6 +30,12 @@ class FeedForwardLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the layer, hooks included."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False)
+        return super().__call__(*inputs)
 
     def _feed_forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         inner = norm(x) if self.pre_norm else x

@@ -1,0 +1,164 @@
+"""Handwritten digits with few labels: a vision Transformer with and without BatchFormerV2.
+
+Every run is one of ``train_net.py`` with a config of ``configs/classification``; a round is a seed,
+which decides the training pictures, their order and the first weights, the same for both arms. Both
+take the same number of steps, and a step with the block takes longer, as the last column tells. The
+settings were chosen without the block.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "datasets"))
+import prepare_digits  # noqa: E402
+
+CONFIGS = ROOT / "configs" / "classification"
+ARMS = {"plain": "digits_vit.yaml", "block": "batchformer_digits_vit.yaml"}
+LABELS = (5, 10, 20)
+SEEDS = 10
+PACKAGES = ("torchvision", "timm", "scikit-learn")
+
+
+class Job(NamedTuple):
+    """One training run and its place."""
+
+    labels: int
+    seed: int
+    arm: str
+    folder: str
+    opts: tuple[str, ...]
+
+    @property
+    def data(self) -> Path:
+        """The data set of the run, which both arms share."""
+        return Path(self.folder) / f"digits_{self.labels}_{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(rounds=SEEDS)
+    parser.add_argument(
+        "--labels", type=int, nargs="+", default=list(LABELS), help="of each class, in training"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (%(default)s)"
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [
+            Job(labels, seed, arm, folder, tuple(args.opts))
+            for labels in args.labels
+            for seed in range(args.rounds)
+            for arm in ARMS
+        ]
+        for job in jobs:
+            prepare_digits.prepare(job.data, job.labels, job.seed, overwrite=False)
+        outcomes = in_parallel(jobs, args.jobs) if args.jobs > 1 else [train(job) for job in jobs]
+    rows: dict[int, dict[str, Any]] = {labels: {"labels": labels} for labels in args.labels}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        for what, value in outcome.items():
+            rows[job.labels].setdefault(f"{job.arm}_{what}", []).append(value)
+    return {
+        "rounds": args.rounds,
+        "options": list(args.opts),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "config": settings(args.opts),
+        "rows": list(rows.values()),
+    }
+
+
+def settings(opts: list[str]) -> dict[str, Any]:
+    """What the caption says of the training; the rest is in the config files."""
+    from batchformer_panoptic.engine import load_config
+
+    cfg = load_config(str(CONFIGS / ARMS["plain"]), opts)
+    return {"steps": cfg.SOLVER.MAX_ITER, "images": cfg.SOLVER.IMS_PER_BATCH}
+
+
+def in_parallel(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
+    """Outcomes in the order of the jobs; each worker has one thread."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        outcomes = []
+        for job, outcome in zip(jobs, pool.map(train, jobs), strict=True):
+            print(f"{job.labels} labels, seed {job.seed}, {job.arm}: {outcome['top1']:.2f} %")
+            outcomes.append(outcome)
+        return outcomes
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train and evaluate as ``train_net.py`` does, without its output."""
+    from batchformer_panoptic.engine import argument_parser
+    from batchformer_panoptic.engine import run as train_net
+
+    output = Path(job.folder) / f"{job.data.name}_{job.arm}"
+    # registered for the whole process, in which another experiment may have run before
+    names = [f"{Path(job.folder).name}_{job.data.name}_{split}" for split in ("train", "val")]
+    folders = [[name, str(job.data / name.rpartition("_")[2])] for name in names]
+    opts = ["DATASETS.CUSTOM_IMAGE_FOLDERS", str(folders), "DATASETS.TRAIN", str((names[0],))]
+    opts += ["DATASETS.TEST", str((names[1],)), "SEED", str(job.seed), "OUTPUT_DIR", str(output)]
+    argv = ["--config-file", str(CONFIGS / ARMS[job.arm]), *opts, "MODEL.DEVICE", "cpu", *job.opts]
+    start = time.perf_counter()
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train_net(argument_parser().parse_args(argv))
+    finally:
+        logging.disable(logging.NOTSET)
+    seconds = time.perf_counter() - start
+    (results,) = output.rglob("classification_results.json")
+    return {"top1": json.loads(results.read_text())["top1"], "seconds": seconds}
+
+
+def table(result: dict[str, Any]) -> str:
+    header = ["labels of each digit", "without", "with", "with - without", "better with", "time"]
+    rows = []
+    for row in result["rows"]:
+        differences = [b - a for a, b in zip(row["plain_top1"], row["block_top1"], strict=True)]
+        better = sum(difference > 0 for difference in differences)
+        block, plain = (statistics.mean(row[f"{arm}_seconds"]) for arm in ("block", "plain"))
+        rows.append(
+            [
+                row["labels"],
+                spread(row["plain_top1"]),
+                spread(row["block_top1"]),
+                spread(differences, "+"),
+                f"{better} of {len(differences)}",
+                f"{block / plain:.2f}",
+            ]
+        )
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and, of several values, their standard deviation."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def how_taken(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"{versions}; top-1 in percent on 899 pictures, mean ± standard deviation of "
+        f"{result['rounds']} seeds, {result['config']['steps']} steps of "
+        f"{result['config']['images']} pictures; time: of the whole run, with over without."
+    )

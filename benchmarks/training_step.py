@@ -1,0 +1,268 @@
+"""A panoptic training step against decoding the masks of all queries, and against transformers.
+
+DETR panoptic R50 in one stream, the same weights in all, dropout 0 so that losses and gradients can
+be compared; they are asserted equal in the same run. "All queries" is the published way: the mask
+head decodes every query, and of its masks the matched ones go into losses of plain autograd. In the
+public code every query also has copies of the maps of its image.
+Peak memory is that of a child process which makes one step: ru_maxrss with interpreter, libraries
+and weights, and the most bytes of tensors that the step had alive beside the weights.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from inference_ways import AllQueries, Naive, as_class
+from measure import in_turns, median_ratio, peak_bytes
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchformer_panoptic import PanopticDETR
+from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
+from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.memory import use_huge_pages
+from batchformer_panoptic.modeling.losses import mask_dice_loss, mask_focal_loss
+from batchformer_panoptic.modeling.targets import gather_masks, to_target
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from tiny_model import random_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "coco" / "panoptic" / "detr_R50_joint_300ep.yaml"
+NUM_CLASSES, OURS, PEER = 133, "this project", "transformers"
+ALL_QUERIES = {"all queries": AllQueries, "all queries, nothing shared among them": Naive}
+ARMS = (OURS, *ALL_QUERIES, PEER)
+# Largest relative difference of losses, and of a parameter's gradient to the largest in it.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
+# What MODEL.BACKBONE.FREEZE_AT 2 freezes, in the names of transformers.
+FROZEN_OF_PEER = ("embedder.", "stages.0.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(rounds=3)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
+    )
+    parser.add_argument("--images", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--objects", type=int, default=12, help="of an image; default: %(default)s")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--opts", nargs="+", default=[], help="config changes, KEY VALUE ...")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    use_huge_pages()
+    settings = {
+        "size": list(args.size),
+        "images": args.images,
+        "objects": args.objects,
+        "opts": args.opts,
+    }
+    batch = make_batch(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pth"
+        torch.save(make_model(settings).state_dict(), weights)
+        memory = {arm: memory_of_child(arm, weights, settings) for arm in args.arms}
+        steps = {arm: make_step(arm, weights, settings, batch) for arm in args.arms}
+        reference = losses_and_gradients(steps[OURS])
+        rows = [{"arm": arm, **memory[arm]} for arm in args.arms]
+        for row in rows:
+            if row["arm"] in ALL_QUERIES:
+                row.update(differences(losses_and_gradients(steps[row["arm"]]), reference))
+            if row["arm"] == PEER:
+                row["loss_difference"] = difference_of_totals(steps[PEER], reference)
+    times = in_turns(steps, args.rounds)
+    for row in rows:
+        row["seconds"] = statistics.median(times[row["arm"]])
+        row["times_as_long"] = median_ratio(times[row["arm"]], times[OURS])
+    return {**settings, "rounds": args.rounds, "rows": rows}
+
+
+def make_batch(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    sizes = [tuple(settings["size"])] * settings["images"]
+    return random_inputs(sizes, [settings["objects"]] * settings["images"])
+
+
+def make_cfg(settings: dict[str, Any]) -> CfgNode:
+    cfg = load_config(str(CONFIG), ["MODEL.DETR.DROPOUT", "0.0", *settings["opts"]])
+    cfg.MODEL.MASK_HEAD.STEP_MEMORY = 1 << 20  # MiB: all that is asked for, at once
+    cfg.MODEL.DETR.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(80))
+    return cfg
+
+
+def make_model(settings: dict[str, Any]) -> PanopticDETR:
+    torch.manual_seed(0)
+    model = build_model(make_cfg(settings))
+    assert isinstance(model, PanopticDETR)
+    return model.train()
+
+
+class Step:
+    """One forward and backward pass."""
+
+    def __init__(self, model: nn.Module, batch: list[dict[str, Any]]) -> None:
+        self.model = model
+        self.batch = batch
+
+    def losses(self) -> dict[str, Tensor]:
+        return self.model(self.batch)
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        torch.stack(list(self.losses().values())).sum().backward()
+
+
+class PeerStep(Step):
+    """The same of transformers' model, on the images and targets that ours makes of the batch."""
+
+    def __init__(self, model: nn.Module, ours: PanopticDETR, batch: list[dict[str, Any]]) -> None:
+        super().__init__(model, batch)
+        self.pixels = ours.preprocess(batch).tensor
+        targets = [to_target(inputs, self.pixels.device, True) for inputs in batch]
+        self.labels = []
+        for target in targets:
+            own = torch.arange(len(target))
+            masks = gather_masks([target], torch.zeros_like(own), own)
+            boxes = target.boxes_cxcywh
+            label = {"class_labels": target.labels, "boxes": boxes, "masks": masks.float()}
+            self.labels.append(label)
+
+    def losses(self) -> dict[str, Tensor]:
+        return {"loss": self.model(pixel_values=self.pixels, labels=self.labels).loss}
+
+
+def make_step(
+    arm: str, weights: Path, settings: dict[str, Any], batch: list[dict[str, Any]]
+) -> Step:
+    model = make_model(settings)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    if arm == PEER:
+        return PeerStep(peer_of(model, settings), model, batch)
+    if arm in ALL_QUERIES:
+        model = as_class(model, ALL_QUERIES[arm])
+        plain_mask_losses(model)
+    return Step(model, batch)
+
+
+def plain_mask_losses(model: PanopticDETR) -> None:
+    """Let the mask losses be those of plain autograd, all masks at once."""
+
+    def mask_losses(masks: Tensor, targets: Any, matching: Any, count: Tensor) -> dict[str, Tensor]:
+        wanted = gather_masks(targets, matching.image, matching.local_target)
+        large = F.interpolate(
+            masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False
+        )
+        flat = large.flatten(1), wanted.flatten(1).float()
+        each = {"mask": mask_focal_loss(*flat), "dice": mask_dice_loss(*flat)}
+        weights = model.criterion.weights
+        return {
+            f"loss_{name}": weights[name]
+            * masks.new_zeros(len(targets)).index_add(0, matching.image, value)
+            / count
+            for name, value in each.items()
+        }
+
+    model.criterion.mask_losses = mask_losses  # type: ignore[method-assign]
+
+
+def losses_and_gradients(step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    step.model.zero_grad(set_to_none=True)
+    losses = step.losses()
+    torch.stack(list(losses.values())).sum().backward()
+    named = step.model.named_parameters()
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    step.model.zero_grad(set_to_none=True)
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def differences(found: tuple[Any, Any], reference: tuple[Any, Any]) -> dict[str, float]:
+    """Largest relative differences of losses and gradients; small or an error."""
+    losses, gradients = (
+        max(relative_difference(a[name], b[name]) for name in b)
+        for a, b in zip(found, reference, strict=True)
+    )
+    assert found[1].keys() == reference[1].keys()
+    assert losses < LOSS_TOLERANCE, losses
+    assert gradients < GRADIENT_TOLERANCE, gradients
+    return {"loss_difference": losses, "gradient_difference": gradients}
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item()
+
+
+def difference_of_totals(step: Step, reference: tuple[Any, Any]) -> float:
+    with torch.no_grad():
+        total = torch.stack(list(step.losses().values())).sum()
+    difference = relative_difference(total, torch.stack(list(reference[0].values())).sum())
+    assert difference < LOSS_TOLERANCE, difference
+    return difference
+
+
+def memory_of_child(arm: str, weights: Path, settings: dict[str, Any]) -> dict[str, int]:
+    command = [sys.executable, __file__, arm, str(weights), json.dumps(settings)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(arm: str, weights: str, settings: str) -> int:
+    """Make one step; print the most bytes that were resident, and the most bytes of its tensors."""
+    use_huge_pages()
+    options = json.loads(settings)
+    step = make_step(arm, Path(weights), options, make_batch(options))
+    of_tensors = peak_bytes(step)
+    print(json.dumps({"process_bytes": peak_resident(), "tensor_bytes": of_tensors}))
+    return 0
+
+
+def peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peer_of(model: PanopticDETR, settings: dict[str, Any]) -> nn.Module:
+    """transformers' DetrForSegmentation with the weights of ours, the same parts frozen."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        to_huggingface(model.state_dict(), Path(folder), cfg=make_cfg(settings), classes=None)
+        peer: nn.Module = transformers.DetrForSegmentation.from_pretrained(
+            folder,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            auxiliary_loss=True,
+        )
+    for name, parameter in peer.named_parameters():
+        parameter.requires_grad_(not any(f".{part}" in name for part in FROZEN_OF_PEER))
+    return peer.train()
+
+
+def table(result: dict[str, Any]) -> str:
+    header = ["step", "time ÷ ours", "peak of the process (GB)", "of its tensors (GB)"]
+    header += ["largest difference: losses", "gradients"]
+    rows = []
+    for row in result["rows"]:
+        numbers = [f"{row['times_as_long']:.2f}"]
+        numbers += [f"{row[key] / 1e9:.2f}" for key in ("process_bytes", "tensor_bytes")]
+        numbers += [
+            f"{row[key]:.0e}" if key in row else ""
+            for key in ("loss_difference", "gradient_difference")
+        ]
+        rows.append([row["arm"], *numbers])
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    sys.exit(child(*sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""A training step in two streams against one in a single stream, for the four transformers.
+
+The joint configs of configs/coco with random weights; MODEL.BATCHFORMER.ENABLED is all that
+differs. Backbone and projection are seen to run once for both streams.
+"""
+
+import argparse
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from measure import in_turns, median_ratio
+from tabulate import tabulate
+from training_step import make_batch
+from transformers_cost import training_step
+
+from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.memory import use_huge_pages
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
+SYSTEMS = {
+    "DETR": "detr_R50_joint_300ep.yaml",
+    "Conditional-DETR": "conditional_R50_joint_50ep.yaml",
+    "SMCA": "smca_R50_joint_50ep.yaml",
+    "Deformable-DETR": "deformable_R50_joint_50ep.yaml",
+}
+TASKS = {"boxes": False, "panoptic": True}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(rounds=3)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
+    )
+    parser.add_argument("--images", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--objects", type=int, default=12, help="of an image; default: %(default)s")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--opts", nargs="+", default=[], help="config changes, KEY VALUE ...")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    use_huge_pages()
+    keys = ("size", "images", "objects", "opts")
+    settings = {key: getattr(args, key) for key in keys}
+    batch = make_batch(settings)
+    rows = []
+    for system in args.systems:
+        for task in args.tasks:
+            models = {
+                name: make_model(SYSTEMS[system], with_block, TASKS[task], args.opts)
+                for name, with_block in (("one", False), ("two", True))
+            }
+            assert backbone_entries(models["two"], batch) == [len(batch)]
+            steps = {n: partial(training_step, model, batch) for n, model in models.items()}
+            times = in_turns(steps, args.rounds)
+            ratio = median_ratio(times["two"], times["one"])
+            seconds = statistics.median(times["one"])
+            rows.append(
+                {"system": system, "task": task, "times_as_long": ratio, "one_seconds": seconds}
+            )
+    return {**settings, "rounds": args.rounds, "rows": rows}
+
+
+def make_model(config: str, with_block: bool, masks: bool, opts: list[str]) -> torch.nn.Module:
+    cfg = load_config(str(CONFIGS / config), opts)
+    cfg.MODEL.BATCHFORMER.ENABLED, cfg.MODEL.MASK_ON = with_block, masks
+    cfg.MODEL.DETR.NUM_CLASSES = 133
+    cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(80))
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def backbone_entries(model: torch.nn.Module, batch: list[dict[str, Any]]) -> list[int]:
+    """How many images each call of the backbone sees in a step."""
+    seen: list[int] = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    training_step(model, batch)
+    hook.remove()
+    return seen
+
+
+def table(result: dict[str, Any]) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    ratios = {(row["system"], row["task"]): row["times_as_long"] for row in result["rows"]}
+    rows = [
+        [system, *(f"{ratios[system, task]:.2f}" for task in tasks)]
+        for system in dict.fromkeys(row["system"] for row in result["rows"])
+    ]
+    header = ["two streams ÷ one", *tasks]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,121 @@
+"""Focal and Dice loss of masks at the size of their targets, a few masks at a time.
+
+At that size each of the dozen tensors that autograd would keep is as large as all target masks
+together. Here a step of a few masks gives losses and gradients at once, and nothing of full size
+outlives it: what is kept are two gradients of the size of the predictions.
+
+Shapes: K masks, (h, w) as predicted, (H, W) of the targets, k masks of a step, P = H * W.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Pixels of a step. On a CPU such tensors stay in its cache; elsewhere a step is worth a launch.
+_PIXELS_AT_ONCE = {"cpu": 1 << 20}
+_PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
+
+
+class _Losses(NamedTuple):
+    """Both losses of k masks (k,), and their gradients by the logits (k, P)."""
+
+    focal: Tensor
+    dice: Tensor
+    focal_gradient: Tensor | None
+    dice_gradient: Tensor | None
+
+
+def upsampled_mask_losses(
+    logits: Tensor,
+    size: tuple[int, int],
+    masks_of: Callable[[slice], Tensor],
+    *,
+    alpha: float = 0.25,
+) -> tuple[Tensor, Tensor]:
+    """``mask_focal_loss`` and ``mask_dice_loss`` of predictions resized to their targets.
+
+    The same values and gradients, up to rounding, with a fraction of the memory. Second derivatives
+    are not available.
+
+    Args:
+        logits: (K, h, w), brought to ``size`` bilinearly.
+        size: (H, W) of the targets.
+        masks_of: the targets (k, H, W) bool of a part of the K masks.
+        alpha: weight of the pixels inside in the focal loss.
+
+    Returns:
+        Focal and Dice losses, each (K,).
+    """
+    focal, dice = _UpsampledMaskLosses.apply(logits, size, masks_of, alpha)
+    return focal, dice
+
+
+class _UpsampledMaskLosses(torch.autograd.Function):
+    """Computes the gradients in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        size: tuple[int, int],
+        masks_of: Callable[[slice], Tensor],
+        alpha: float,
+    ) -> tuple[Tensor, Tensor]:
+        needs_gradient = ctx.needs_input_grad[0]
+        losses = logits.new_empty(2, len(logits))
+        gradients = logits.new_empty(2, *logits.shape) if needs_gradient else None
+        pixels = _PIXELS_AT_ONCE.get(logits.device.type, _PIXELS_AT_ONCE_ELSEWHERE)
+        step = max(1, pixels // (size[0] * size[1]))
+        for begin in range(0, len(logits), step):
+            part = slice(begin, begin + step)
+            leaf = logits[part, None].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
+                large = F.interpolate(leaf, size=size, mode="bilinear", align_corners=False)
+            found = _losses(large.detach().flatten(1), masks_of(part).flatten(1), alpha, gradients)
+            losses[0, part], losses[1, part] = found.focal, found.dice
+            if gradients is None:
+                continue
+            for index, gradient in enumerate((found.focal_gradient, found.dice_gradient)):
+                assert gradient is not None
+                keep = index == 0
+                (of_leaf,) = torch.autograd.grad(
+                    large, leaf, gradient.view_as(large), retain_graph=keep
+                )
+                gradients[index, part] = of_leaf[:, 0]
+        if gradients is not None:
+            ctx.save_for_backward(gradients)
+        return losses[0], losses[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        of_focal, of_dice = (x[:, None, None] for x in grad_outputs)
+        return gradients[0] * of_focal + gradients[1] * of_dice, None, None, None
+
+
+def _losses(logits: Tensor, masks: Tensor, alpha: float, with_gradients: object | None) -> _Losses:
+    """Losses of (k, P) logits against (k, P) bool masks."""
+    inside = logits.sigmoid()
+    outside = 1 - inside
+    wrong = torch.where(masks, outside, inside)
+    alphas = torch.where(masks, alpha, 1 - alpha).to(logits.dtype)
+    cross_entropy = F.softplus(torch.where(masks, -logits, logits))
+    weights = wrong.square().mul_(alphas)
+    focal = (weights * cross_entropy).mean(dim=1)
+    overlap = (inside * masks).sum(dim=1)
+    total = inside.sum(dim=1) + masks.sum(dim=1) + 1
+    dice = 1 - (2 * overlap + 1) / total
+    if with_gradients is None:
+        return _Losses(focal, dice, None, None)
+    # Of softplus(z) * sigmoid(z)^2 by z, where z is the logit of being wrong: minus the logit
+    # inside, the logit itself outside.
+    focal_gradient = cross_entropy.mul_(1 - wrong).mul_(2).add_(wrong).mul_(weights)
+    focal_gradient = torch.where(masks, -focal_gradient, focal_gradient).div_(logits.shape[1])
+    there = ((2 * overlap + 1) / total.square())[:, None]
+    dice_gradient = torch.where(masks, there - 2 / total[:, None], there)
+    return _Losses(focal, dice, focal_gradient, dice_gradient.mul_(inside).mul_(outside))

@@ -1,0 +1,238 @@
+"""The faster copy: equal up to rounding, the original untouched, refusals in one line."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from tiny_model import random_inputs, tiny_cfg, tiny_model, total
+from torch import nn
+
+from batchformer_panoptic import prepare_for_inference
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.modeling import fast_inference
+from batchformer_panoptic.modeling.backbone import TESTED_TIMM_MODELS
+from batchformer_panoptic.modeling.fast_inference import InBFloat16, model_for_evaluation
+from batchformer_panoptic.modeling.folding import fold_following_norms, fold_own_norms
+
+SIZES = [(48, 64), (64, 56), (48, 64)]
+TRANSFORMERS = ["detr", "conditional", "smca", "deformable"]
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    return [
+        n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)
+    ]
+
+
+def network(model, inputs):
+    """Logits, boxes and the masks of all queries of one batch."""
+    images = model.preprocess(inputs)
+    features = model.backbone(images.tensor)
+    predictions = model.predict(features, images.image_sizes, tuple(images.tensor.shape[-2:]))
+    everything = torch.ones(predictions.logits.shape[1:3]).nonzero()
+    masks = model.predict_masks(predictions, features, everything[:, 0], everything[:, 1])
+    return predictions.logits, predictions.boxes, masks
+
+
+def randomise(module: nn.Module) -> None:
+    """Norms that do something, trained or frozen."""
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith("running_var"):
+            value.data.uniform_(0.5, 2.0)
+        elif name.endswith("running_mean") or (name.endswith("bias") and value.dim() == 1):
+            value.data.normal_(std=0.2)
+        elif value.dim() == 1 and value.is_floating_point():
+            value.data.uniform_(0.5, 1.5)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_predictions_are_equal_up_to_rounding(name, norm):
+    model = tiny_model(MODEL__DETR__TRANSFORMER_NAME=name, MODEL__SMALL_RESNET__NORM=norm).eval()
+    randomise(model.backbone)
+    fast = prepare_for_inference(model)
+    assert batch_norms(model)
+    assert not batch_norms(fast)
+    inputs = random_inputs(SIZES[:2])
+    for ours, expected in zip(network(fast, inputs), network(model, inputs), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["strongest", "published", "mask2former"])
+def test_segments_and_instances_are_identical_in_double_precision(merge):
+    model = tiny_model(MODEL__PANOPTIC__MERGE_TEST=merge, MODEL__DETR__SCORING="focal").eval()
+    model.double()
+    inputs = random_inputs(SIZES)
+    for fast, expected in zip(prepare_for_inference(model)(inputs), model(inputs), strict=True):
+        assert torch.equal(fast["panoptic_seg"][0], expected["panoptic_seg"][0])
+        ours, others = fast["panoptic_seg"][1], expected["panoptic_seg"][1]
+        assert [(s["id"], s["category_id"], s["area"]) for s in ours] == [
+            (s["id"], s["category_id"], s["area"]) for s in others
+        ]
+        assert others or merge == "mask2former"
+        assert torch.equal(fast["instances"].pred_masks, expected["instances"].pred_masks)
+        assert torch.equal(fast["instances"].pred_classes, expected["instances"].pred_classes)
+
+
+def test_the_original_is_left_alone():
+    model = tiny_model(MODEL__BATCHFORMER__ENABLED=True).train()
+    before = copy.deepcopy(model.state_dict())
+    inputs = random_inputs(SIZES)
+    fast = prepare_for_inference(model)
+    assert not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    fast(inputs)
+    assert model.training
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    total(model(inputs)).backward()
+
+
+def test_maps_lie_channels_last():
+    fast = prepare_for_inference(tiny_model())
+    images = torch.randn(1, 3, 32, 32)
+    for name, features in fast.backbone(images).items():
+        assert features.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_the_switch_is_off_by_default_and_returns_the_model_itself():
+    model = tiny_model()
+    assert model_for_evaluation(tiny_cfg(), model) is model
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_switch(bfloat16):
+    cfg = tiny_cfg(TEST__FAST__ENABLED=True, TEST__FAST__BFLOAT16=bfloat16)
+    model = tiny_model()
+    fast = model_for_evaluation(cfg, model)
+    assert fast is not model
+    assert isinstance(fast, InBFloat16) == bfloat16
+
+
+@pytest.mark.parametrize("key", ["COMPILE", "BFLOAT16"])
+def test_parts_of_the_switch_without_the_switch_are_refused(key):
+    cfg = tiny_cfg(**{f"TEST__FAST__{key}": True})
+    with pytest.raises(UserError, match=rf"TEST\.FAST\.{key} is on.*ENABLED is not"):
+        model_for_evaluation(cfg, tiny_model())
+
+
+def test_a_compiler_that_does_not_work_is_explained_in_one_line(monkeypatch):
+    def no_compiler(function):
+        def call(*args):
+            raise RuntimeError("no C++ compiler was found\nand more")
+
+        return call
+
+    monkeypatch.setattr(fast_inference.torch, "compile", no_compiler)
+    with pytest.raises(UserError, match=r"TEST\.FAST\.COMPILE: .*no C\+\+ compiler") as info:
+        prepare_for_inference(tiny_model(), compile=True)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_backbone_predicts_the_same():
+    model = tiny_model().eval()
+    try:
+        fast = prepare_for_inference(model, compile=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    for size in SIZES[:2]:
+        inputs = random_inputs([size])
+        for ours, expected in zip(network(fast, inputs), network(model, inputs), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_and_returns_float32():
+    model = tiny_model(MODEL__DETR__SCORING="focal").eval()
+    inputs = random_inputs(SIZES[:1])
+    dtypes, maps = [], []
+    fast = prepare_for_inference(model, bfloat16=True)
+    fast.model.backbone.register_forward_hook(lambda *call: dtypes.append(call[-1]["res5"].dtype))
+    for one in (fast.model, model):
+        one.mask_head.attention.register_forward_hook(lambda *call: maps.append(call[-1].float()))
+    (ours,), (expected,) = fast(inputs), model(inputs)
+    assert dtypes == [torch.bfloat16]
+    torch.testing.assert_close(maps[0], maps[1], atol=0.02, rtol=0.1)
+    for one in (ours, expected):
+        assert one["instances"].scores.dtype == torch.float32
+        assert one["instances"].pred_boxes.tensor.dtype == torch.float32
+    scores = [one["instances"].scores.sort().values for one in (ours, expected)]
+    torch.testing.assert_close(*scores, atol=0.02, rtol=0.05)
+    assert not torch.equal(*scores)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "name", [name for name in TESTED_TIMM_MODELS if not name.startswith(("swin", "convnext"))]
+)
+@torch.no_grad()
+def test_norms_of_timm_models_fold(name, frozen):
+    pytest.importorskip("timm")
+    overrides = {
+        "MODEL__BACKBONE__NAME": "build_timm_backbone",
+        "MODEL__BACKBONE__FREEZE_AT": 0,
+        "MODEL__TIMM__NAME": name,
+        "MODEL__TIMM__FROZEN_BN": frozen,
+        "INPUT__FORMAT": "RGB",
+    }
+    levels = ["res3", "res4", "res5"] if name == "fastvit_t8" else ["res2", "res3", "res4", "res5"]
+    overrides["MODEL__TIMM__OUT_FEATURES"] = levels
+    overrides["MODEL__MASK_ON"] = False
+    model = tiny_model(**overrides).eval()
+    randomise(model.backbone)
+    fast = prepare_for_inference(model)
+    before, after = (
+        [m for m in one.backbone.modules() if hasattr(m, "running_mean")] for one in (model, fast)
+    )
+    # Convolutions that pad as TensorFlow does are a class of their own; norms of sums stay.
+    remaining = {"tf_efficientnet_lite0": 5, "fastvit_t8": 24}.get(name, 0)
+    assert len(after) == remaining
+    assert len(before) > remaining
+    images = torch.randn(1, 3, 64, 96)
+    for level, expected in model.backbone(images).items():
+        found = fast.backbone(images)[level]
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5 * scale)
+
+
+class Net(nn.Module):
+    """A convolution whose result is also read beside its norm, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm_one = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.two, self.norm_two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.three, self.norm_three = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.one(x)
+        x = x + self.norm_one(x)
+        x = self.norm_two(self.two(self.norm_two(self.two(x))))
+        return [self.norm_three(self.three(x)).relu()]
+
+
+@torch.no_grad()
+def test_only_norms_that_alone_read_a_convolution_are_folded():
+    net = Net().eval()
+    randomise(net)
+    example = torch.randn(2, 3, 9, 9)
+    (expected,) = net(example)
+    assert fold_following_norms(net, example) == 1
+    assert batch_norms(net) == ["norm_one", "norm_two"]
+    torch.testing.assert_close(net(example)[0], expected)
+    assert expected.abs().max() > 0
+
+
+def test_norms_in_training_mode_and_other_norms_stay():
+    net = nn.Sequential(
+        Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4)), Conv2d(4, 4, 3, norm=nn.GroupNorm(2, 4)).eval()
+    )
+    assert fold_own_norms(net) == 0
+    assert fold_own_norms(net.eval()) == 1
+    assert net[0].norm is None
+    assert isinstance(net[1].norm, nn.GroupNorm)
