@@ -270,10 +270,8 @@ def test_an_unknown_evaluator_type_lists_the_known(tmp_path, evaluator_type):
     if evaluator_type is not None:
         metadata.evaluator_type = evaluator_type
     try:
-        with pytest.raises(
-            UserError,
-            match=rf"odd_set .* {evaluator_type!r}; known are: classification, coco, coco_panoptic_seg",
-        ):
+        known = "classification, coco, coco_panoptic_seg"
+        with pytest.raises(UserError, match=rf"odd_set .* {evaluator_type!r}; known are: {known}"):
             build_evaluator(_config(True), "odd_set", str(tmp_path))
     finally:
         MetadataCatalog.pop("odd_set")
