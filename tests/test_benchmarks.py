@@ -26,6 +26,23 @@ def test_the_document_shows_the_results(run):
     assert run.rendered(text, results) == text
 
 
+def test_results_are_whole(run):
+    """Not those of a trial: several rounds, no changed options, every arm, and a table of each."""
+    results = run.read_results(run.RESULTS)
+    text = DOCUMENT.read_text()
+    for name, result in results.items():
+        assert result["rounds"] >= 3, name
+        assert not result.get("opts"), name
+        assert not result.get("options"), name
+        assert f"<!-- {name} -->\n<!-- end" not in text
+    arms = sys.modules["training_step"].ARMS
+    assert [row["arm"] for row in results["training"]["rows"]] == list(arms)
+    ways = sys.modules["inference"].NAMES
+    assert [row["way"] for row in results["inference"]["rows"]] == list(ways)
+    streams = sys.modules["two_streams"]
+    assert len(results["streams"]["rows"]) == len(streams.SYSTEMS) * len(streams.TASKS)
+
+
 def test_another_result_changes_the_document(run):
     results = run.read_results(run.RESULTS)
     results["transformers"]["rows"][0]["parameters"] = 123_450_000

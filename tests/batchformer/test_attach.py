@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -78,6 +78,20 @@ def test_streams_are_the_plain_model_and_the_block_written_out(layout):
     expected = plain.head(to_tokens(tail, layout).mean(1))
     torch.testing.assert_close(out["batchformer"], expected)
     assert not torch.allclose(out["original"], out["batchformer"])
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_what_follows_may_rely_on_the_order_in_memory(layout):
+    model = nn.Sequential(nn.Identity(), nn.Flatten(0))
+    attach(model, after=["0"], layout=layout, embed_dim=CHANNELS)
+    batch = torch.randn(SHAPES[layout])
+    seen = []
+    model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(batch)
+    assert seen[0].is_contiguous()
+    if layout == "BCHW":
+        model(batch.contiguous(memory_format=torch.channels_last))
+        assert seen[1].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -165,6 +179,26 @@ def test_context_of_a_module_named_twice_is_joined():
     assert handle._context["layers.3"].arguments == [("bias", 1, 1), ("x", 0, 0)]
 
 
+@pytest.mark.parametrize(
+    ("after", "later"),
+    [
+        ("layers.1.linear", ["layers.2", "layers.3"]),
+        ("layers.1", ["layers.2", "layers.3"]),
+        ("layers.3", []),
+    ],
+)
+def test_patterns_leave_out_what_runs_before(after, later):
+    context = {"layers.*": {"x": 0}}
+    if not later:
+        with pytest.raises(ValueError, match=r"no module after layers\.3"):
+            make(after=[after], context=context)
+        return
+    _, handle = make(after=[after], context=context)
+    assert list(handle._context) == later
+    with pytest.raises(ValueError, match=r"layers\.1 runs before"):
+        make(after=[after], context={"layers.1": {"x": 0}})
+
+
 def test_context_in_nested_arguments_and_by_position():
     class Sum(nn.Module):
         def forward(self, x: Tensor, *maps: Any, **named: Any) -> Tensor:
@@ -218,6 +252,26 @@ def test_tokens_may_come_first_in_a_tuple():
     tokens, rest = model(torch.randn(SHAPES["BNC"]))
     assert tokens.shape == (6, 5, CHANNELS)
     assert rest == "weights"
+
+
+class Named(NamedTuple):
+    tokens: Tensor
+    weights: Tensor
+
+
+def test_named_tuples_stay_what_they_are():
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Named:
+            return Named(x, x)
+
+    model = nn.Sequential(Layer())
+    handle = attach(model, after=["0"], layout="BNC", embed_dim=CHANNELS)
+    output = model(torch.randn(SHAPES["BNC"]))
+    assert isinstance(output, Named)
+    assert (len(output.tokens), len(output.weights)) == (6, 3)
+    first = handle.original(Named(output.tokens, output.tokens))
+    assert isinstance(first, Named)
+    assert torch.equal(first.weights, output.tokens[:3])
 
 
 def test_one_token_an_image_is_batchformer_v1():
@@ -328,6 +382,23 @@ def test_a_misread_batch_dimension_is_found_in_the_first_step():
     assert model(images).shape == (4, 6, CHANNELS)
     assert not model._forward_pre_hooks  # looked at once
     assert model(torch.randn(2, 3, 8, 8)).shape == (4, 4, CHANNELS)
+
+
+@pytest.mark.parametrize("kind", ["list", "nested"])
+def test_other_inputs_that_tell_the_number_of_images(kind):
+    class Stack(Patches):
+        def forward(self, images: Any) -> Tensor:
+            pixels = torch.stack(images) if kind == "list" else images.tensors
+            return super().forward(pixels)
+
+    class Nested(NamedTuple):
+        tensors: Tensor
+
+    images = torch.randn(3, 3, 8, 8)
+    model = Stack()
+    attach(model, after=["first"], layout="BNC", embed_dim=CHANNELS)
+    with pytest.raises(ValueError, match="for 3 images"):
+        model(list(images) if kind == "list" else Nested(images))
 
 
 def test_wrong_order_and_modules_that_do_not_run():

@@ -149,6 +149,23 @@ def test_compiled():
         attach(compiled, after=["layers.0"], layout="BNC", embed_dim=CHANNELS)
 
 
+def test_detached_after_it_was_compiled():
+    torch._dynamo.reset()
+    model, handle = make()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(4, 5, CHANNELS)
+    assert len(compiled(x)) == 8
+    handle.detach()
+    assert len(compiled(x)) == 4
+
+
+def test_a_model_that_was_compiled_in_place_is_refused():
+    model = TinyModel()
+    model.layers[1].compile(backend="eager")
+    with pytest.raises(TypeError, match=r"layers\.1 is compiled"):
+        attach(model, after=["layers.0"], layout="BNC", embed_dim=CHANNELS)
+
+
 def _train_in_a_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(

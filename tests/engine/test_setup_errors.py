@@ -56,6 +56,9 @@ def test_config_file(
         (["MODEL.BATCHFORMER.STREAM_WEIGHTS", "[1.0]"], "one weight per stream"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
+        (["SOLVER.GRADIENT_ACCUMULATION", "0"], "SOLVER.GRADIENT_ACCUMULATION"),
+        (["MODEL.ACTIVATION_CHECKPOINTING", "['encode']"], "MODEL.ACTIVATION_CHECKPOINTING names 'encode'"),
+        (["TEST.FAST.BFLOAT16", "True"], "TEST.FAST.BFLOAT16 is on, TEST.FAST.ENABLED is not"),
     ],
 )
 def test_options(capsys: pytest.CaptureFixture[str], opts: list[str], words: str) -> None:

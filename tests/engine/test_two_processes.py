@@ -67,6 +67,7 @@ def _thread_names() -> set[str]:
 def _reduce_a_gradient() -> None:
     model = DistributedDataParallel(nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
+    assert comm.all_gather(comm.get_rank()) == [0, 1]
     assert "pt_gloo_runloop" in _thread_names()
 
 

@@ -91,6 +91,16 @@ def test_the_original_is_left_alone():
     total(model(inputs)).backward()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_can_be_made_where_no_gradients_are_wanted(mode):
+    model = tiny_model().eval()
+    expected = batch_norms(prepare_for_inference(model))
+    with mode():
+        fast = prepare_for_inference(model)
+        fast(random_inputs(SIZES[:1], [1]))
+    assert batch_norms(fast) == expected
+
+
 def test_maps_lie_channels_last():
     fast = prepare_for_inference(tiny_model())
     images = torch.randn(1, 3, 32, 32)

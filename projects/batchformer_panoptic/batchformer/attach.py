@@ -103,6 +103,12 @@ def _check_model(model: nn.Module, name: str) -> None:
         raise TypeError(
             f"the model is wrapped in {type(model).__name__}: attach BatchFormerV2 first, then wrap"
         )
+    for part, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                f"{part or 'the model'} is compiled, and compiled code does not notice new hooks: "
+                "attach BatchFormerV2 first, then compile"
+            )
     for other, module in model.named_modules():
         if isinstance(module, AttachedBatchFormer):
             raise ValueError(
@@ -163,10 +169,9 @@ def _resolve(model: nn.Module, context: Context, *, first: str) -> dict[str, Any
 
 
 def _runs_before_the_streams(name: str, first: str) -> bool:
-    """Whether a module is the first insertion, or stands before it in the same list."""
-    parent, _, index = name.rpartition(".")
-    first_parent, _, first_index = first.rpartition(".")
-    if name == first:
-        return True
-    in_one_list = parent == first_parent and index.isdigit() and first_index.isdigit()
-    return in_one_list and int(index) < int(first_index)
+    """Whether a module is, holds, or in some list stands before the first insertion."""
+    parts, first_parts = name.split("."), first.split(".")
+    for one, other in zip(parts, first_parts, strict=False):
+        if one != other:
+            return one.isdigit() and other.isdigit() and int(one) < int(other)
+    return len(parts) <= len(first_parts)

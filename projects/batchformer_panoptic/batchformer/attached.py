@@ -3,6 +3,7 @@
 Shapes: B images; two streams of B entries each while training, the original stream first.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,8 @@ class AttachedBatchFormer(nn.Module):
             raise RuntimeError("BatchFormerV2 is not attached to this model any more")
         self._remove_hooks()
         delattr(model, self._name)
+        if "torch._dynamo" in sys.modules:  # compiled code does not notice that hooks are gone
+            torch.compiler.reset()
 
     def extra_repr(self) -> str:
         """Return where it acts, for ``print(model)``."""
@@ -191,7 +194,8 @@ class _Insertion:
         if isinstance(output, Tensor):
             return self.owner.insert(self.index, output)
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-            return type(output)([self.owner.insert(self.index, output[0]), *output[1:]])
+            tokens = self.owner.insert(self.index, output[0])
+            return _sequence_like(output, [tokens, *output[1:]])
         raise TypeError(
             f"{self.owner.after[self.index]} returns {type(output).__name__}: BatchFormerV2 needs "
             "a module that returns tokens, alone or as the first item of a tuple"
@@ -215,7 +219,13 @@ def _part(outputs: Any, streams: StreamState, index: int) -> Any:
     if isinstance(outputs, Tensor):
         return streams.split(outputs)[index] if outputs.dim() else outputs
     if isinstance(outputs, list | tuple):
-        return type(outputs)([_part(item, streams, index) for item in outputs])
+        return _sequence_like(outputs, [_part(item, streams, index) for item in outputs])
     if isinstance(outputs, Mapping):
         return {key: _part(value, streams, index) for key, value in outputs.items()}
     return outputs
+
+
+def _sequence_like(sequence: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    """A list, tuple or named tuple of other items."""
+    kind = type(sequence)
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)

@@ -21,11 +21,14 @@ class FirstPass:
         self.seen: list[int] | None = None
 
     def begin(self, inputs: Iterable[Any]) -> None:
-        """Note how many images the model is given, if it is given images (B, C, H, W)."""
+        """Note how many images the model is given, if it can be told.
+
+        It can where an argument is a tensor (B, C, H, W), a list with one item for each image, or
+        an object with such ``tensors`` (DETR's NestedTensor).
+        """
         self.seen = []
-        self.num_images = next(
-            (x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim() == 4), None
-        )
+        counts = (_count_images(value) for value in inputs)
+        self.num_images = next((count for count in counts if count is not None), None)
 
     def at_insertion(self, index: int, tokens: Tensor) -> None:
         """Check one insertion.
@@ -63,3 +66,10 @@ class FirstPass:
             f"after names {list(self.after)}, but what ran was {ran}: name modules that run once "
             "in each forward pass, in the order they run in"
         )
+
+
+def _count_images(value: Any) -> int | None:
+    value = getattr(value, "tensors", value)
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() == 4 else None
+    return len(value) if isinstance(value, list) and value else None

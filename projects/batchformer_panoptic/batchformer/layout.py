@@ -37,11 +37,16 @@ def to_tokens(batch: Tensor, layout: str) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, layout: str, like: Tensor) -> Tensor:
-    """(B', N, C) -> ``layout``, with the height and width of ``like``; undoes :func:`to_tokens`."""
+    """(B', N, C) -> ``layout``, with height, width and order in memory of ``like``.
+
+    Undoes :func:`to_tokens`. What follows may rely on the order (``view``).
+    """
     if layout == "NBC":
-        return tokens.transpose(0, 1)
-    if layout == "BHWC":
-        return tokens.unflatten(1, like.shape[1:3])
-    if layout == "BCHW":
-        return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
-    return tokens[:, 0] if layout == "BC" else tokens
+        batch = tokens.transpose(0, 1)
+    elif layout == "BHWC":
+        batch = tokens.unflatten(1, like.shape[1:3])
+    elif layout == "BCHW":
+        batch = tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    else:
+        batch = tokens[:, 0] if layout == "BC" else tokens
+    return batch.contiguous() if like.is_contiguous() else batch

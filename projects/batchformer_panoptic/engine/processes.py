@@ -43,6 +43,8 @@ def _run_and_leave(main: Callable[..., None], args: tuple[Any, ...]) -> None:
     # After an error the other processes may be inside a collective: then nobody waits here.
     if dist.is_initialized():
         comm.synchronize()
-        comm._LOCAL_PROCESS_GROUP = None  # a reference keeps the threads of its group alive
+        # References keep the threads of a group alive.
+        comm._LOCAL_PROCESS_GROUP = None
+        comm._get_global_gloo_group.cache_clear()
         gc.collect()  # so does a DistributedDataParallel in a cycle
         dist.destroy_process_group()

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a user's mistake in whichever process it showed, in one line.
     """
+    use_huge_pages()
     try:
         _check_processes(args)
         several_machines = args.num_machines > 1
@@ -67,7 +68,6 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     """
     try:
         _share_cores(args.num_gpus)
-        use_huge_pages()
         cfg = setup_cfg(args)
         if args.eval_only:
             PanopticTrainer.evaluate_weights(cfg, resume=args.resume)

@@ -20,6 +20,7 @@ from ..batchformer.streams import TWO_STREAMS
 from ..config import add_batchformer_panoptic_config
 from ..data import setup_datasets
 from ..errors import UserError
+from ..modeling.fast_inference import check_fast
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
     split = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[split]:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
+    check_fast(cfg)
     if len(cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS) != TWO_STREAMS.num_streams:
         raise UserError(
             "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "

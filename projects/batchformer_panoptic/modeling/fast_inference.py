@@ -19,17 +19,26 @@ def model_for_evaluation(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The model itself, or with ``TEST.FAST.ENABLED`` the copy that runs faster.
 
     Raises:
-        UserError: settings that have no meaning, or no compiler.
+        UserError: see :func:`check_fast`.
     """
+    check_fast(cfg)
     node = cfg.TEST.FAST
-    if node.ENABLED:
-        return prepare_for_inference(model, compile=node.COMPILE, bfloat16=node.BFLOAT16)
+    if not node.ENABLED:
+        return model
+    return prepare_for_inference(model, compile=node.COMPILE, bfloat16=node.BFLOAT16)
+
+
+def check_fast(cfg: CfgNode) -> None:
+    """Raise UserError for settings of ``TEST.FAST`` without a meaning, or without a compiler."""
+    node = cfg.TEST.FAST
     for key in ("COMPILE", "BFLOAT16"):
-        if node[key]:
+        if node[key] and not node.ENABLED:
             raise UserError(f"TEST.FAST.{key} is on, TEST.FAST.ENABLED is not: set it to True")
-    return model
+    if node.COMPILE:
+        _check_compiler(torch.device(cfg.MODEL.DEVICE))
 
 
+@torch.inference_mode(False)  # whoever calls: folding reads the graph that autograd records
 def prepare_for_inference(
     model: nn.Module, *, compile: bool = False, bfloat16: bool = False
 ) -> nn.Module:
@@ -41,8 +50,8 @@ def prepare_for_inference(
 
     Args:
         model: a `PanopticDETR` or another model of this package; left as it is.
-        compile: compile the backbone with ``torch.compile``; every new image size costs a
-            compilation, until sizes are left open.
+        compile: compile the backbone (a model without one: all of it) with ``torch.compile``; every
+            new image size costs a compilation, until sizes are left open.
         bfloat16: convolutions, matrix products and attention in bfloat16. Scores, boxes, the
             softmax of the mask head and all that follows the network stay float32.
 

@@ -182,7 +182,8 @@ class MaskHead(nn.Module):
             2 * channels * image_map.shape[-2] * image_map.shape[-1]
             for channels, image_map in zip(self._level_channels, shared.adapted, strict=True)
         )
-        return max(1, self.max_step_bytes // (values * shared.first.element_size()))
+        # Under autocast group norms give float32, whatever goes in.
+        return max(1, self.max_step_bytes // (values * max(4, shared.first.element_size())))
 
     def _decode(self, shared: _Shared, attention: Tensor, source_index: Tensor) -> Tensor:
         """(K, H_3, W_3) masks of (K, heads, H_0, W_0) attention maps on the (K,) images."""
