@@ -57,7 +57,10 @@ def test_config_file(
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
         (["SOLVER.GRADIENT_ACCUMULATION", "0"], "SOLVER.GRADIENT_ACCUMULATION"),
-        (["MODEL.ACTIVATION_CHECKPOINTING", "['encode']"], "MODEL.ACTIVATION_CHECKPOINTING names 'encode'"),
+        (
+            ["MODEL.ACTIVATION_CHECKPOINTING", "['encode']"],
+            "MODEL.ACTIVATION_CHECKPOINTING names 'encode'",
+        ),
         (["TEST.FAST.BFLOAT16", "True"], "TEST.FAST.BFLOAT16 is on, TEST.FAST.ENABLED is not"),
     ],
 )
