@@ -50,7 +50,7 @@ class AttachedBatchFormer(nn.Module):
         self._name = name
         self._insertions = [_Insertion(self, index) for index in range(len(after))]
         self._context = {
-            name: ContextHook(name, model.get_submodule(name), dims, TWO_STREAMS.num_streams)
+            name: ContextHook(name, model.get_submodule(name), dims, TWO_STREAMS)
             for name, dims in context.items()
         }
         self._first_pass: FirstPass | None = FirstPass(self.after, layout)

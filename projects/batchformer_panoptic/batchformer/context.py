@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from .streams import StreamState
 
 
 class ContextHook:
@@ -18,14 +19,18 @@ class ContextHook:
         name: of the module, for messages.
         module: what the hook will be registered on (``with_kwargs=True``).
         batch_dims: argument name, or position from 0 -> its batch dimension.
-        copies: how many times an image is there.
+        streams: what the tokens carry by then.
 
     Raises:
         ValueError: the module takes no such argument.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, batch_dims: Mapping[str | int, int], copies: int
+        self,
+        name: str,
+        module: nn.Module,
+        batch_dims: Mapping[str | int, int],
+        streams: StreamState,
     ) -> None:
         positions = _positions(module)
         self.arguments: list[tuple[str | None, int | None, int]] = []
@@ -37,7 +42,7 @@ class ContextHook:
                 known = ", ".join(positions)
                 raise ValueError(f"context: {name} has no argument {argument!r}; it has: {known}")
             self.arguments.append((argument, positions[argument], dim))
-        self.copies = copies
+        self.streams = streams
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -53,7 +58,7 @@ class ContextHook:
 
     def _copy(self, value: Any, dim: int) -> Any:
         if isinstance(value, Tensor):
-            return torch.cat([value] * self.copies, dim=dim)
+            return self.streams.expand(value, dim)
         if isinstance(value, list):
             return [self._copy(item, dim) for item in value]
         if isinstance(value, tuple):

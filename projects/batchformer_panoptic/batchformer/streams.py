@@ -29,11 +29,16 @@ class StreamState:
         """Number of streams S."""
         return len(self.names)
 
-    def expand(self, per_image: Tensor) -> Tensor:
-        """(B, ...) -> (S * B, ...): one copy for each stream; the tensor itself when S is 1."""
+    def expand(self, per_image: Tensor, dim: int = 0) -> Tensor:
+        """(B, ...) -> (S * B, ...): one copy for each stream; the tensor itself when S is 1.
+
+        Args:
+            per_image: any tensor.
+            dim: which of its dimensions is the batch.
+        """
         if self.num_streams == 1:
             return per_image
-        return per_image.repeat(self.num_streams, *[1] * (per_image.dim() - 1))
+        return torch.cat([per_image] * self.num_streams, dim=dim)
 
     def expand_list(self, per_image: Sequence[T]) -> list[T]:
         """B items -> S * B items in the order of :meth:`expand`; the items are shared."""
