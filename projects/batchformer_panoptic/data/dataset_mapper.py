@@ -56,10 +56,7 @@ class PanopticDatasetMapper:
         Raises:
             UserError: another image format.
         """
-        if image_format not in IMAGE_FORMATS:
-            raise UserError(
-                f"INPUT.FORMAT is {image_format!r}: choose one of {', '.join(IMAGE_FORMATS)}"
-            )
+        check_image_format(image_format)
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
@@ -132,6 +129,14 @@ def _panoptic_targets(
     numbers = transform_numbers(numbers, transforms)
     instances, segment_map = panoptic_instances(numbers, segments_info)
     return {"instances": instances, "segment_map": segment_map}
+
+
+def check_image_format(image_format: str) -> None:
+    """Raise UserError unless INPUT.FORMAT is one of ``IMAGE_FORMATS``."""
+    if image_format not in IMAGE_FORMATS:
+        raise UserError(
+            f"INPUT.FORMAT is {image_format!r}: choose one of {', '.join(IMAGE_FORMATS)}"
+        )
 
 
 def read_image_file(path: str, image_format: str, role: str) -> npt.NDArray[np.uint8]:

@@ -7,8 +7,7 @@ from detectron2.config import CfgNode, configurable
 from PIL import Image
 from torch import Tensor
 
-from ...errors import UserError
-from ..dataset_mapper import IMAGE_FORMATS, read_image_file
+from ..dataset_mapper import check_image_format, read_image_file
 from .augmentation import PixelErasing, build_image_transform
 
 
@@ -42,10 +41,7 @@ class ClassificationMapper:
         Raises:
             UserError: another image format.
         """
-        if image_format not in IMAGE_FORMATS:
-            raise UserError(
-                f"INPUT.FORMAT is {image_format!r}: choose one of {', '.join(IMAGE_FORMATS)}"
-            )
+        check_image_format(image_format)
         self.transform = transform
         self.erasing = erasing
         self.image_format = image_format
