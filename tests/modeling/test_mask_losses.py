@@ -38,6 +38,18 @@ def test_values_and_gradients_are_those_of_all_masks_at_once(monkeypatch, number
     assert number == 0 or gradients[0][0].abs().max() > 1e-4
 
 
+def test_autocast_takes_no_digits_from_gradients():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 6, requires_grad=True)
+    masks = torch.rand(3, *SIZE) < 0.4
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            focal, dice = upsampled_mask_losses(logits, SIZE, lambda part: masks[part])
+        gradients += torch.autograd.grad((focal + dice).sum(), logits)
+    assert torch.equal(*gradients)
+
+
 def test_certain_predictions_have_finite_losses_and_gradients():
     logits = torch.tensor([[[200.0, -200.0], [40.0, -40.0]]]).requires_grad_()
     for inside in (True, False):

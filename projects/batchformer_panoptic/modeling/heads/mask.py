@@ -7,14 +7,18 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...layers import conv_upsampled
 from ..transformer import TransformerOutput
+
+# Values of the largest map of the queries that a CPU decodes at a time. What its caches do not hold
+# costs more for each query, and tensors above 32 MiB are taken from the system anew each time.
+_CACHED_VALUES = 1 << 20
 
 
 class AttentionMap(nn.Module):
@@ -61,26 +65,16 @@ class AttentionMap(nn.Module):
         return weights.view(-1, self.num_heads, height, width).to(scores.dtype)
 
 
-class _Shared(NamedTuple):
-    """What depends on the image alone; B images.
-
-    Attributes:
-        first: (B, C_0, H_0, W_0), the image half of the first convolution.
-        adapted: (B, C_i, H_i, W_i) of each backbone map.
-    """
-
-    first: Tensor
-    adapted: tuple[Tensor, ...]
-
-
 class MaskHead(nn.Module):
     """Masks of chosen queries at the resolution of the finest backbone map.
 
     DETR, section 4.4 (``MaskHeadSmallConv``): projected map and attention maps are mixed by
     convolutions and brought up through three backbone maps. Queries do not see each other, so
-    masks of a subset are the masks of all, restricted. What depends on the image alone (the image
-    half of the first convolution, the adapters) is computed once for each image of a stream, and
-    the backbone maps once for both streams.
+    masks of a subset are the masks of all, restricted. Four of the five convolutions read a sum or
+    a concatenation of what depends on the query and what depends on the image alone (projected map,
+    adapted backbone maps). Convolutions are linear: the image's part of their results is computed
+    once for each image, for all its queries and both streams, and the query's part of an enlarged
+    map from the small one (:func:`conv_upsampled`).
 
     Group norm uses 8 groups as published wherever 8 divides the channels, else their greatest
     common divisor, so that any width is possible.
@@ -120,7 +114,6 @@ class MaskHead(nn.Module):
         widths = [first, first, *channels]
         self.embed_dim = embed_dim
         self.max_step_bytes = max_step_bytes
-        self._level_channels = [n_in + n_out for n_in, n_out in pairwise(widths[2:])]
         self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
         self.convs = nn.ModuleList(
             nn.Conv2d(n_in, n_out, kernel_size=3, padding=1) for n_in, n_out in pairwise(widths)
@@ -159,53 +152,56 @@ class MaskHead(nn.Module):
             queries, output.memory_map, streams.expand(output.padding_mask), image_index
         )
         source_index = streams.image_of(image_index, output.projected_map.shape[0])
-        adapted = tuple(
-            adapter(backbone_map)
-            for adapter, backbone_map in zip(self.adapters, backbone_maps, strict=True)
-        )
-        shared = _Shared(self._image_half(output.projected_map), adapted)
-        step = self.queries_per_step(shared)
-        if len(queries) <= step:
-            return self._decode(shared, attention, source_index)
-        decode = partial(self._decode, shared)
-        if torch.is_grad_enabled():
+        of_image = self._image_parts(output.projected_map, backbone_maps)
+        step = self.queries_per_step(of_image)
+        decode = partial(self._decode, of_image)
+        if len(queries) > step and torch.is_grad_enabled():
             # What a step computed is not kept but computed once more in the backward pass.
             decode = partial(checkpoint, decode, use_reentrant=False)
+        if attention.device.type == "cpu":
+            step = min(step, max(1, _CACHED_VALUES // of_image[-1][0].numel()))
+        if len(queries) <= step:
+            return decode(attention, source_index)
         parts = zip(attention.split(step), source_index.split(step), strict=True)
         return torch.cat([decode(*part) for part in parts])
 
-    def queries_per_step(self, shared: _Shared) -> int:
+    def queries_per_step(self, of_image: Sequence[Tensor]) -> int:
         """How many queries the bound on memory allows at a time; at least one."""
-        # Of a level are there at once: its input, that of the convolution, and the results of
-        # convolution and norm.
-        values = sum(
-            2 * channels * image_map.shape[-2] * image_map.shape[-1]
-            for channels, image_map in zip(self._level_channels, shared.adapted, strict=True)
-        )
+        # Convolution, norm and one more (a sum, a gradient) of each enlarged level.
+        values = 3 * sum(part[0].numel() for part in of_image[1:])
         # Under autocast group norms give float32, whatever goes in.
-        return max(1, self.max_step_bytes // (values * max(4, shared.first.element_size())))
+        return max(1, self.max_step_bytes // (values * max(4, of_image[0].element_size())))
 
-    def _decode(self, shared: _Shared, attention: Tensor, source_index: Tensor) -> Tensor:
-        """(K, H_3, W_3) masks of (K, heads, H_0, W_0) attention maps on the (K,) images."""
+    def _decode(
+        self, of_image: Sequence[Tensor], attention: Tensor, source_index: Tensor
+    ) -> Tensor:
+        """(K, H_3, W_3) masks of (K, heads, H_0, W_0) attention maps on the (K,) images.
+
+        ``of_image`` are the image's parts of the first and of the last three convolutions.
+        """
         x = F.conv2d(attention, self._first_weights()[1], padding=1)
-        x += _of_entries(shared.first, source_index)
-        x = F.relu_(self.norms[0](x))
+        x = F.relu_(self.norms[0](x.add_(_of_entries(of_image[0], source_index))))
         x = F.relu_(self.norms[1](self.convs[1](x)))
-        for level, adapted in enumerate(shared.adapted):
-            x = F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
-            x += _of_entries(adapted, source_index)
-            x = F.relu_(self.norms[level + 2](self.convs[level + 2](x)))
+        for conv, norm, part in zip(self.convs[2:], self.norms[2:], of_image[1:], strict=True):
+            x = conv_upsampled(x, conv.get_parameter("weight"), (part.shape[-2], part.shape[-1]))
+            x = F.relu_(norm(x.add_(_of_entries(part, source_index))))
         return self.predictor(x)[:, 0]
 
-    def _image_half(self, projected_map: Tensor) -> Tensor:
-        conv = self.convs[0]
-        assert isinstance(conv, nn.Conv2d)
-        return F.conv2d(projected_map, self._first_weights()[0], conv.bias, padding=1)
+    def _image_parts(
+        self, projected_map: Tensor, backbone_maps: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Of the first and of the last three convolutions: (B, C_i, H_i, W_i) each, with bias."""
+        weight, bias = self._first_weights()[0], self.convs[0].get_parameter("bias")
+        parts = [F.conv2d(projected_map, weight, bias, padding=1)]
+        for conv, adapter, backbone_map in zip(
+            self.convs[2:], self.adapters, backbone_maps, strict=True
+        ):
+            parts.append(conv(adapter(backbone_map)))
+        return tuple(parts)
 
     def _first_weights(self) -> tuple[Tensor, Tensor]:
         """The first convolution's weights for the projected map and for the attention maps."""
-        weight = self.convs[0].weight
-        assert isinstance(weight, Tensor)
+        weight = self.convs[0].get_parameter("weight")
         of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
         return of_image, of_attention
 
@@ -214,4 +210,4 @@ def _of_entries(per_entry: Tensor, index: Tensor) -> Tensor:
     """(E, ...) -> (K, ...), the entry of each query; a view, and no copies, where there is one."""
     if per_entry.shape[0] == 1:
         return per_entry.expand(len(index), *per_entry.shape[1:])
-    return per_entry[index]
+    return per_entry.index_select(0, index)
