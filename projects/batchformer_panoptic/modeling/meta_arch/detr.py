@@ -26,6 +26,7 @@ from ..criterion import SetCriterion, count_objects
 from ..inference import InferenceOptions, on_host, select_queries, to_result
 from ..losses import pixel_class_loss
 from ..matcher import HungarianMatcher, NonFiniteCostError
+from ..memory_format import convolution_format, in_format
 from ..padding import BatchPadding
 from ..scoring import Scoring
 from ..targets import ImageTarget, class_maps, of_one_class, to_target
@@ -117,6 +118,7 @@ class PanopticDETR(nn.Module):
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
         self.recompute_masks = recompute_masks
+        self.cpu_format = convolution_format(backbone)
         self.training_metrics: dict[str, Tensor] = {}
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -196,15 +198,16 @@ class PanopticDETR(nn.Module):
             ) from error
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Move images to the device, normalise and pad them to one size."""
+        """Move images to the device, normalise and pad them to one size.
+
+        On a CPU they lie channels last if the backbone allows it; its maps keep that order.
+        """
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         batch = ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
             self.backbone.size_divisibility,
         )
-        if self.device.type == "cpu":
-            # Its convolutions are faster so, and their results keep the order.
-            batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+        batch.tensor = in_format(batch.tensor, self.cpu_format)
         return batch
 
     def predict(
