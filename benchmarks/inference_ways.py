@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import ImageList
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +59,12 @@ class AllQueries(PanopticDETR):
 
 
 class Naive(AllQueries):
-    """As the public code goes about it: every query has copies of the maps of its image."""
+    """As the public code goes about it: maps in default layout, copied for every query."""
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        images = super().preprocess(batched_inputs)
+        images.tensor = images.tensor.contiguous()
+        return images
 
     def decode(
         self,

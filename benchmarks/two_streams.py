@@ -18,7 +18,7 @@ from training_step import make_batch
 from transformers_cost import training_step
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.memory import use_huge_pages
+from batchformer_panoptic.engine.memory import tune_allocation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
 SYSTEMS = {
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    use_huge_pages()
+    tune_allocation()
     keys = ("size", "images", "objects", "opts")
     settings = {key: getattr(args, key) for key in keys}
     batch = make_batch(settings)

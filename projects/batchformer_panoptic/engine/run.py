@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
-from .memory import use_huge_pages
+from .memory import tune_allocation
 from .processes import launch_processes
 from .setup import setup_cfg
 from .trainer import PanopticTrainer
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a user's mistake in whichever process it showed, in one line.
     """
-    use_huge_pages()
+    tune_allocation()
     try:
         _check_processes(args)
         several_machines = args.num_machines > 1
