@@ -21,8 +21,8 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
     # Takes the place of MODEL.WEIGHTS; evaluation and resuming do not read it.
     cfg.MODEL.INIT_FROM = ""
     # Parts that keep their inputs alone for the backward pass and run a second time in it: less
-    # memory, more time, same losses and gradients. Of "encoder", "decoder" (each layer for itself)
-    # and "mask_head".
+    # memory, more time, same losses and gradients. Of "backbone" (each block of a ResNet for
+    # itself), "encoder", "decoder" (each layer for itself) and "mask_head".
     cfg.MODEL.ACTIVATION_CHECKPOINTING = []
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -24,7 +24,7 @@ from ..modeling.fast_inference import check_fast
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTED_PARTS = ("encoder", "decoder", "mask_head")
+_CHECKPOINTED_PARTS = ("backbone", "encoder", "decoder", "mask_head")
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

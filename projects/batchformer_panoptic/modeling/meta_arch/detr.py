@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...batchformer import StreamState
+from ..backbone import recompute_stages
 from ..build import (
     build_box_head,
     build_criterion,
@@ -133,6 +134,8 @@ class PanopticDETR(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the parts that the config names."""
         backbone = build_backbone(cfg)
+        if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
+            recompute_stages(backbone)
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         return {

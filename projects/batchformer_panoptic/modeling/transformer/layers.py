@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...layers import TokenLinear
+
 
 class FeedForwardLayer(nn.Module):
     """The feed-forward half that encoder and decoder layers share.
@@ -26,8 +28,8 @@ class FeedForwardLayer(nn.Module):
         self, *, embed_dim: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(embed_dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, embed_dim)
+        self.linear1 = TokenLinear(embed_dim, dim_feedforward)
+        self.linear2 = TokenLinear(dim_feedforward, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
 
@@ -156,7 +158,7 @@ class ConditionalAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = TokenLinear(embed_dim, embed_dim)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B', N, C) -> (B', heads, N, C / heads)."""
@@ -196,17 +198,17 @@ class ConditionalDecoderLayer(FeedForwardLayer):
         super().__init__(
             embed_dim=embed_dim, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=False
         )
-        self.sa_qcontent_proj = nn.Linear(embed_dim, embed_dim)
-        self.sa_qpos_proj = nn.Linear(embed_dim, embed_dim)
-        self.sa_kcontent_proj = nn.Linear(embed_dim, embed_dim)
-        self.sa_kpos_proj = nn.Linear(embed_dim, embed_dim)
-        self.sa_v_proj = nn.Linear(embed_dim, embed_dim)
-        self.ca_qcontent_proj = nn.Linear(embed_dim, embed_dim)
-        self.ca_qpos_proj = nn.Linear(embed_dim, embed_dim) if is_first else None
-        self.ca_kcontent_proj = nn.Linear(embed_dim, embed_dim)
-        self.ca_kpos_proj = nn.Linear(embed_dim, embed_dim)
-        self.ca_v_proj = nn.Linear(embed_dim, embed_dim)
-        self.ca_qpos_sine_proj = nn.Linear(embed_dim, embed_dim)
+        self.sa_qcontent_proj = TokenLinear(embed_dim, embed_dim)
+        self.sa_qpos_proj = TokenLinear(embed_dim, embed_dim)
+        self.sa_kcontent_proj = TokenLinear(embed_dim, embed_dim)
+        self.sa_kpos_proj = TokenLinear(embed_dim, embed_dim)
+        self.sa_v_proj = TokenLinear(embed_dim, embed_dim)
+        self.ca_qcontent_proj = TokenLinear(embed_dim, embed_dim)
+        self.ca_qpos_proj = TokenLinear(embed_dim, embed_dim) if is_first else None
+        self.ca_kcontent_proj = TokenLinear(embed_dim, embed_dim)
+        self.ca_kpos_proj = TokenLinear(embed_dim, embed_dim)
+        self.ca_v_proj = TokenLinear(embed_dim, embed_dim)
+        self.ca_qpos_sine_proj = TokenLinear(embed_dim, embed_dim)
         attention = {"embed_dim": embed_dim, "num_heads": num_heads}
         self.self_attn = ConditionalAttention(**attention, dropout=dropout)
         self.cross_attn = ConditionalAttention(**attention, dropout=dropout)
