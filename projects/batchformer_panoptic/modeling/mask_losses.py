@@ -110,23 +110,28 @@ def _shares(like: Tensor, small: int, large: int) -> Tensor:
 
 
 def _losses(logits: Tensor, masks: Tensor, alpha: float, with_gradients: object | None) -> _Losses:
-    """Losses of (k, P) logits against (k, P) bool masks."""
-    inside = logits.sigmoid()
-    outside = 1 - inside
-    wrong = torch.where(masks, outside, inside)
-    alphas = torch.where(masks, alpha, 1 - alpha).to(logits.dtype)
-    cross_entropy = F.softplus(torch.where(masks, -logits, logits))
-    weights = wrong.square().mul_(alphas)
+    """Losses of (k, P) logits against (k, P) bool masks.
+
+    With w, the probability of being wrong at a pixel, both need no case for inside and outside,
+    which would cost more than all else: probabilities add up to those of being wrong, plus twice
+    the overlap, minus the area.
+    """
+    wanted = masks.to(logits.dtype)
+    sign = 1 - 2 * wanted
+    wrong_logits = sign * logits
+    wrong = wrong_logits.sigmoid()
+    right = 1 - wrong
+    cross_entropy = F.softplus(wrong_logits)
+    weights = wrong.square().mul_(wanted.mul(2 * alpha - 1).add_(1 - alpha))
     focal = (weights * cross_entropy).mean(dim=1)
-    overlap = (inside * masks).sum(dim=1)
-    total = inside.sum(dim=1) + masks.sum(dim=1) + 1
+    overlap = (right * wanted).sum(dim=1)
+    total = wrong.sum(dim=1) + 2 * overlap + 1
     dice = 1 - (2 * overlap + 1) / total
     if with_gradients is None:
         return _Losses(focal, dice, None, None)
-    # Of softplus(z) * sigmoid(z)^2 by z, where z is the logit of being wrong: minus the logit
-    # inside, the logit itself outside.
-    focal_gradient = cross_entropy.mul_(1 - wrong).mul_(2).add_(wrong).mul_(weights)
-    focal_gradient = torch.where(masks, -focal_gradient, focal_gradient).div_(logits.shape[1])
+    # By the logit of being wrong, softplus(z) has the derivative w, and w has w (1 - w).
+    focal_gradient = cross_entropy.mul_(right).mul_(2).add_(wrong).mul_(weights)
+    focal_gradient = focal_gradient.mul_(sign).div_(logits.shape[1])
     there = ((2 * overlap + 1) / total.square())[:, None]
-    dice_gradient = torch.where(masks, there - 2 / total[:, None], there)
-    return _Losses(focal, dice, focal_gradient, dice_gradient.mul_(inside).mul_(outside))
+    dice_gradient = (wanted * (-2 / total)[:, None]).add_(there)
+    return _Losses(focal, dice, focal_gradient, dice_gradient.mul_(wrong).mul_(right))
