@@ -40,6 +40,7 @@ NAMES = {
     NAIVE: "masks of all 100 queries, nothing shared among them, as published",
     PEER: "transformers' `DetrForSegmentation` and its post-processing",
 }
+OTHERS = [name for name in NAMES if name != FAST]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, nargs=2, default=[800, 1066], metavar=("HEIGHT", "WIDTH")
     )
     parser.add_argument("--kept", type=int, default=12, help="queries that become segments")
-    parser.add_argument("--without-peer", action="store_true", help="leave transformers out")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=OTHERS,
+        default=list(OTHERS),
+        help="what the fast way is timed against; default: all",
+    )
 
 
 @torch.no_grad()
@@ -64,10 +71,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {"size": list(args.size), "kept": args.kept, "rounds": args.rounds}
     result |= compare_segments({name: way()[0]["panoptic_seg"] for name, way in ways.items()})
     check_in_double_precision(case.model)
-    if not args.without_peer:
+    if PEER in args.against:
         ways[PEER] = peer = Peer(case, threshold, set(range(NUM_THINGS, NUM_CLASSES)))
         result["peer_difference"] = peer.largest_difference(case)
-    times = in_turns(ways, args.rounds)
+    times = in_turns({name: ways[name] for name in (FAST, *args.against)}, args.rounds)
     result["rows"] = [
         {
             "way": name,

@@ -15,6 +15,7 @@ from typing import Any
 import cost_curves
 import digits_accuracy
 import inference
+import layer_cost
 import pq_evaluation
 import quickstart_cost
 import sampling_cost
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "transformers": transformers_cost,
     "quickstart": quickstart_cost,
     "sampling": sampling_cost,
+    "layers": layer_cost,
     "inference": inference,
     "training": training_step,
     "streams": two_streams,

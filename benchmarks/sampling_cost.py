@@ -4,7 +4,6 @@ Results and gradients are asserted equal in the same run.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_turns, median_ratio
-from tabulate import tabulate
+from measure import compared, table_of_compared
 from torch import Tensor
 
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_torch
@@ -41,19 +39,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.cases:
         shapes, batch, queries = CASES[name]
         inputs = random_inputs(shapes, batch, queries)
-        difference = largest_difference(shapes, inputs)
-        row: dict[str, Any] = {"case": name, "largest_difference": difference}
-        for what, step in (("forward", forward), ("with_backward", with_backward)):
-            times = in_turns(
-                {
-                    key: partial(step, f, shapes, inputs)
-                    for key, f in (("ours", deform_attn_torch), ("usual", by_grid_sample))
-                },
-                args.rounds,
-            )
-            row[what] = median_ratio(times["usual"], times["ours"])
-            row[f"{what}_seconds"] = statistics.median(times["ours"])
-        rows.append(row)
+        ours, usual = (partial(sampled, f, shapes) for f in (deform_attn_torch, by_grid_sample))
+        rows.append({"case": name, **compared(ours, usual, inputs, args.rounds)})
     return {"rounds": args.rounds, "rows": rows}
 
 
@@ -71,41 +58,9 @@ def random_inputs(shapes: Shapes, batch: int, queries: int | None) -> tuple[Tens
     return value.requires_grad_(), locations.requires_grad_(), weights.requires_grad_()
 
 
-def forward(function: Callable[..., Tensor], shapes: Shapes, inputs: tuple[Tensor, ...]) -> Tensor:
-    value, locations, weights = inputs
-    with torch.no_grad():
-        return function(value, shapes, locations, weights)
-
-
-def with_backward(
-    function: Callable[..., Tensor], shapes: Shapes, inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    value, locations, weights = inputs
-    return torch.autograd.grad(function(value, shapes, locations, weights).square().sum(), inputs)
-
-
-def largest_difference(shapes: Shapes, inputs: tuple[Tensor, ...]) -> float:
-    """Of results and gradients, relative to the largest value of each; small or an error."""
-    ours, usual = (
-        [forward(f, shapes, inputs), *with_backward(f, shapes, inputs)]
-        for f in (deform_attn_torch, by_grid_sample)
-    )
-    differences = [
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, usual, strict=True)
-    ]
-    assert max(differences) < 1e-4, differences
-    return max(differences)
+def sampled(function: Callable[..., Tensor], shapes: Shapes, value: Tensor, *how: Tensor) -> Tensor:
+    return function(value, shapes, *how)
 
 
 def table(result: dict[str, Any]) -> str:
-    header = ["case", "forward: times as fast", "with backward", "largest relative difference"]
-    rows = [
-        [
-            row["case"],
-            f"{row['forward']:.2f}",
-            f"{row['with_backward']:.2f}",
-            f"{row['largest_difference']:.0e}",
-        ]
-        for row in result["rows"]
-    ]
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    return table_of_compared(result["rows"])

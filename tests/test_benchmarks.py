@@ -81,16 +81,37 @@ def test_a_run_leaves_json_and_a_table(run, tmp_path, capsys):
     assert document.read_text().endswith("after\n")
 
 
-def test_sampling_is_compared_with_equal_results(run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("sampling", "encoder, 4 images of 128 x 128"),
+        ("layers", "linear, 2 x 192 tokens, 256 to 2048 (DETR, 384 x 512)"),
+        ("layers", "enlarged to 95 x 127, 8 queries, 32 to 16"),
+    ],
+)
+def test_layers_are_compared_with_equal_results(name, case, run, tmp_path):
     document = tmp_path / "document.md"
-    document.write_text("<!-- sampling -->\n<!-- end sampling -->\n")
+    document.write_text(f"<!-- {name} -->\n<!-- end {name} -->\n")
     where = ["--results", str(tmp_path), "--document", str(document)]
-    case = "encoder, 4 images of 128 x 128"
-    assert run.main([*where, "sampling", "--rounds", "1", "--cases", case]) == 0
-    (row,) = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+    assert run.main([*where, name, "--rounds", "1", "--cases", case]) == 0
+    (row,) = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
     assert 0 < row["largest_difference"] < 1e-4
     assert row["forward"] > 0
     assert case in document.read_text()
+
+
+@pytest.mark.slow
+def test_inference_is_compared_with_the_same_segments(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- inference -->\n<!-- end inference -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    ways = ["default", "all queries", "naive"]
+    what = ["inference", "--rounds", "1", "--size", "256", "320", "--against", *ways]
+    assert run.main([*where, *what]) == 0
+    result = json.loads((tmp_path / "inference.json").read_text())
+    assert result["segments"] == 12
+    assert [row["way"] for row in result["rows"]] == ["fast", *ways]
+    assert "as published" in document.read_text()
 
 
 def test_the_quickstart_is_compared_over_transformers(run, tmp_path):
@@ -158,7 +179,7 @@ def test_training_step_is_compared_with_equal_losses_and_gradients(run, tmp_path
     document = tmp_path / "document.md"
     document.write_text("<!-- training -->\n<!-- end training -->\n")
     where = ["--results", str(tmp_path), "--document", str(document)]
-    what = ["training", "--rounds", "1", "--size", "128", "160", "--objects", "3"]
+    what = ["training", "--rounds", "1", "--size", "256", "320", "--objects", "3"]
     small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "1"]
     arms = ["this project", "all queries", "all queries, nothing shared among them"]
     assert run.main([*where, *what, "--arms", *arms, "--opts", *small]) == 0
