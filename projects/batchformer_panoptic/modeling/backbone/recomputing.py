@@ -36,7 +36,7 @@ def recompute_stages(backbone: nn.Module) -> None:
         if any(getattr(m, "track_running_stats", False) for m in stage.modules()):
             raise UserError(
                 f"{_KEY} needs norms without running statistics, which {name} has and would "
-                "update twice: set MODEL.RESNETS.NORM to FrozenBN or GN"
+                "update twice: set NORM of MODEL.RESNETS or MODEL.SMALL_RESNET to FrozenBN or GN"
             )
         recomputed = RecomputedStage(*stage)
         setattr(backbone, name, recomputed)
