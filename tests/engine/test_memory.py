@@ -33,7 +33,7 @@ def faults(**variables: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_freed_memory_is_kept_unless_the_user_has_chosen():
-    kept = faults()
-    assert kept < 100
-    chosen = faults(MALLOC_TRIM_THRESHOLD_=str(2**20))
+    kept, chosen = faults(), faults(MALLOC_TRIM_THRESHOLD_=str(2**20))
+    # About 40 000 pages; the system may take some back from either on its own.
     assert chosen > 10 * 1000
+    assert kept < chosen / 3
