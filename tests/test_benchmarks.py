@@ -95,7 +95,9 @@ def test_layers_are_compared_with_equal_results(name, case, run, tmp_path):
     where = ["--results", str(tmp_path), "--document", str(document)]
     assert run.main([*where, name, "--rounds", "1", "--cases", case]) == 0
     (row,) = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-    assert row["largest_difference"] < 1e-4  # some differ by nothing
+    assert row["largest_difference"] < 1e-4
+    # A linear layer may give the same bits either way; two ways of sampling do not.
+    assert name == "layers" or row["largest_difference"] > 0
     assert row["forward"] > 0
     assert case in document.read_text()
 

@@ -11,10 +11,10 @@ _WORTH_A_CONVOLUTION = 1 << 22
 class TokenLinear(nn.Linear):
     """``nn.Linear`` that runs as a 1 x 1 convolution where that is faster.
 
-    PyTorch multiplies matrices on x86 CPUs with MKL, which uses half the width of the registers of
-    other makers' processors, and convolves with oneDNN, which does not. Rows of tokens are a map
-    with its channels last, so that nothing is copied, and the sums are the same up to rounding.
-    Other devices and types, and small inputs, take the usual way.
+    PyTorch multiplies matrices on x86 CPUs with MKL and convolves with oneDNN, which was about
+    twice as fast on an AMD processor (docs/benchmarks.md, "Layers on a CPU"; no other was tried).
+    Rows of tokens are a map with its channels last, so that nothing is copied, and the sums are the
+    same up to rounding. Other devices and types, and small inputs, take the usual way.
     """
 
     def forward(self, x: Tensor) -> Tensor:
