@@ -33,14 +33,15 @@ from torch.nn import functional as F
 from transformers_cost import training_step
 
 from batchformer_panoptic.data import PanopticDatasetMapper, register_panoptic_dataset
-from batchformer_panoptic.data.build import build_test_loader
+from batchformer_panoptic.data.loader import build_test_loader
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.evaluation import build_evaluator
 
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "datasets"))
 import prepare_shapes_panoptic
-from tiny_model import random_inputs
+
+from helpers.tiny_model import random_inputs
 
 Function = Callable[[], object]
 Inputs = list[dict[str, Any]]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
-from batchformer_panoptic.modeling.meta_arch.detr import Predictions
+from batchformer_panoptic.modeling.panoptic_detr import Predictions
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from transformers_cost import training_step
 from batchformer_panoptic.engine import load_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny_model import NUM_CLASSES, NUM_THINGS, random_inputs
+from helpers.tiny_model import NUM_CLASSES, NUM_THINGS, random_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "batchformer_conditional_detr_shapes.yaml"

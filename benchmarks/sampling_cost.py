@@ -17,7 +17,7 @@ from torch import Tensor
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from sampling_references import by_grid_sample
+from helpers.sampling_references import by_grid_sample
 
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 Shapes = list[tuple[int, int]]

@@ -33,12 +33,12 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.memory import tune_allocation
-from batchformer_panoptic.modeling.losses import mask_dice_loss, mask_focal_loss
-from batchformer_panoptic.modeling.targets import gather_masks, to_target
+from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
+from batchformer_panoptic.modeling.set_prediction.targets import gather_masks, to_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny_model import random_inputs
+from helpers.tiny_model import random_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "panoptic" / "detr_R50_joint_300ep.yaml"

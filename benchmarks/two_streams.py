@@ -18,7 +18,7 @@ from training_step import make_batch
 from transformers_cost import training_step
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.memory import tune_allocation
+from batchformer_panoptic.modeling.cpu import tune_allocation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
 SYSTEMS = {

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from batchformer_panoptic.data.io import PreparedFolder, integer_between
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.preparing import PreparedFolder, integer_between
 
 NUM_CLASSES = 10
 NUM_POOL = 898  # pictures that training may draw from; the others are for evaluation

@@ -26,8 +26,8 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
+from batchformer_panoptic.data.io import PreparedFolder, integer_between, write_json
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.preparing import PreparedFolder, integer_between, write_json
 
 UNITS = 96.0  # side of a picture in the units of x and y
 SPLITS = {"train": 0, "val": 1_000_000}  # first image id less one; also keeps the seeds apart

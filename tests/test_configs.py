@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO_ROOT
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from batchformer_panoptic import add_batchformer_panoptic_config
+from helpers.commands import REPO_ROOT
 
 CONFIGS = sorted((REPO_ROOT / "configs").rglob("*.yaml"))
 RECIPES = [path for path in CONFIGS if not path.name.startswith("Base-")]

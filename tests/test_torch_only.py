@@ -7,8 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import REPO_ROOT
 from packaging.requirements import Requirement
+
+from helpers.commands import REPO_ROOT
 
 
 def requirements_of(names: list[str]) -> set[str]:

@@ -21,9 +21,12 @@ from batchformer_panoptic.data import ClassTable, build_test_loader, setup_datas
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
-from batchformer_panoptic.modeling.merge import MERGES
-from batchformer_panoptic.modeling.postprocessing import ImageMasks
-from batchformer_panoptic.modeling.segments import PanopticOptions, PanopticSeg
+from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
+from batchformer_panoptic.modeling.postprocessing.panoptic import (
+    MERGES,
+    PanopticOptions,
+    PanopticSeg,
+)
 from batchformer_panoptic.visualization import Predictor
 
 METRICS = [metric + group for group in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")]

@@ -18,7 +18,7 @@ from batchformer_panoptic.checkpoint.conversion.export import (
 from batchformer_panoptic.checkpoint.files import read_weights, write_atomically
 from batchformer_panoptic.checkpoint.settings import KEY as SETTINGS
 from batchformer_panoptic.checkpoint.settings import SettingsRecord
-from batchformer_panoptic.data.categories import ClassTable
+from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.engine.setup import load_config
 from batchformer_panoptic.errors import UserError
 

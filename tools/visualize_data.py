@@ -19,7 +19,7 @@ from batchformer_panoptic.data import (
     load_dataset_dicts,
     setup_datasets,
 )
-from batchformer_panoptic.data.loading import seeded
+from batchformer_panoptic.data.loader import seeded
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.visualization import (

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_batchformer_panoptic_config
-    from .data import (
-        register_image_folder,
-        register_instances_dataset,
-        register_panoptic_dataset,
-    )
+    from .data import register_image_folder, register_instances_dataset, register_panoptic_dataset
     from .modeling.fast_inference import prepare_for_inference
-    from .modeling.meta_arch import ImageClassifier, PanopticDETR
+    from .modeling.image_classifier import ImageClassifier
+    from .modeling.panoptic_detr import PanopticDETR
 
 __all__ = [
     "ImageClassifier",
@@ -28,8 +25,8 @@ __all__ = [
 ]
 
 _HOME_OF_NAME = {
-    "ImageClassifier": ".modeling.meta_arch",
-    "PanopticDETR": ".modeling.meta_arch",
+    "ImageClassifier": ".modeling.image_classifier",
+    "PanopticDETR": ".modeling.panoptic_detr",
     "add_batchformer_panoptic_config": ".config",
     "prepare_for_inference": ".modeling.fast_inference",
     "register_image_folder": ".data",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchformer_panoptic.batchformer import BatchFormerV2, attach
-from batchformer_panoptic.batchformer.layout import from_tokens, to_tokens
+from batchformer_panoptic.batchformer.attach import from_tokens, to_tokens
 
 CHANNELS = 8
 SHAPES = {

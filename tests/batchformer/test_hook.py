@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook
-from batchformer_panoptic.batchformer.streams import SINGLE, TWO_STREAMS
+from batchformer_panoptic.batchformer.batchformer import SINGLE, TWO_STREAMS
 
 
 def make_hook(**kwargs) -> BatchFormerHook:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from batchformer_panoptic.batchformer import BATCHFORMER, ORIGINAL, StreamState
-from batchformer_panoptic.batchformer.streams import SINGLE, TWO_STREAMS
+from batchformer_panoptic.batchformer.batchformer import SINGLE, TWO_STREAMS
 
 
 def test_original_stream_comes_first():

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_checkpoint import CATEGORIES, WEIGHTS, write_pkl, write_pth, write_safetensors
 
 from batchformer_panoptic.checkpoint import read_class_table, read_weights
 from batchformer_panoptic.errors import UserError
+from helpers.small_checkpoint import CATEGORIES, WEIGHTS, write_pkl, write_pth, write_safetensors
 
 
 class Exploit:

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoint import (
+from torch import Tensor, nn
+
+from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
+from batchformer_panoptic.data.class_table import ClassTable
+from batchformer_panoptic.errors import UserError
+from helpers.small_checkpoint import (
     CATEGORIES,
     Model,
     assert_loaded,
@@ -19,16 +24,7 @@ from small_checkpoint import (
     without_key,
     write_image_net_pkl,
 )
-from tiny_model import tiny_cfg
-from torch import Tensor, nn
-
-from batchformer_panoptic.checkpoint import (
-    PanopticCheckpointer,
-    SettingsRecord,
-    read_class_table,
-)
-from batchformer_panoptic.data.categories import ClassTable
-from batchformer_panoptic.errors import UserError
+from helpers.tiny_model import tiny_cfg
 
 
 def test_weights_that_fit_are_loaded(tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoint import (
+from torch import Tensor, nn
+
+from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord
+from batchformer_panoptic.data.class_table import ClassTable
+from batchformer_panoptic.errors import UserError
+from helpers.small_checkpoint import (
     CATEGORIES,
     Model,
     assert_loaded,
@@ -17,11 +22,6 @@ from small_checkpoint import (
     save_weights,
     without_key,
 )
-from torch import Tensor, nn
-
-from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord
-from batchformer_panoptic.data.categories import ClassTable
-from batchformer_panoptic.errors import UserError
 
 OTHER_TABLE = ClassTable.from_json(
     [{**CATEGORIES[0], "name": "cube"}, CATEGORIES[1], {"id": 6, "name": "sky", "isthing": 0}]

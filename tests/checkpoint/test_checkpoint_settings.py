@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_checkpoint import (
+
+from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_weights
+from batchformer_panoptic.errors import UserError
+from helpers.small_checkpoint import (
     Model,
     assert_loaded,
     load_weights,
@@ -14,10 +17,7 @@ from small_checkpoint import (
     save_weights,
     write_image_net_pkl,
 )
-from tiny_model import tiny_cfg
-
-from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_weights
-from batchformer_panoptic.errors import UserError
+from helpers.tiny_model import tiny_cfg
 
 
 @pytest.mark.parametrize(

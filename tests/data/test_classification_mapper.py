@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from image_folders import unique_name, write_image_folder
 from PIL import Image
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -22,9 +21,10 @@ from batchformer_panoptic.data import (
     build_train_loader,
     setup_datasets,
 )
-from batchformer_panoptic.data.classification import PixelErasing, build_image_transform
-from batchformer_panoptic.data.loading import seeded
+from batchformer_panoptic.data.classification_mapper import PixelErasing, build_image_transform
+from batchformer_panoptic.data.loader import seeded
 from batchformer_panoptic.errors import UserError
+from helpers.image_folders import unique_name, write_image_folder
 
 MEAN, STD = [120.0, 110.0, 100.0], [60.0, 58.0, 56.0]
 

@@ -21,7 +21,7 @@ from batchformer_panoptic.data import (
     build_train_loader,
     register_panoptic_dataset,
 )
-from batchformer_panoptic.data.loading import seeded
+from batchformer_panoptic.data.loader import seeded
 from batchformer_panoptic.errors import UserError
 
 

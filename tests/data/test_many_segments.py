@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
 from detectron2.data import transforms as T
 from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
 from batchformer_panoptic.data import PanopticDatasetMapper
-from batchformer_panoptic.data.targets import number_segments, panoptic_instances
+from batchformer_panoptic.data.panoptic_mapper import number_segments, panoptic_instances
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.modeling.targets import to_target
+from batchformer_panoptic.modeling.set_prediction.targets import to_target
+from helpers.commands import load_script
 
 HEIGHT, WIDTH = 240, 320
 

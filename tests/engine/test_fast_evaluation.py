@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPanopticDataset
 from detectron2.config import CfgNode
-from tiny_model import tiny_model
-from trained_files import write_run
 
 from batchformer_panoptic.data import load_dataset_dicts, setup_datasets
 from batchformer_panoptic.engine import trainer as trainer_module
 from batchformer_panoptic.engine.trainer import PanopticTrainer
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.visualization import Predictor, read_image
+from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.tiny_model import tiny_model
+from helpers.trained_files import write_run
 
 
 @pytest.fixture

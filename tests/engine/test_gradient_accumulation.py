@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import StandInTrainer, assert_same_state, stand_in_batches, stand_in_cfg, trained
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.processes import launch_processes
-from batchformer_panoptic.engine.seeding import seed_iteration
-from batchformer_panoptic.engine.stream_losses import combine_streams
+from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.train_loop import combine_streams, seed_iteration
+from helpers.stand_in import (
+    StandInTrainer,
+    assert_same_state,
+    stand_in_batches,
+    stand_in_cfg,
+    trained,
+)
 
 ACCUMULATE = ["SOLVER.GRADIENT_ACCUMULATION", 3]
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyPanopticDataset, load_script
 from torch import Tensor
-from trained_files import Run, write_run
 
 from batchformer_panoptic.checkpoint import SettingsRecord, read_weights
+from helpers.commands import load_script
+from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.trained_files import Run, write_run
 
 CLASS_HEAD = ("box_head.class_embed.", "semantic_head.")
 SOLVER = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"]

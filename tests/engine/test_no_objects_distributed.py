@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils import comm
-from tiny_model import random_inputs, tiny_model, total
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.processes import launch_processes
+from batchformer_panoptic.engine.run import launch_processes
+from helpers.tiny_model import random_inputs, tiny_model, total
 
 CASES = [(masks, block) for masks in (False, True) for block in (False, True)]
 # Objects of the two images of each process in each step.

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 from batchformer_panoptic.errors import UserError
+from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 
 def _state(trainer: StandInTrainer) -> dict[str, Any]:

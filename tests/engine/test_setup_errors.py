@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
 
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import user_error_line
 from batchformer_panoptic.errors import UserError
+from helpers.commands import load_script
 
 CPU = ["MODEL.DEVICE", "cpu"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import load_script
-from instance_files import InstanceFiles, write_instances
 from PIL import Image
+
+from helpers.commands import load_script
+from helpers.instance_files import InstanceFiles, write_instances
 
 
 @pytest.fixture

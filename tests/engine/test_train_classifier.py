@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPO_ROOT, load_script
 from detectron2.config import CfgNode
-from image_folders import unique_name, write_image_folder
 
 from batchformer_panoptic.engine import load_config
+from helpers.commands import REPO_ROOT, load_script
+from helpers.image_folders import unique_name, write_image_folder
 
 SMALL = [["patch_size", 4], ["embed_dim", 16], ["depth", 2], ["num_heads", 2]]
 

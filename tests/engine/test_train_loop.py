@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
-from batchformer_panoptic.engine.stream_losses import combine_streams
-from batchformer_panoptic.engine.train_loop import NonFiniteLossError
+from batchformer_panoptic.engine.train_loop import NonFiniteLossError, combine_streams
 from batchformer_panoptic.errors import UserError
+from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 LOSSES = {
     "loss_ce/original": torch.tensor(1.0),

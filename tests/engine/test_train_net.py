@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TinyPanopticDataset, load_script
+
+from helpers.commands import load_script
+from helpers.tiny_dataset import TinyPanopticDataset
 
 
 @pytest.fixture

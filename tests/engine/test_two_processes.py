@@ -8,12 +8,12 @@ import pytest
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
-from stand_in import StandInTrainer, stand_in_cfg
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.processes import _run_and_leave, launch_processes
+from batchformer_panoptic.engine.run import _run_and_leave, launch_processes
 from batchformer_panoptic.engine.train_loop import NonFiniteLossError
+from helpers.stand_in import StandInTrainer, stand_in_cfg
 
 
 class SplitTrainer(StandInTrainer):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from instance_files import SIZES, content, write_instances
 
 from batchformer_panoptic.data import register_instances_dataset
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import build_box_evaluator
-from batchformer_panoptic.evaluation.box_ap import completed
+from batchformer_panoptic.evaluation.coco_ap import completed
+from helpers.instance_files import SIZES, content, write_instances
 
 CLASS_OF_CATEGORY = {4: 0, 9: 1}
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils import comm
-from panoptic_sets import (
+from panopticapi.evaluation import pq_compute
+
+from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
+from helpers.panoptic_sets import (
     CATEGORIES,
     model_inputs,
     model_output,
@@ -16,11 +21,6 @@ from panoptic_sets import (
     registered,
     write_panoptic,
 )
-from panopticapi.evaluation import pq_compute
-
-from batchformer_panoptic.engine.processes import launch_processes
-from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
 
 NUM_IMAGES = 5
 

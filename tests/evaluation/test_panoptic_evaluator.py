@@ -14,7 +14,12 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.events import EventStorage
-from panoptic_sets import (
+from panopticapi.evaluation import pq_compute
+
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.evaluation import PanopticQuality, StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import panoptic_evaluator as module
+from helpers.panoptic_sets import (
     CATEGORIES,
     PanopticImage,
     model_inputs,
@@ -24,11 +29,6 @@ from panoptic_sets import (
     without_crowd,
     write_panoptic,
 )
-from panopticapi.evaluation import pq_compute
-
-from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import PanopticQuality, StreamingPanopticEvaluator
-from batchformer_panoptic.evaluation import panoptic_evaluator as module
 
 
 def _evaluate(evaluator, inputs, outputs):

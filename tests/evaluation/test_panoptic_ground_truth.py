@@ -4,15 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import Metadata, MetadataCatalog
-from panoptic_sets import CATEGORIES, MAX_ID, random_set, registered
 from panopticapi.utils import id2rgb
 from PIL import Image
 
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation.panoptic_ground_truth import (
-    PanopticGroundTruth,
-    read_id_map,
-)
+from batchformer_panoptic.evaluation.panoptic_ground_truth import PanopticGroundTruth, read_id_map
+from helpers.panoptic_sets import CATEGORIES, MAX_ID, random_set, registered
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])

@@ -3,7 +3,11 @@ import io
 
 import numpy as np
 import pytest
-from panoptic_sets import (
+from panopticapi.evaluation import PQStat, pq_compute_single_core
+
+from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.evaluation.panoptic_quality import Segments, image_pq_counts
+from helpers.panoptic_sets import (
     CATEGORIES,
     MAX_ID,
     PanopticImage,
@@ -11,10 +15,6 @@ from panoptic_sets import (
     random_set,
     write_panoptic,
 )
-from panopticapi.evaluation import PQStat, pq_compute_single_core
-
-from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation.panoptic_quality import Segments, image_pq_counts
 
 
 def _counts(truth: PanopticImage, prediction: PanopticImage) -> PQStat:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from detectron2.evaluation import inference_on_dataset
-from panoptic_sets import CATEGORIES, registered
-from perfect_masks import THING_CLASS_IDS, PerfectModel, inputs_of, shapes_image
 from torch.nn import functional as F
 
 from batchformer_panoptic.evaluation import PanopticQuality, StreamingPanopticEvaluator
-from batchformer_panoptic.modeling.inference import InferenceOptions
-from batchformer_panoptic.modeling.merge import MERGES
-from batchformer_panoptic.modeling.postprocessing import ImageMasks
+from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
+from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES
+from batchformer_panoptic.modeling.postprocessing.results import InferenceOptions
+from helpers.panoptic_sets import CATEGORIES, registered
+from helpers.perfect_masks import THING_CLASS_IDS, PerfectModel, inputs_of, shapes_image
 
 SIZES = [(192, 288), (312, 240), (180, 180), (197, 349), (288, 192), (375, 211), (192, 288)]
 

@@ -10,16 +10,6 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
-from panoptic_sets import (
-    CATEGORIES,
-    CONTIGUOUS,
-    SIZE,
-    PanopticImage,
-    model_inputs,
-    model_output,
-    random_set,
-    registered,
-)
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.errors import UserError
@@ -28,11 +18,18 @@ from batchformer_panoptic.evaluation import (
     ThingAPEvaluator,
     build_evaluator,
 )
-from batchformer_panoptic.evaluation import thing_annotations as annotations_module
+from batchformer_panoptic.evaluation import coco_ap as annotations_module
+from batchformer_panoptic.evaluation.coco_ap import cached_thing_annotations, thing_annotations
 from batchformer_panoptic.evaluation.panoptic_ground_truth import PanopticGroundTruth
-from batchformer_panoptic.evaluation.thing_annotations import (
-    cached_thing_annotations,
-    thing_annotations,
+from helpers.panoptic_sets import (
+    CATEGORIES,
+    CONTIGUOUS,
+    SIZE,
+    PanopticImage,
+    model_inputs,
+    model_output,
+    random_set,
+    registered,
 )
 
 TASKS = ("bbox", "segm")

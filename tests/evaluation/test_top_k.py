@@ -9,14 +9,14 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
-from image_folders import unique_name
 from timm.utils import accuracy
 from torch import Tensor
 
-from batchformer_panoptic.engine.processes import launch_processes
+from batchformer_panoptic.engine.run import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import TopKEvaluator
 from batchformer_panoptic.evaluation.top_k import true_class_places
+from helpers.image_folders import unique_name
 
 
 def register(labels: list[int], num_classes: int, name: str | None = None) -> str:

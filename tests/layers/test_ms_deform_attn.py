@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from sampling_references import LEVELS, by_grid_sample, plain_loops, random_inputs
 
 from batchformer_panoptic.layers import MSDeformAttn, deform_attn
 from batchformer_panoptic.layers import ms_deform_attn as where
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_torch
+from helpers.sampling_references import LEVELS, by_grid_sample, plain_loops, random_inputs
 
 each_shapes = pytest.mark.parametrize("shapes", LEVELS)
 

@@ -5,11 +5,11 @@ import types
 
 import pytest
 import torch
-from sampling_references import LEVELS, by_grid_sample, random_inputs
 
 from batchformer_panoptic.layers import deform_attn
 from batchformer_panoptic.layers import ms_deform_attn as where
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_compiled, deform_attn_torch
+from helpers.sampling_references import LEVELS, by_grid_sample, random_inputs
 
 each_shapes = pytest.mark.parametrize("shapes", LEVELS)
 

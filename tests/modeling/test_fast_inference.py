@@ -5,15 +5,19 @@ import copy
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from tiny_model import random_inputs, tiny_cfg, tiny_model, total
 from torch import nn
 
 from batchformer_panoptic import prepare_for_inference
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling import fast_inference
 from batchformer_panoptic.modeling.backbone import TESTED_TIMM_MODELS
-from batchformer_panoptic.modeling.fast_inference import InBFloat16, model_for_evaluation
-from batchformer_panoptic.modeling.folding import fold_following_norms, fold_own_norms
+from batchformer_panoptic.modeling.fast_inference import (
+    InBFloat16,
+    fold_following_norms,
+    fold_own_norms,
+    model_for_evaluation,
+)
+from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
 
 SIZES = [(48, 64), (64, 56), (48, 64)]
 TRANSFORMERS = ["detr", "conditional", "smca", "deformable"]

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_backbone
-from tiny_model import random_inputs, tiny_model
 from torch import nn
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.modeling.memory_format import convolution_format
+from batchformer_panoptic.modeling.cpu import convolution_format
+from helpers.tiny_model import random_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

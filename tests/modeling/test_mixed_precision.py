@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_model import random_inputs, tiny_model, total
 
-from batchformer_panoptic.modeling.criterion import count_objects
-from batchformer_panoptic.modeling.targets import to_target
+from batchformer_panoptic.modeling.set_prediction.criterion import count_objects
+from batchformer_panoptic.modeling.set_prediction.targets import to_target
+from helpers.tiny_model import random_inputs, tiny_model, total
 
 
 def losses_of(model, logits, boxes, masks, targets):

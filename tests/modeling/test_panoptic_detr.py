@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
-from tiny_model import NUM_THINGS, random_inputs, tiny_cfg, tiny_model, total
 
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.transformer import build_transformer
+from helpers.tiny_model import NUM_THINGS, random_inputs, tiny_cfg, tiny_model, total
 
 SIZES = [(48, 64), (64, 56), (40, 40)]
 PLAIN = {"MODEL__BATCHFORMER__ENABLED": False}

@@ -12,8 +12,7 @@ from PIL import Image
 from batchformer_panoptic.data import ClassTable
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.visualization import draw_ground_truth, draw_result, draw_targets
-from batchformer_panoptic.visualization.drawing import instance_shade
-from batchformer_panoptic.visualization.labels import place_labels
+from batchformer_panoptic.visualization.drawing import instance_shade, place_labels
 from batchformer_panoptic.visualization.scene import Region
 
 TABLE = ClassTable(

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.visualization import (
-    contact_sheet,
-    read_image,
-    side_by_side,
-    write_image,
-)
+from batchformer_panoptic.visualization import contact_sheet, read_image, side_by_side, write_image
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
 from detectron2.structures import Boxes, Instances
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from batchformer_panoptic.data.categories import ClassTable
+from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.visualization.drawing import draw_scene
 from batchformer_panoptic.visualization.scene import (
     Region,
@@ -17,6 +16,7 @@ from batchformer_panoptic.visualization.scene import (
     scene_of_result,
     scene_of_targets,
 )
+from helpers.commands import load_script
 
 HEIGHT, WIDTH = 60, 90
 TABLE = ClassTable(

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ..data.categories import ClassTable
+from ..data.class_table import ClassTable
 from ..errors import UserError
 from .files import read_weights
-from .misfit import start_from
+from .mismatch import start_from
 
 KEY = "class_table"
 

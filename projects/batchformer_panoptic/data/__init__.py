@@ -1,10 +1,7 @@
 """Data sets, class tables, the mapper and the loaders."""
 
-from .augmentation import build_augmentations
-from .build import build_test_loader, build_train_loader, load_dataset_dicts
-from .categories import ClassTable
-from .classification import ClassificationMapper
-from .dataset_mapper import PanopticDatasetMapper
+from .class_table import ClassTable
+from .classification_mapper import ClassificationMapper
 from .datasets import (
     class_section,
     load_image_folder,
@@ -15,7 +12,14 @@ from .datasets import (
     register_panoptic_dataset,
     setup_datasets,
 )
-from .samplers import StreamItem, StreamSampler
+from .loader import (
+    StreamItem,
+    StreamSampler,
+    build_test_loader,
+    build_train_loader,
+    load_dataset_dicts,
+)
+from .panoptic_mapper import PanopticDatasetMapper, build_augmentations
 
 __all__ = [
     "ClassTable",

@@ -15,8 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .. import modeling  # noqa: F401 - registers the meta-architectures and backbones
-from ..batchformer.streams import TWO_STREAMS
+from ..batchformer.batchformer import TWO_STREAMS
 from ..config import add_batchformer_panoptic_config
 from ..data import setup_datasets
 from ..errors import UserError

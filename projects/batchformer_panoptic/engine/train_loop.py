@@ -1,24 +1,221 @@
-"""One training step: losses per stream, mixed precision, clipping, averaging, logging."""
+"""One training step: losses per stream, mixed precision, clipping, averaging, logging.
+
+Random numbers of a training iteration as a function of (seed, iteration, rank).
+
+Exponential moving average of the weights.
+
+Numbers on their way from the device to the log, without stopping the device.
+
+From the loss dict of a model to the total to minimise and the numbers to log.
+"""
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import UserError
-from ..solver.build import GradientClipper
-from .ema import WeightAverage
-from .metrics import FiniteCheck, MetricWindow
-from .seeding import seed_iteration
-from .stream_losses import StreamLosses, combine_streams
+from .solver import GradientClipper
+
+
+def seed_iteration(seed: int, iteration: int, rank: int) -> None:
+    """Seed torch (all devices), numpy and random for one training iteration of one process.
+
+    A generator state need not be saved: an iteration draws the same numbers whether the run came
+    here in one go or was stopped and resumed, evaluated in between or not.
+
+    Args:
+        seed: of the run, at least 0, the same in all processes.
+        iteration: counted from 0.
+        rank: of the process, so that processes draw different numbers.
+    """
+    mixed = int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+class WeightAverage:
+    """Keeps the moving average of a model's parameters; buffers are those of the model.
+
+    The average starts from the weights after the first step that it sees. As an object to be saved
+    in a checkpoint it stands for the *live* weights, the ones being trained: the checkpoint keeps
+    the averaged weights under "model", where evaluation looks for weights.
+
+    Args:
+        model: the live model, not wrapped for distributed training.
+        decay: share of the old average that each step keeps, in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._live = model
+        self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with averaged weights, for evaluation."""
+        return self._averaged.module
+
+    def update(self) -> None:
+        """Take the live weights into the average; call after each optimizer step."""
+        self._averaged.update_parameters(self._live)
+
+    def copy_live(self) -> None:
+        """Make the average equal to the live weights, as before any step."""
+        self._averaged.module.load_state_dict(self._live.state_dict())
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """Return the averaged weights with the model's own keys."""
+        return self._averaged.module.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the live weights and how many steps the average has seen."""
+        return {"weights": self._live.state_dict(), "steps": int(self._averaged.n_averaged)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both: to be called when the live model has just received the averaged weights."""
+        self.copy_live()
+        self._averaged.n_averaged.fill_(state["steps"])
+        self._live.load_state_dict(state["weights"])
+
+
+class MetricWindow:
+    """Averages 0-d tensors over iterations and processes with one transfer per window.
+
+    Between two calls of :meth:`flush` everything stays on the device: each iteration costs one
+    stacking and one addition. The names must be the same within a window and in all processes.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the values of one iteration; other names than before start a new window."""
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        names = tuple(metrics)
+        if self._sum is None or names != self._names:
+            self._names, self._sum, self._count = names, values, 1
+        else:
+            self._sum = self._sum + values
+            self._count += 1
+
+    def flush(self) -> dict[str, float]:
+        """Return the means since the last call and start anew.
+
+        All processes must call; only the main process gets the means over processes.
+        """
+        if self._sum is None:
+            return {}
+        mean = self._sum / (self._count * comm.get_world_size())
+        if comm.get_world_size() > 1:
+            torch.distributed.reduce(mean, dst=0)
+        self._sum = None
+        return dict(zip(self._names, mean.tolist(), strict=True))
+
+
+class FiniteCheck:
+    """Asks in every iteration, in all processes at once, whether the total loss is finite.
+
+    On CUDA the answer is copied to pinned memory right behind the forward pass. It is looked at
+    after the backward pass has been queued: waiting for it then waits for a point that the device
+    has passed or is about to pass, with the backward pass still ahead of it, so it never idles.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        value = total.detach().float().clone()
+        if comm.get_world_size() > 1:
+            # The sum is finite if and only if every process has a finite loss.
+            torch.distributed.all_reduce(value)
+        self._event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._value = torch.empty((), pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._value = value
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`passed` needs no waiting."""
+        return self._event is None
+
+    def passed(self) -> bool:
+        """Whether the loss is finite in every process."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(torch.isfinite(self._value))
+
+
+class StreamLosses(NamedTuple):
+    """The total with its graph, and the detached 0-d tensors to log, by name."""
+
+    total: Tensor
+    logged: dict[str, Tensor]
+
+
+def combine_streams(
+    losses: Mapping[str, Tensor], stream_weights: Mapping[str, float]
+) -> StreamLosses:
+    """Weight the streams of a model's losses and add everything up.
+
+    The model gives ``term`` or ``term/stream``, each already divided such that the sum over
+    everything is the published total, an average over the streams. Logged are
+
+    * ``total_loss`` and each ``term``: what is minimised, the weighted sum over the streams;
+    * ``stream/term`` and ``stream/total_loss``: the stream's own loss times the number of streams
+      and not weighted, that is the value a run with this stream alone would report.
+
+    Args:
+        losses: 0-d tensors.
+        stream_weights: factor of each stream, by name; [1, 1] gives the published total.
+
+    Raises:
+        UserError: a stream without weight.
+    """
+    streams = list(dict.fromkeys(name.split("/", 1)[1] for name in losses if "/" in name))
+    unknown = [stream for stream in streams if stream not in stream_weights]
+    if unknown:
+        raise UserError(f"MODEL.BATCHFORMER.STREAM_WEIGHTS has no weight for stream {unknown[0]!r}")
+    terms: dict[str, list[Tensor]] = {}
+    own: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        term, _, stream = name.partition("/")
+        weight = stream_weights[stream] if stream else 1.0
+        terms.setdefault(term, []).append(loss if weight == 1.0 else loss * weight)
+        if stream:
+            own[f"{stream}/{term}"] = loss.detach() * len(streams)
+    term_totals = {term: _add(parts) for term, parts in terms.items()}
+    total = _add(list(term_totals.values()))
+    logged = {"total_loss": total.detach()}
+    logged.update({term: value.detach() for term, value in term_totals.items()})
+    for stream in streams:
+        logged[f"{stream}/total_loss"] = _add(
+            [value for name, value in own.items() if name.startswith(f"{stream}/")]
+        )
+    logged.update(own)
+    return StreamLosses(total, logged)
+
+
+def _add(values: list[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
 
 LOG_PERIOD = 20
 

@@ -17,17 +17,16 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
-from ..batchformer.streams import TWO_STREAMS
+from ..batchformer.batchformer import TWO_STREAMS
 from ..checkpoint import PanopticCheckpointer, SettingsRecord
 from ..data import build_test_loader, build_train_loader
-from ..data.categories import ClassTable
+from ..data.class_table import ClassTable
 from ..errors import UserError
 from ..evaluation import build_evaluator, main_metric
 from ..modeling.fast_inference import model_for_evaluation
-from ..solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from .ema import WeightAverage
 from .hooks import BestCheckpointer, ConsoleWriter, LogWriter
-from .train_loop import LOG_PERIOD, NonFiniteLossError, StreamTrainLoop
+from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from .train_loop import LOG_PERIOD, NonFiniteLossError, StreamTrainLoop, WeightAverage
 
 logger = logging.getLogger(__name__)
 

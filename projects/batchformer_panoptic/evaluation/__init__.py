@@ -1,11 +1,14 @@
 """Panoptic quality, average precision, and the accuracy of classification."""
 
-from .box_ap import build_box_evaluator
 from .build import EVALUATOR_FACTORIES, build_evaluator, main_metric
-from .panoptic_evaluator import StreamingPanopticEvaluator
+from .coco_ap import ThingAPEvaluator, build_box_evaluator
+from .panoptic_evaluator import (
+    ClassQuality,
+    GroupQuality,
+    PanopticQuality,
+    StreamingPanopticEvaluator,
+)
 from .panoptic_quality import Segments, image_pq_counts
-from .panoptic_results import ClassQuality, GroupQuality, PanopticQuality
-from .thing_ap import ThingAPEvaluator
 from .top_k import TopKEvaluator
 
 __all__ = [

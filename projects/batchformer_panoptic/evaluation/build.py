@@ -8,9 +8,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..errors import UserError
-from .box_ap import build_box_evaluator
+from .coco_ap import ThingAPEvaluator, build_box_evaluator
 from .panoptic_evaluator import StreamingPanopticEvaluator
-from .thing_ap import ThingAPEvaluator
 from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)

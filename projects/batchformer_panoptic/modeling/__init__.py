@@ -1,5 +1,5 @@
 """Models. Importing this package registers them with Detectron2."""
 
-from . import backbone, meta_arch
+from . import backbone, image_classifier, panoptic_detr
 
-__all__ = ["backbone", "meta_arch"]
+__all__ = ["backbone", "image_classifier", "panoptic_detr"]

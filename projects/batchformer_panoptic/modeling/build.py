@@ -6,10 +6,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from ..errors import UserError
-from .criterion import SetCriterion
 from .heads import BoxHead, LayerwiseBoxHead, MaskHead, SemanticAuxHead
-from .matcher import HungarianMatcher
-from .scoring import Scoring, build_scoring
+from .set_prediction.criterion import SetCriterion
+from .set_prediction.matcher import HungarianMatcher
+from .set_prediction.scoring import Scoring, build_scoring
 from .transformer.base import feature_shapes
 
 

@@ -1,9 +1,9 @@
 """Predictions and annotations as pictures: the predictor, the drawing, the arranging."""
 
+from ..data.io import read_image, write_image
+from ..engine.predictor import Predictor, configure_for_drawing
 from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets
-from .images import read_image, write_image
-from .panels import contact_sheet, side_by_side
-from .predictor import Predictor, configure_for_drawing
+from .scene import contact_sheet, side_by_side
 
 __all__ = [
     "Predictor",

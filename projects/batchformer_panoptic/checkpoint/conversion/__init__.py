@@ -1,7 +1,7 @@
 """Weights of other projects in, and this project's weights out."""
 
-from .official import official_to_ours, ours_to_official
-from .rules import Converted, Request, Source
+from .core import Converted, Request, Source
+from .detr import official_to_ours, ours_to_official
 from .sources import SOURCES, source_named
 
 __all__ = [

@@ -11,14 +11,12 @@ from detectron2.config import CfgNode
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...data.categories import ClassTable
+from ...data.class_table import ClassTable
 from ...errors import UserError
 from ..settings import SettingsRecord
-from .detr import TORCHVISION_INPUT
+from .core import BLOCKS, compare_with_layout, has_masks, refuse_misfit, resnet_shape, settings_of
+from .detr import ALIAS, ALIASED, TORCHVISION_INPUT, ours_to_official
 from .huggingface import ours_to_huggingface, split_projections
-from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
-from .official import ALIAS, ALIASED, BLOCKS, ours_to_official
-from .rules import refuse_misfit
 
 _EXTRA = "huggingface"
 _GROUPS = 8  # of the group norms in published mask heads

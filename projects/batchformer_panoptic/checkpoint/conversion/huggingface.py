@@ -14,10 +14,26 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .detr import NO_STATISTICS_COUNT, TORCHVISION_INPUT, dilation_settings, finish
-from .names import NameTable, Row
-from .official import AFFINE, BESIDE_DETECTOR, FROZEN_NORM, official_to_ours, ours_to_official
-from .rules import Allowed, Converted, Request, refuse_misfit, rename
+from .core import (
+    AFFINE,
+    FROZEN_NORM,
+    Allowed,
+    Converted,
+    NameTable,
+    Request,
+    Row,
+    refuse_misfit,
+    rename,
+)
+from .detr import (
+    BESIDE_DETECTOR,
+    NO_STATISTICS_COUNT,
+    TORCHVISION_INPUT,
+    dilation_settings,
+    finish,
+    official_to_ours,
+    ours_to_official,
+)
 
 _PROJECTIONS = rf"(?:[qkv]_proj|out_proj)\.{AFFINE}"
 _ENCODER, _DECODER = "model.encoder.layers.#.", "model.decoder.layers.#."

@@ -1,14 +1,12 @@
 """Every layout that can be converted, by the name a user gives it."""
 
 from ...errors import UserError
-from .backbones import BACKBONE_SOURCES
+from .backbones import BACKBONE_SOURCES, TIMM_PREFIX, timm_source
+from .conditional_smca import convert_conditional, convert_smca
+from .core import Source
+from .deformable import convert_deformable, convert_deformable_batchformer
 from .detr import convert_batchformer, convert_detectron2, convert_official
 from .huggingface import convert_huggingface
-from .official_conditional import convert_conditional
-from .official_deformable import convert_deformable, convert_deformable_batchformer
-from .official_smca import convert_smca
-from .rules import Source
-from .timm_models import TIMM_PREFIX, timm_source
 from .vision_transformers import VIT_PREFIX, convert_deit, vision_transformer_source
 
 _DETR_SOURCES = (

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...modeling.classification.vision_transformer import is_plain_vision_transformer
-from ...modeling.timm_models import create_timm_model, timm_pixel_statistics
-from .rules import Converted, Request, Source, refuse_misfit, rename
+from ...modeling.backbone.timm import create_timm_model, timm_pixel_statistics
+from ...modeling.image_classifier import is_plain_vision_transformer
+from .core import Converted, Request, Source, refuse_misfit, rename
 
 VIT_PREFIX = "timm_vit:"  # of source names that say which vision Transformer of timm a file is of
 

@@ -10,7 +10,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ...errors import UserError
-from ..categories import ClassTable
+from ..class_table import ClassTable
 from .panoptic import check_paths, read_coco_json, records_by_id, resolve_path
 
 DatasetDict = dict[str, Any]

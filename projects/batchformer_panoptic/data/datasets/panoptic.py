@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ...errors import UserError
-from ..categories import ClassTable
+from ..class_table import ClassTable
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
-from ..categories import ClassTable
+from ..class_table import ClassTable
 from .image_folder import CLASSIFICATION, register_image_folder
 from .instances import register_instances_dataset
 from .panoptic import register_panoptic_dataset

@@ -1,12 +1,6 @@
 """Transformers by name: feature maps in, query states and memory out."""
 
-from .base import (
-    TRANSFORMER_REGISTRY,
-    Proposals,
-    Transformer,
-    TransformerOutput,
-    build_transformer,
-)
+from .base import TRANSFORMER_REGISTRY, Proposals, Transformer, TransformerOutput, build_transformer
 from .deformable import DeformableTransformer
 from .detr import SingleScaleTransformer
 from .smca import SMCADecoder

@@ -1,42 +1,316 @@
 """Deformable-DETR (Zhu et al. 2021): several feature levels, attention at a few points of each.
 
 Shapes: B images, B' = streams * B, N tokens of L levels, Q queries, C channels.
+
+The first stage of two-stage Deformable-DETR: proposals from the encoder's memory.
+
+Shapes: B' = streams * B, N tokens of all levels, Q queries, K class logits, C channels.
+
+Encoder and decoder of Deformable-DETR (Zhu et al. 2021), with a hook after each encoder layer.
+
+Shapes: B images, B' = streams * B, N tokens of L levels one after the other, Q queries, C channels.
+Parameter names are those of fundamentalvision/Deformable-DETR.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...batchformer.batchformer import SINGLE
 from ...errors import UserError
-from ...layers import MSDeformAttn, SinePositionEncoding
+from ...layers import MSDeformAttn, SinePositionEncoding, sine_encoding
 from ..padding import BatchPadding
 from .base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
+    Proposals,
     Transformer,
     TransformerOutput,
     build_batchformer_hook,
     feature_shapes,
     mask_level,
 )
-from .deformable_layers import (
-    DeformableDecoder,
-    DeformableDecoderLayer,
-    DeformableEncoder,
-    DeformableEncoderLayer,
-)
-from .deformable_levels import (
-    LevelProjection,
-    Levels,
-    cell_centers,
-    flatten_maps,
-    valid_sizes,
-)
-from .deformable_proposals import ProposalStage
 from .detr import post_norm_arguments
+from .layers import FeedForwardLayer
+from .multi_scale import LevelProjection, Levels, cell_centers, flatten_maps, valid_sizes
+
+_BASE_SIZE = 0.05  # side of a proposal on the finest level; doubles from level to level
+_MARGIN = 0.01  # a token this close to the edge of the image proposes nothing
+
+
+class FirstStage(NamedTuple):
+    """What the decoder starts from, and what is supervised.
+
+    Attributes:
+        queries: (B', Q, C) content of the queries.
+        query_pos: (B', Q, C) their positions.
+        references: (B', Q, 4) boxes as logits, without gradient.
+        proposals: of all tokens.
+    """
+
+    queries: Tensor
+    query_pos: Tensor
+    references: Tensor
+    proposals: Proposals
+
+
+class ProposalStage(nn.Module):
+    """Every token proposes a box around itself; the best become the queries (appendix A.4).
+
+    As published, a proposal is as good as its logit of class 0, since proposals are trained with
+    that class for every object, and tokens at the edge or in the padding have boxes of all ones.
+    Parameter names are those of fundamentalvision/Deformable-DETR.
+
+    Args:
+        embed_dim: channels C.
+        num_queries: proposals Q that go on to the decoder.
+        head_layer: what ``BoxPredictor.predict_layer`` calls the head of the proposals.
+    """
+
+    def __init__(self, *, embed_dim: int, num_queries: int, head_layer: int) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.head_layer = head_layer
+        self.enc_output = nn.Linear(embed_dim, embed_dim)
+        self.enc_output_norm = nn.LayerNorm(embed_dim)
+        self.pos_trans = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.pos_trans_norm = nn.LayerNorm(2 * embed_dim)
+
+    def forward(self, memory: Tensor, levels: Levels, box_head: BoxPredictor) -> FirstStage:
+        """Propose.
+
+        Args:
+            memory: (B', N, C).
+            levels: of the memory.
+            box_head: the head that also reads the decoder.
+
+        Raises:
+            UserError: the image has fewer tokens than there are to be queries.
+        """
+        if memory.shape[1] < self.num_queries:
+            raise UserError(
+                f"MODEL.DETR.NUM_OBJECT_QUERIES is {self.num_queries}, but a batch has only "
+                f"{memory.shape[1]} tokens to propose boxes: use fewer queries or larger images"
+            )
+        starts, usable = token_boxes(levels)
+        states = memory.masked_fill(~usable[..., None], 0.0)
+        states = self.enc_output_norm(self.enc_output(states))
+        logits, boxes = box_head.predict_layer(self.head_layer, states, starts)
+        best = logits[..., 0].topk(self.num_queries, dim=1).indices
+        references = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+        where = sine_encoding(references.sigmoid(), 2 * memory.shape[-1])
+        query_pos, queries = self.pos_trans_norm(self.pos_trans(where)).chunk(2, dim=-1)
+        return FirstStage(queries, query_pos, references, Proposals(logits, boxes.sigmoid()))
+
+
+def token_boxes(levels: Levels) -> tuple[Tensor, Tensor]:
+    """The box that each token starts from.
+
+    Returns:
+        (B', N, 4) float32 logits of cxcywh, infinite where a token proposes nothing, and (B', N)
+        bool, True where it proposes something.
+    """
+    sizes = torch.cat(
+        [
+            levels.centers.new_full((height * width, 1), _BASE_SIZE * 2.0**level)
+            for level, (height, width) in enumerate(levels.shapes)
+        ]
+    )
+    boxes = torch.cat([levels.centers, sizes.expand_as(levels.centers)], dim=-1)
+    # Centres in the padding lie beyond 1.
+    usable = ((boxes > _MARGIN) & (boxes < 1 - _MARGIN)).all(-1)
+    return boxes.logit().masked_fill(~usable[..., None], torch.inf), usable
+
+
+# Bound of reference points as logits, where the published inverse sigmoid ends (at 1e-5).
+_LARGEST_LOGIT = 11.5129
+
+
+class DeformableEncoderLayer(FeedForwardLayer):
+    """Deformable self-attention over the tokens of all levels, then the feed-forward network."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        dim_feedforward: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=False
+        )
+        self.self_attn = MSDeformAttn(
+            embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+
+    def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
+        """(B', N, C) tokens and what is known of their levels -> (B', N, C)."""
+        attended = self.self_attn(
+            tokens + levels.pos,
+            levels.cell_centers(),
+            tokens,
+            levels.shapes,
+            levels.key_padding_mask,
+        )
+        return self._feed_forward(self.norm1(tokens + self.dropout(attended)), self.norm2)
+
+
+class DeformableDecoderLayer(FeedForwardLayer):
+    """Self-attention of the queries, deformable cross-attention, feed-forward network."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        dim_feedforward: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=False
+        )
+        self.cross_attn = MSDeformAttn(
+            embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.self_attn = nn.MultiheadAttention(
+            embed_dim, num_heads, dropout=dropout, batch_first=True
+        )
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.norm3 = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_pos: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        levels: Levels,
+    ) -> Tensor:
+        """Update the queries.
+
+        Args:
+            queries: (B', Q, C) content of the queries.
+            query_pos: (B', Q, C) their positions, added wherever they ask.
+            reference_points: (B', Q, 2 or 4) in 0 to 1 over the image without padding.
+            memory: (B', N, C).
+            levels: of the memory.
+
+        Returns:
+            (B', Q, C).
+        """
+        keys = queries + query_pos
+        attended = self.self_attn(keys, keys, queries, need_weights=False)[0]
+        queries = self.norm2(queries + self.dropout(attended))
+        attended = self.cross_attn(
+            queries + query_pos,
+            levels.on_each_level(reference_points),
+            memory,
+            levels.shapes,
+            levels.key_padding_mask,
+        )
+        return self._feed_forward(self.norm1(queries + self.dropout(attended)), self.norm3)
+
+
+class DeformableEncoder(nn.Module):
+    """Encoder layers with a hook after each; the hook may open a second stream."""
+
+    def __init__(
+        self,
+        layers: Sequence[DeformableEncoderLayer],
+        *,
+        hook: IdentityHook | BatchFormerHook,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.batchformer = hook
+
+    def forward(self, tokens: Tensor, levels: Levels) -> tuple[Tensor, Levels, StreamState]:
+        """Encode.
+
+        Args:
+            tokens: (B, N, C).
+            levels: what is known of them.
+
+        Returns:
+            Memory (B', N, C), its levels, and the streams along B'.
+        """
+        streams, now = SINGLE, levels
+        for index, layer in enumerate(self.layers):
+            tokens = layer(tokens, now)
+            tokens, state = self.batchformer.after_layer(
+                index, tokens, streams, now.key_padding_mask
+            )
+            if state != streams:
+                streams, now = state, levels.expand(state)
+        return tokens, now, streams
+
+
+class DeformableDecoder(nn.Module):
+    """Decoder layers over reference points that stay, or that each layer refines.
+
+    Args:
+        layers: the decoder layers.
+        box_refine: let the box head of each layer move the reference points of the next one
+            (appendix A.4, "iterative bounding box refinement"); no gradient flows through them.
+    """
+
+    def __init__(self, layers: Sequence[DeformableDecoderLayer], *, box_refine: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.box_refine = box_refine
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_pos: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        box_head: BoxPredictor,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode.
+
+        Args:
+            queries: (B', Q, C) content that the queries start from.
+            query_pos: (B', Q, C) their positions.
+            references: (B', Q, 2 or 4) reference points of the first layer, as logits.
+            memory: (B', N, C).
+            levels: of the memory.
+            box_head: asked for boxes when they are refined.
+
+        Returns:
+            (layers, B', Q, C) states after each layer, and (layers, B', Q, 2 or 4) logits that
+            each layer's boxes are offsets from. Refined from points, they are boxes throughout:
+            width and height of the first layer's start from the logit 0.
+        """
+        references = references.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        states, starts = [], []
+        for index, layer in enumerate(self.layers):
+            queries = layer(queries, query_pos, references.sigmoid(), memory, levels)
+            states.append(queries)
+            starts.append(references)
+            if self.box_refine and index + 1 < len(self.layers):
+                # Not under no_grad: autocast of older torch would keep the head's weights, cast
+                # without gradients, and give them to the losses as well.
+                boxes = box_head.predict_layer(index, queries, references)[1].detach()
+                references = boxes.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        width = max(start.shape[-1] for start in starts)
+        starts = [nn.functional.pad(start, (0, width - start.shape[-1])) for start in starts]
+        return torch.stack(states), torch.stack(starts)
+
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
 

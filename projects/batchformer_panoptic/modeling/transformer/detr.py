@@ -19,9 +19,16 @@ from .base import (
     TransformerOutput,
     build_batchformer_hook,
 )
-from .decoder import ConditionalDecoder, Decoder, DETRDecoder, MemoryGrid
-from .encoder import DETREncoder
-from .layers import ConditionalDecoderLayer, DecoderLayer, EncoderLayer
+from .layers import (
+    ConditionalDecoder,
+    ConditionalDecoderLayer,
+    Decoder,
+    DecoderLayer,
+    DETRDecoder,
+    DETREncoder,
+    EncoderLayer,
+    MemoryGrid,
+)
 
 
 class SingleScaleTransformer(Transformer):

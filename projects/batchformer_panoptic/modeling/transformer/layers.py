@@ -1,17 +1,29 @@
-"""Encoder and decoder layers of DETR (Carion et al. 2020, appendix A.3) and Conditional-DETR.
+"""What every decoder over a memory takes and returns; those of DETR and Conditional-DETR.
+
+Shapes: B' images times streams, N tokens, Q queries, C channels, L decoder layers.
+
+Encoder and decoder layers of DETR (Carion et al. 2020, appendix A.3) and Conditional-DETR.
 
 Shapes: B' images times streams, N tokens of the encoder, Q queries, C channels. Parameter names
 are those of facebookresearch/detr and Atten4Vis/ConditionalDETR.
+
+The encoder of DETR, with a hook after each layer.
+
+Shapes: B images, B' = streams * B, N tokens, C channels.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...layers import TokenLinear
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...batchformer.batchformer import SINGLE
+from ...layers import MLP, TokenLinear, sine_encoding
+from ..padding import BatchPadding
 
 
 class FeedForwardLayer(nn.Module):
@@ -259,3 +271,153 @@ class ConditionalDecoderLayer(FeedForwardLayer):
         )
         queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)
+
+
+class DETREncoder(nn.Module):
+    """Encoder layers with a hook after each; the hook may open a second stream.
+
+    Args:
+        layers: the encoder layers.
+        hook: an IdentityHook or a BatchFormerHook.
+        norm: applied to the output, or None.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[EncoderLayer],
+        *,
+        hook: IdentityHook | BatchFormerHook,
+        norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.batchformer = hook
+        self.norm = norm
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, StreamState]:
+        """Encode (B, N, C) tokens into (B', N, C); ``pos`` (B, N, C), mask (B, N) or None."""
+        streams = SINGLE
+        layer_pos, layer_mask = pos, key_padding_mask
+        for index, layer in enumerate(self.layers):
+            tokens = layer(tokens, layer_pos, layer_mask)
+            tokens, now = self.batchformer.after_layer(index, tokens, streams, layer_mask)
+            if now != streams:
+                streams = now
+                layer_pos = streams.expand(pos)
+                layer_mask = None if key_padding_mask is None else streams.expand(key_padding_mask)
+        return (tokens if self.norm is None else self.norm(tokens)), streams
+
+
+class MemoryGrid(NamedTuple):
+    """Where the tokens of a memory lie, for decoders that reckon in cells and pixels.
+
+    Attributes:
+        map_sizes: (height, width) in cells of each level, in the order of the tokens.
+        padding: the sizes of the images.
+        streams: the streams along B'.
+    """
+
+    map_sizes: Sequence[tuple[int, int]]
+    padding: BatchPadding
+    streams: StreamState
+
+    def image_sizes_xy(self, device: torch.device) -> Tensor:
+        """(B', 2) float32: width and height in pixels of each image, before padding."""
+        sizes = torch.tensor(self.padding.image_sizes, dtype=torch.float32).flip(-1)
+        return self.streams.expand(sizes.to(device, non_blocking=True))
+
+
+class Decoder(nn.Module):
+    """Base of the decoders that attend to a whole memory."""
+
+    def forward(
+        self,
+        query_pos: Tensor,
+        memory: Tensor,
+        pos: Tensor,
+        key_padding_mask: Tensor | None,
+        grid: MemoryGrid,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode.
+
+        Args:
+            query_pos: (B', Q, C) learned positions of the queries.
+            memory: (B', N, C) output of the encoder.
+            pos: (B', N, C) position encoding of its tokens.
+            key_padding_mask: (B', N) bool, True at padding, or None.
+            grid: where the tokens lie.
+
+        Returns:
+            (L, B', Q, C) normalised states after each layer, and the reference points as
+            (L, B', Q, 2) float32 logits (x, y), or None.
+        """
+        raise NotImplementedError
+
+
+class DETRDecoder(Decoder):
+    """Decoder layers of DETR; every layer's output is normalised and returned."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], *, embed_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        query_pos: Tensor,
+        memory: Tensor,
+        pos: Tensor,
+        key_padding_mask: Tensor | None,
+        grid: MemoryGrid,
+    ) -> tuple[Tensor, None]:
+        """See :class:`Decoder`; there are no reference points."""
+        memory_keys = memory + pos
+        queries = torch.zeros_like(query_pos)
+        states = []
+        for layer in self.layers:
+            queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
+            states.append(self.norm(queries))
+        return torch.stack(states), None
+
+
+class ConditionalDecoder(Decoder):
+    """Decoder of Conditional-DETR (Meng et al. 2021, section 3): queries know where to look.
+
+    Each query position gives a reference point, and the spatial part of the cross-attention asks
+    for the neighbourhood of that point, scaled by what the query has seen so far. All layers
+    regress from the same reference points, as published.
+    """
+
+    def __init__(self, layers: Sequence[ConditionalDecoderLayer], *, embed_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.query_scale = MLP(
+            input_dim=embed_dim, hidden_dim=embed_dim, output_dim=embed_dim, num_layers=2
+        )
+        self.ref_point_head = MLP(
+            input_dim=embed_dim, hidden_dim=embed_dim, output_dim=2, num_layers=2
+        )
+
+    def forward(
+        self,
+        query_pos: Tensor,
+        memory: Tensor,
+        pos: Tensor,
+        key_padding_mask: Tensor | None,
+        grid: MemoryGrid,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Decoder`."""
+        references = self.ref_point_head(query_pos).float()
+        # Rows before columns, as the position encoding of the tokens.
+        where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
+        valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        queries = torch.zeros_like(query_pos)
+        states = []
+        for index, layer in enumerate(self.layers):
+            spatial = where if index == 0 else where * self.query_scale(queries)
+            queries = layer(queries, query_pos, spatial, memory, pos, valid_mask)
+            states.append(self.norm(queries))
+        return torch.stack(states), references.expand(len(states), -1, -1, -1)

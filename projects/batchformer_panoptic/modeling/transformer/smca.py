@@ -4,6 +4,11 @@ Each head of each query has a place and a width; cells far from it lose attentio
 The decoder serves one map (``smca``) and several (``smca_multiscale``).
 
 Shapes: B' images times streams, Q queries, N tokens of all levels, C channels.
+
+What the cross-attention of SMCA is made of: Gaussians around places, and levels.
+
+Shapes: B' images times streams, Q queries, N tokens of all levels, C channels, H heads, L levels,
+K numbers that shape a Gaussian.
 """
 
 from collections.abc import Sequence
@@ -12,14 +17,193 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import UserError
 from ...layers import MLP
 from .base import TRANSFORMER_REGISTRY
-from .decoder import Decoder, MemoryGrid
 from .detr import SingleScaleTransformer, in_feature_shape, post_norm_arguments
-from .layers import FeedForwardLayer
-from .smca_attention import LevelAttention, SpatialPrior
+from .layers import Decoder, FeedForwardLayer, MemoryGrid
+
+# Choices of MODEL.SMCA.DYNAMIC_SCALE: how many numbers shape the Gaussian of a head.
+DYNAMIC_SCALES = {"fixed": 0, "isotropic": 1, "per_axis": 2, "per_axis_and_product": 3}
+# The stride of the map for which the published divisor of distances ("smooth", 8) is meant.
+_SMOOTH_STRIDE = 32
+# Lower than any score that still counts, even its half, and above the lowest number of half
+# precision.
+_LOWEST_BIAS = -3e4
+
+
+def gaussian_bias(centers: Tensor, weights: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """What is added to attention scores: minus the weighted squared distance of each cell.
+
+    Rows and columns are summed apart and meet once, in the result. Cells are their integer
+    indices, as published: there is no half cell.
+
+    Args:
+        centers: (..., 2) float, x and y in cells.
+        weights: (..., K) float from 0 on, of the squared distances: K = 1 for both axes alike,
+            2 for x and y, 3 for x, y and the product of the squared distances.
+        map_size: (height, width) in cells.
+
+    Returns:
+        (..., height * width) from -3e4 to 0.
+    """
+    height, width = map_size
+    rows = torch.arange(height, device=centers.device)
+    columns = torch.arange(width, device=centers.device)
+    weights = weights.neg()
+    dx = (centers[..., 0, None] - columns).square()
+    dy = (centers[..., 1, None] - rows).square()
+    weight_x = weights[..., :1]
+    weight_y = weights[..., 1:2] if weights.shape[-1] > 1 else weight_x
+    # Limited before they meet: a limit on the sum would keep a second copy of it for backward.
+    of_rows = (weight_y * dy).clamp(min=_LOWEST_BIAS / 2)
+    of_columns = (weight_x * dx).clamp(min=_LOWEST_BIAS / 2)
+    bias = of_rows[..., :, None] + of_columns[..., None, :]
+    if weights.shape[-1] > 2:
+        bias = bias + (weights[..., 2:] * dy)[..., :, None] * dx[..., None, :]
+        bias = bias.clamp(min=_LOWEST_BIAS)
+    return bias.flatten(-2)
+
+
+class SpatialPrior(nn.Module):
+    """Where the heads of one decoder layer look: biases of attention, and weights of the levels.
+
+    Args:
+        embed_dim: channels C of a query.
+        num_heads: attention heads H.
+        strides: pixels of a cell, of each level.
+        dynamic_scale: a key of :data:`DYNAMIC_SCALES`.
+        smooth: divisor of squared distances in cells of stride 32; inversely proportional to the
+            stride on other levels, as published.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        strides: Sequence[int],
+        dynamic_scale: str,
+        smooth: float,
+    ) -> None:
+        super().__init__()
+        if dynamic_scale not in DYNAMIC_SCALES:
+            raise UserError(
+                f"MODEL.SMCA.DYNAMIC_SCALE is {dynamic_scale!r}; known: {', '.join(DYNAMIC_SCALES)}"
+            )
+        self.strides = tuple(strides)
+        self.num_heads = num_heads
+        self.smooths = [smooth * _SMOOTH_STRIDE / stride for stride in strides]
+        num_gaussians = len(self.strides) * num_heads
+        num_scales = DYNAMIC_SCALES[dynamic_scale]
+        self.offset_head = nn.Linear(embed_dim, 2 * num_gaussians)
+        self.scale_head = nn.Linear(embed_dim, num_scales * num_gaussians) if num_scales else None
+        self.level_head = nn.Linear(embed_dim, len(self.strides)) if len(self.strides) > 1 else None
+
+    def start_at_unit_scale(self) -> None:
+        """Start with a width of one whatever the query, as published."""
+        if self.scale_head is not None:
+            nn.init.zeros_(self.scale_head.weight)
+            nn.init.ones_(self.scale_head.bias)
+
+    def biases(
+        self,
+        where: Tensor,
+        centers: Tensor,
+        map_sizes: Sequence[tuple[int, int]],
+        key_padding_mask: Tensor | None,
+    ) -> list[Tensor]:
+        """Additive biases of the attention scores of each level.
+
+        Args:
+            where: (B', Q, C) normalised queries with their positions.
+            centers: (B', Q, 2) float32, x and y in pixels.
+            map_sizes: (height, width) in cells of each level.
+            key_padding_mask: (B', N) bool over all levels, True at padding, or None.
+
+        Returns:
+            L tensors (B', H, Q, height * width) float32, -inf at padding.
+        """
+        offsets = self._by_level(self.offset_head(where))
+        if self.scale_head is None:
+            scales = [centers.new_ones(1)] * len(self.strides)
+        else:
+            scales = [scale.square() for scale in self._by_level(self.scale_head(where))]
+        lengths = [height * width for height, width in map_sizes]
+        biases = []
+        for level, map_size in enumerate(map_sizes):
+            places = centers[:, None] / self.strides[level] + offsets[level]
+            biases.append(gaussian_bias(places, scales[level] / self.smooths[level], map_size))
+        if key_padding_mask is None:
+            return biases
+        masks = key_padding_mask[:, None, None].split(lengths, dim=-1)
+        # Published: the Gaussian is added to scores that are -inf at padding, which is the same.
+        return [
+            bias.masked_fill(mask, -torch.inf) for bias, mask in zip(biases, masks, strict=True)
+        ]
+
+    def level_weights(self, where: Tensor) -> Tensor | None:
+        """(B', Q, C) -> (B', Q, L), positive with sum 1: each query's own; None for one level.
+
+        The published code gives the weights of the first image to the whole batch.
+        """
+        return None if self.level_head is None else self.level_head(where).softmax(-1)
+
+    def _by_level(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B', Q, L * H * K) -> L tensors (B', H, Q, K) float32."""
+        x = x.float().unflatten(-1, (len(self.strides), self.num_heads, -1))
+        return x.transpose(1, 3).unbind(2)
+
+
+class LevelAttention(nn.MultiheadAttention):
+    """Multi-head attention with a softmax over each level, and a weighted sum of the levels."""
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        biases: Sequence[Tensor],
+        level_weights: Tensor | None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B', Q, C).
+            key: (B', N, C), level after level.
+            value: (B', N, C).
+            biases: L tensors (B', H, Q, N_l) that are added to the scores.
+            level_weights: (B', Q, L), or None for the plain sum.
+
+        Returns:
+            (B', Q, C).
+        """
+        weights = self.in_proj_weight.chunk(3)
+        offsets = self.in_proj_bias.chunk(3)
+        heads = [
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, offsets, strict=True)
+        ]
+        lengths = [bias.shape[-1] for bias in biases]
+        keys, values = heads[1].split(lengths, dim=2), heads[2].split(lengths, dim=2)
+        outputs = []
+        for level, bias in enumerate(biases):
+            attended = F.scaled_dot_product_attention(
+                heads[0],
+                keys[level],
+                values[level],
+                attn_mask=bias.to(heads[0].dtype),
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            if level_weights is not None:
+                attended = attended * level_weights[:, None, :, level, None]
+            outputs.append(attended)
+        return self.out_proj(torch.stack(outputs).sum(0).transpose(1, 2).flatten(2))
 
 
 class SMCADecoderLayer(FeedForwardLayer):

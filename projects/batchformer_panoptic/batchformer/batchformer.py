@@ -1,0 +1,249 @@
+"""Where the block sits in an encoder: opens the second stream, and vanishes in evaluation.
+
+Which copies of the batch ("streams") a tensor carries, stated and never guessed.
+
+The BatchFormerV2 block: a Transformer encoder layer along the batch axis.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ORIGINAL = "original"
+BATCHFORMER = "batchformer"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """The number and order of the streams along dimension 0 of a batch.
+
+    A batch of B images with S streams has B' = S * B entries along dimension 0, stream after
+    stream: all images of the original stream first. Everything that is per image and not yet
+    expanded (B entries) is brought to B' entries by :meth:`expand`.
+    """
+
+    names: tuple[str, ...] = (ORIGINAL,)
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams S."""
+        return len(self.names)
+
+    def expand(self, per_image: Tensor, dim: int = 0) -> Tensor:
+        """(B, ...) -> (S * B, ...): one copy for each stream; the tensor itself when S is 1.
+
+        Args:
+            per_image: any tensor.
+            dim: which of its dimensions is the batch.
+        """
+        if self.num_streams == 1:
+            return per_image
+        return torch.cat([per_image] * self.num_streams, dim=dim)
+
+    def expand_list(self, per_image: Sequence[T]) -> list[T]:
+        """B items -> S * B items in the order of :meth:`expand`; the items are shared."""
+        return list(per_image) * self.num_streams
+
+    def image_of(self, entry: Tensor, num_images: int) -> Tensor:
+        """Indices in [0, S * B) of an expanded batch -> indices in [0, B) of its images."""
+        return entry if self.num_streams == 1 else entry % num_images
+
+    def split(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """(S * B, ...) -> S views of (B, ...), in the order of ``names``.
+
+        Raises:
+            ValueError: dimension 0 is no multiple of the number of streams.
+        """
+        if batch.shape[0] % self.num_streams:
+            raise ValueError(
+                f"{batch.shape[0]} entries do not split into {self.num_streams} streams"
+            )
+        return batch.tensor_split(self.num_streams)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """S tensors (B, ...) -> (S * B, ...): the inverse of :meth:`split`."""
+        if len(parts) != self.num_streams:
+            raise ValueError(f"{len(parts)} parts for {self.num_streams} streams")
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+    def sum_losses(self, contributions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses as (S * B,) contributions of each entry -> 0-d sums, one for each stream.
+
+        With one stream a loss keeps its name; with more, ``loss_x`` becomes
+        ``loss_x/original``, ``loss_x/batchformer``. The sum over all values is unchanged.
+        """
+        if self.num_streams == 1:
+            return {name: value.sum() for name, value in contributions.items()}
+        return {
+            f"{name}/{stream}": part.sum()
+            for name, value in contributions.items()
+            for stream, part in zip(self.names, self.split(value), strict=True)
+        }
+
+
+SINGLE = StreamState()
+TWO_STREAMS = StreamState((ORIGINAL, BATCHFORMER))
+
+
+class BatchFormerV2(nn.TransformerEncoderLayer):
+    """Lets every token attend to the tokens at the same position of the other images.
+
+    A post-norm Transformer encoder layer (multi-head attention, ReLU feed-forward, layer norms)
+    whose sequence is the batch: N independent sequences of length B (arXiv 2204.01254, section
+    3.2). It has no positional encoding, so permuting the images permutes the output. With one
+    token per image (N = 1) it is the image-level BatchFormer (v1).
+
+    Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code.
+
+    Args:
+        embed_dim: channels C of a token.
+        num_heads: attention heads; must divide ``embed_dim``.
+        dim_feedforward: hidden width of the feed-forward layer. None: ``embed_dim``.
+        dropout: probability for attention weights, feed-forward and residual branches.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_heads: int = 4,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.5,
+    ) -> None:
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads ({num_heads}) must divide embed_dim ({embed_dim})")
+        super().__init__(
+            d_model=embed_dim,
+            nhead=num_heads,
+            dim_feedforward=dim_feedforward or embed_dim,
+            dropout=dropout,
+            batch_first=False,  # dimension 0, here the images, is the sequence
+        )
+
+    # The base class names its arguments after sequences; here they are images and tokens.
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Attend over the images of the batch, separately at each position.
+
+        Args:
+            tokens: (B, N, C).
+            key_padding_mask: (B, N) bool, True where a token is padding and must not be attended
+                to, or None as published. Positions that are padding in every image are attended
+                to all the same: there is nothing else, and nobody reads them.
+
+        Returns:
+            (B, N, C), a new tensor.
+        """
+        if tokens.dim() != 3:
+            raise ValueError(f"tokens must be (B, N, C), not of shape {tuple(tokens.shape)}")
+        ignored = None
+        if key_padding_mask is not None:
+            if key_padding_mask.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"key_padding_mask must be {tuple(tokens.shape[:2])}, "
+                    f"not {tuple(key_padding_mask.shape)}"
+                )
+            ignored = (key_padding_mask & ~key_padding_mask.all(dim=0)).transpose(0, 1)
+        return super().forward(tokens, src_key_padding_mask=ignored)
+
+
+class IdentityHook(nn.Module):
+    """The hook of an encoder without BatchFormerV2: one stream, nothing done."""
+
+    def after_layer(
+        self, index: int, tokens: Tensor, streams: StreamState, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, StreamState]:
+        """Return ``tokens`` and ``streams`` as they are."""
+        return tokens, streams
+
+
+class BatchFormerHook(nn.Module):
+    """BatchFormerV2 after chosen encoder layers, in two streams (arXiv 2204.01254, section 3.3).
+
+    The first insertion keeps the batch as the original stream and adds the block's output as the
+    batchformer stream. Later insertions send the batchformer stream through their block and leave
+    the original stream as it is. In evaluation mode nothing happens: same tensors, one stream.
+
+    The blocks sit under ``blocks.<layer>``, or under ``blocks.shared`` when one serves all.
+
+    Args:
+        embed_dim: channels of a token.
+        insert_layers: indices, from 0, of the encoder layers after which a block acts.
+        num_heads: attention heads of a block.
+        dim_feedforward: hidden width of a block's feed-forward layer. None: ``embed_dim``.
+        dropout: dropout of a block.
+        shared: use one block for all insertions.
+        mask_padding: keep padding out of the batch attention. Published: False, padding positions
+            take part.
+
+    Raises:
+        ValueError: ``insert_layers`` is empty, negative or repeats itself.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        insert_layers: Sequence[int] = (0,),
+        num_heads: int = 4,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.5,
+        shared: bool = False,
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        layers = sorted(insert_layers)
+        if not layers or layers[0] < 0 or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"insert_layers must name distinct layers from 0 on, not {list(insert_layers)}"
+            )
+        self.insert_layers = tuple(layers)
+        self.mask_padding = mask_padding
+        self.shared = shared
+        self.blocks = nn.ModuleDict(
+            {
+                name: BatchFormerV2(
+                    embed_dim,
+                    num_heads=num_heads,
+                    dim_feedforward=dim_feedforward,
+                    dropout=dropout,
+                )
+                for name in (["shared"] if shared else map(str, layers))
+            }
+        )
+
+    def after_layer(
+        self, index: int, tokens: Tensor, streams: StreamState, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, StreamState]:
+        """Apply the block that belongs after encoder layer ``index``, if there is one.
+
+        Args:
+            index: the encoder layer that has just run.
+            tokens: (B', N, C) its output, B' = B times the number of streams.
+            streams: the streams that ``tokens`` carries.
+            key_padding_mask: (B', N) bool, True where a token is padding, or None if none is.
+
+        Returns:
+            The tokens and the streams they carry now. Whatever is per image must be expanded by
+            the caller when the streams have changed.
+        """
+        if not self.training or index not in self.insert_layers:
+            return tokens, streams
+        # Before the first insertion the one stream is both what stays and what the block reads.
+        original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)
+        mask = None
+        if self.mask_padding and key_padding_mask is not None:
+            mask = streams.split(key_padding_mask)[0]
+        if source.shape[0] == 1:
+            warnings.warn(
+                "BatchFormerV2 got a batch of one image: attention over a single image mixes "
+                "nothing. Use at least two images per process.",
+                stacklevel=2,
+            )
+        block = self.blocks["shared" if self.shared else str(index)]
+        return TWO_STREAMS.join([original, block(source, mask)]), TWO_STREAMS

@@ -1,0 +1,218 @@
+"""From one dataset dict of an image folder to what a classifier takes.
+
+From the INPUT.CLASSIFICATION section to timm's transforms.
+
+Pictures are Pillow images in RGB until the last step, then (3, S, S) tensors in 0 to 255.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from ..errors import UserError
+from .panoptic_mapper import check_image_format, read_image_file
+
+TRAIN_CROPS = ("resized", "padded")
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+
+
+def build_image_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], Tensor]:
+    """Build timm's transform for training or evaluation without its normalisation.
+
+    In training: a crop (``TRAIN_CROP`` "resized": an area of ``SCALE`` of the image; "padded": the
+    whole image, moved by up to ``PADDING`` pixels), horizontal flip, ``AUTO_AUGMENT`` or else
+    ``COLOR_JITTER``. In evaluation: the short side resized to the image size over ``CROP_PCT``,
+    and the centre of that.
+
+    Args:
+        cfg: INPUT.CLASSIFICATION, MODEL.CLASSIFIER.IMAGE_SIZE, INPUT.FORMAT and MODEL.PIXEL_MEAN.
+        is_train: training or evaluation.
+
+    Returns:
+        RGB picture of any size -> uint8 (3, S, S), RGB.
+
+    Raises:
+        UserError: timm is not there, or a value that it does not take.
+    """
+    node = cfg.INPUT.CLASSIFICATION
+    size = int(cfg.MODEL.CLASSIFIER.IMAGE_SIZE)
+    _check(node, size)
+    create_transform = _timm_data().create_transform
+    if not is_train:
+        # "random" is for training alone
+        interpolation = "bicubic" if node.INTERPOLATION == "random" else node.INTERPOLATION
+        evaluation: Callable[[Image.Image], Tensor] = create_transform(
+            size, interpolation=interpolation, crop_pct=float(node.CROP_PCT), normalize=False
+        )
+        return evaluation
+    try:
+        crop_and_flip, colours, to_tensor = create_transform(
+            size,
+            is_training=True,
+            scale=tuple(node.SCALE),
+            ratio=tuple(node.RATIO),
+            hflip=float(node.HFLIP),
+            color_jitter=float(node.COLOR_JITTER) or None,
+            auto_augment=node.AUTO_AUGMENT or None,
+            interpolation=node.INTERPOLATION,
+            # what shears and rotations are filled with, RGB in 0 to 1
+            mean=tuple(value / 255 for value in rgb_of(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN)),
+            normalize=False,
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"INPUT.CLASSIFICATION.AUTO_AUGMENT {node.AUTO_AUGMENT!r} is not what timm takes "
+            f"({type(error).__name__}: {error}): for example rand-m9-mstd0.5-inc1, or '' for none"
+        ) from error
+    if node.TRAIN_CROP == "padded":
+        crop_and_flip = _padded_crop(size, int(node.PADDING), float(node.HFLIP))
+    return transforms.Compose([crop_and_flip, colours, to_tensor])
+
+
+class PixelErasing:
+    """Timm's random erasing by noise, on images in 0 to 255.
+
+    Timm erases after the normalisation, with normal noise of deviation 1. The model normalises
+    here, so the noise has the mean and the deviation that make it the same after that. It is
+    neither rounded nor cut to 0 to 255.
+
+    Args:
+        probability: that an image loses a rectangle of 2 % to a third of its area, 0 to 1.
+        mean: of each channel, in 0 to 255 and the order of the image's channels.
+        std: deviation of each channel, likewise.
+    """
+
+    def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._erase = _timm_data().random_erasing.RandomErasing(
+            probability, mode="pixel", max_count=1, device="cpu"
+        )
+        self._mean = torch.tensor(mean).view(-1, 1, 1)
+        self._std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Erase in a uint8 (C, H, W) image; returns float32 in any case."""
+        normalized: Tensor = self._erase((image - self._mean) / self._std)
+        return normalized * self._std + self._mean
+
+
+def rgb_of(image_format: str, values: Sequence[float]) -> list[float]:
+    """Statistics in the order of INPUT.FORMAT ("RGB" or "BGR") as red, green and blue."""
+    return list(values)[::-1] if image_format == "BGR" else list(values)
+
+
+def _padded_crop(size: int, padding: int, hflip: float) -> Callable[[Image.Image], Image.Image]:
+    """The whole image at (size, size), a black border of ``padding``, and a crop out of both."""
+    steps: list[Any] = [
+        transforms.Resize((size, size)),
+        transforms.RandomCrop(size, padding=padding),
+    ]
+    if hflip > 0:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    composed: Callable[[Image.Image], Image.Image] = transforms.Compose(steps)
+    return composed
+
+
+def _check(node: CfgNode, size: int) -> None:
+    if size < 1:
+        raise UserError(f"MODEL.CLASSIFIER.IMAGE_SIZE is {size}: give the side in pixels")
+    for key, known in (("TRAIN_CROP", TRAIN_CROPS), ("INTERPOLATION", INTERPOLATIONS)):
+        if node[key] not in known:
+            raise UserError(
+                f"INPUT.CLASSIFICATION.{key} is {node[key]!r}: choose one of {', '.join(known)}"
+            )
+    for key in ("HFLIP", "RANDOM_ERASING"):
+        if not 0 <= node[key] <= 1:
+            raise UserError(f"INPUT.CLASSIFICATION.{key} is {node[key]}: give 0 to 1")
+    for key in ("SCALE", "RATIO"):
+        if len(node[key]) != 2 or not 0 < node[key][0] <= node[key][1]:
+            raise UserError(
+                f"INPUT.CLASSIFICATION.{key} is {list(node[key])}: give the least and the most"
+            )
+    if not 0 < node.CROP_PCT <= 1:
+        raise UserError(f"INPUT.CLASSIFICATION.CROP_PCT is {node.CROP_PCT}: give above 0 to 1")
+    if node.PADDING < 0 or node.COLOR_JITTER < 0:
+        raise UserError(
+            f"INPUT.CLASSIFICATION.PADDING is {node.PADDING} and COLOR_JITTER {node.COLOR_JITTER}: "
+            "give 0 or more"
+        )
+
+
+def _timm_data() -> Any:
+    """The module timm.data.
+
+    Raises:
+        UserError: timm, which is an extra, is not installed.
+    """
+    try:
+        import timm.data.random_erasing  # an extra: only those who classify images need it
+    except ImportError:
+        raise UserError(
+            "image classification needs timm: pip install timm, or this project's extra [timm]"
+        ) from None
+    return timm.data
+
+
+class ClassificationMapper:
+    """Reads the image and augments it.
+
+    Calling it returns a dict with
+
+    - image: (3, S, S) in 0 to 255, channels in the order of INPUT.FORMAT; uint8, or float32 in
+      training with random erasing, whose noise is not cut to that range;
+    - file_name, image_id, and label where the dataset dict has one.
+
+    The dataset dict is left as it is. `UserError` names a file that cannot be read.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        transform: Callable[[Image.Image], Tensor],
+        erasing: Callable[[Tensor], Tensor] | None = None,
+        image_format: str = "RGB",
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            transform: RGB picture -> uint8 (3, S, S) tensor, RGB.
+            erasing: applied last, to channels in the order of the format.
+            image_format: "RGB" or "BGR".
+
+        Raises:
+            UserError: another image format.
+        """
+        check_image_format(image_format)
+        self.transform = transform
+        self.erasing = erasing
+        self.image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Constructor arguments from INPUT and the pixel statistics of MODEL."""
+        probability = float(cfg.INPUT.CLASSIFICATION.RANDOM_ERASING)
+        erasing = None
+        if is_train and probability > 0:
+            erasing = PixelErasing(probability, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        return {
+            "transform": build_image_transform(cfg, is_train),
+            "erasing": erasing,
+            "image_format": cfg.INPUT.FORMAT,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Read and transform one image; the randomness is that of random, numpy and torch."""
+        picture = Image.fromarray(read_image_file(dataset_dict["file_name"], "RGB", "image"))
+        image = self.transform(picture)
+        if self.image_format == "BGR":
+            image = image.flip(0)
+        if self.erasing is not None:
+            image = self.erasing(image)
+        kept = ("file_name", "image_id", "label")
+        return {"image": image} | {key: dataset_dict[key] for key in kept if key in dataset_dict}

@@ -1,0 +1,106 @@
+"""A narrow ResNet of basic blocks, for small images and machines without a GPU.
+
+Residual networks that compute their blocks again in the backward pass.
+
+Detectron2's ResNet, with the dilated last stage (DC5) that DETR uses.
+"""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, build_resnet_backbone
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import UserError
+
+_KEY = 'MODEL.ACTIVATION_CHECKPOINTING "backbone"'
+
+
+class RecomputedStage(nn.Sequential):
+    """A stage of which training keeps the input of each block alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'), as the blocks do one after the other."""
+        recompute = self.training and torch.is_grad_enabled()
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
+
+
+def recompute_stages(backbone: nn.Module) -> None:
+    """Let all stages of a residual network be :class:`RecomputedStage`; no name changes.
+
+    Raises:
+        UserError: another backbone, or one with norms that would count each batch twice.
+    """
+    if not isinstance(backbone, ResNet):
+        raise UserError(
+            f"{_KEY} is for the ResNets of Detectron2 and of this project, "
+            f"not for {type(backbone).__name__}"
+        )
+    for index, (name, stage) in enumerate(zip(backbone.stage_names, backbone.stages, strict=True)):
+        if any(getattr(m, "track_running_stats", False) for m in stage.modules()):
+            raise UserError(
+                f"{_KEY} needs norms without running statistics, which {name} has and would "
+                "update twice: set NORM of MODEL.RESNETS or MODEL.SMALL_RESNET to FrozenBN or GN"
+            )
+        recomputed = RecomputedStage(*stage)
+        setattr(backbone, name, recomputed)
+        backbone.stages[index] = recomputed
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet; with ``MODEL.RESNETS.RES5_DILATION`` 2 its DC5 is torchvision's.
+
+    Both keep ``res5`` at stride 16. Detectron2 dilates all blocks of the stage; torchvision
+    (``replace_stride_with_dilation=[False, False, True]``, which DETR uses) leaves the first one
+    alone, where the stride has been. With dilation 1 this is ``build_resnet_backbone``.
+    """
+    dilated = cfg.MODEL.RESNETS.RES5_DILATION > 1
+    if dilated and cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE[-1]:
+        raise UserError(
+            "MODEL.RESNETS.RES5_DILATION > 1 and deformable convolutions in res5 "
+            "(MODEL.RESNETS.DEFORM_ON_PER_STAGE) do not go together"
+        )
+    resnet = build_resnet_backbone(cfg, input_shape)
+    if dilated and "res5" in resnet.stage_names:
+        conv = resnet.res5[0].conv2
+        conv.dilation = conv.padding = (1, 1)
+    return resnet
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's ResNet with the widths, strides and depth of ``MODEL.SMALL_RESNET``.
+
+    Maps are called ``res2``, ``res3``, ... as in Detectron2; the stem has stride 4. All of it is
+    trained: there are no pre-trained weights that ``MODEL.BACKBONE.FREEZE_AT`` would protect.
+    """
+    node = cfg.MODEL.SMALL_RESNET
+    stem = BasicStem(
+        in_channels=input_shape.channels, out_channels=node.STEM_CHANNELS, norm=node.NORM
+    )
+    stages: list[list[BasicBlock]] = []
+    in_channels = node.STEM_CHANNELS
+    for channels, stride in zip(node.STAGE_CHANNELS, node.STAGE_STRIDES, strict=True):
+        if stride > 1 and channels == in_channels:
+            # Detectron2's basic block has no shortcut convolution then, and cannot be strided.
+            raise UserError(
+                f"MODEL.SMALL_RESNET.STAGE_CHANNELS is {node.STAGE_CHANNELS}: a stage of stride "
+                f"{stride} must change the number of channels ({channels})"
+            )
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                node.BLOCKS_PER_STAGE,
+                stride_per_block=[stride] + [1] * (node.BLOCKS_PER_STAGE - 1),
+                in_channels=in_channels,
+                out_channels=channels,
+                norm=node.NORM,
+            )
+        )
+        in_channels = channels
+    return ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)

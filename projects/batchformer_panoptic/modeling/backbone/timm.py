@@ -1,0 +1,375 @@
+"""Any timm model with feature maps as a backbone, through its ``features_only`` interface.
+
+Creating models of timm by name: what can go wrong, as one line each.
+
+Creating timm models that return feature maps.
+"""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+
+_TOLERANCE = 0.01  # of pixel statistics that should be equal, in grey levels
+
+
+def import_timm() -> Any:
+    """Return the module timm.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import timm  # an extra: only those who name a timm model need it
+    except ImportError as error:
+        raise UserError(
+            "models of timm need timm: pip install timm, or this project's extra [timm]"
+        ) from error
+    return timm
+
+
+def create_timm_model(name: str, *, node: str, pretrained: bool, **arguments: Any) -> Any:
+    """Create a model of timm.
+
+    Args:
+        name: as ``timm.list_models()`` has it, with or without the tag of its weights.
+        node: the part of the config that asks for the model, for messages ("MODEL.TIMM").
+        pretrained: load weights, which timm downloads where it does not have them.
+        **arguments: of ``timm.create_model``.
+
+    Raises:
+        UserError: timm is not installed or does not know the model, or its weights cannot be had.
+        Exception: what timm raises at arguments that do not suit the model.
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UserError(f"timm has no model {name!r}; {hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AttributeError):
+        raise
+    # Hubs fail in many ways (offline, no such weights, damaged file), with as many types.
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{node}.PRETRAINED: timm has no weights of {name} here and cannot download "
+            f"them ({type(error).__name__}: {reason}); set it to False and MODEL.WEIGHTS to a "
+            "converted file"
+        ) from error
+
+
+def timm_pixel_statistics(net: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, 0 to 255 and RGB, that timm's weights of a model expect."""
+    mean, std = ([255.0 * x for x in net.pretrained_cfg[key]] for key in ("mean", "std"))
+    return [round(x, 4) for x in mean], [round(x, 4) for x in std]
+
+
+def check_pixel_statistics(
+    net: Any, name: str, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+) -> None:
+    """Refuse to feed timm's weights images that are normalised in another way.
+
+    Args:
+        net: a model of timm.
+        name: of it.
+        pixel_mean: MODEL.PIXEL_MEAN.
+        pixel_std: MODEL.PIXEL_STD.
+
+    Raises:
+        UserError: the first of the two that differs, and what to set it to.
+    """
+    mean, std = timm_pixel_statistics(net)
+    for key, used, wanted in (("PIXEL_MEAN", pixel_mean, mean), ("PIXEL_STD", pixel_std, std)):
+        if any(abs(a - b) > _TOLERANCE for a, b in zip(used, wanted, strict=True)):
+            raise UserError(
+                f"MODEL.{key} is {list(used)}, but timm's weights of {name} were trained "
+                f"with {wanted}: set MODEL.{key} {wanted}"
+            )
+
+
+# Covered by the tests, with training step and evaluation; others of these families should do.
+TESTED_TIMM_MODELS = (
+    "resnet18",
+    "resnet50",
+    "efficientnet_lite0",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "regnetx_002",
+    "fastvit_t8",
+    "swin_tiny_patch4_window7_224",
+)
+
+# What families that are built for one image size call the permission to take others.
+_ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+
+COLOURS = 3  # channels of an image
+
+
+class TimmFeatures(NamedTuple):
+    """A timm model that returns feature maps, and which they are.
+
+    Attributes:
+        net: (B, 3, H, W) -> list of maps (B, C_i, H / stride, W / stride). Its parameters are
+            called ``model.`` and what timm calls them in the whole model.
+        levels: what is returned, in this order: ``res2`` for stride 4, ``res3`` for 8 and so on.
+        channels: of each map.
+        beyond: names of what the model computes later maps from, which ``net`` does not have.
+    """
+
+    net: Any
+    levels: tuple[str, ...]
+    channels: tuple[int, ...]
+    beyond: frozenset[str]
+
+
+def create_timm_features(
+    name: str, *, out_features: tuple[str, ...] | None = None, pretrained: bool = False
+) -> TimmFeatures:
+    """Create a timm model that returns a map for each stride, and nothing beyond the last one.
+
+    Args:
+        name: of the model, as ``timm.list_models()`` has it.
+        out_features: maps that are wanted. None: all that the model has up to stride 32.
+        pretrained: load weights, which timm downloads where it does not have them.
+
+    Raises:
+        UserError: see :func:`build_timm_backbone`.
+    """
+    whole = _create(name, pretrained=False)
+    info = whole.feature_info
+    # Of several maps of one stride the deepest one counts.
+    available = {
+        f"res{stride.bit_length() - 1}": index
+        for stride, index in zip(info.reduction(), info.out_indices, strict=True)
+        if stride & (stride - 1) == 0 and stride <= 32
+    }
+    wanted = tuple(available) if out_features is None else out_features
+    missing = [level for level in wanted if level not in available]
+    if missing or not wanted:
+        strides = ", ".join(str(stride_of(level)) for level in available)
+        raise UserError(
+            f"timm's {name} has no map {', '.join(missing)}: it has {', '.join(available)} "
+            f"(strides {strides}). List no others in "
+            "MODEL.TIMM.OUT_FEATURES; what reads them (MODEL.DETR.IN_FEATURE, "
+            "MODEL.MASK_HEAD.IN_FEATURES with MODEL.MASK_ON) must fit, or take another model"
+        )
+    deepest = max(available[level] for level in wanted)
+    levels = {level: index for level, index in available.items() if index <= deepest}
+    net = _create(name, pretrained=pretrained, out_indices=tuple(levels.values()))
+    channels = tuple(net.feature_info.channels())
+    beyond = frozenset(whole.state_dict().keys() - net.state_dict().keys())
+    features = TimmFeatures(net, tuple(levels), channels, beyond)
+    _check_maps(name, features)
+    return features
+
+
+def stride_of(level: str) -> int:
+    """The stride of a map called ``res<n>``."""
+    number = level.removeprefix("res")
+    if not number.isdigit():
+        raise UserError(f"MODEL.TIMM.OUT_FEATURES names {level!r}; maps are called res2, res3, ...")
+    return 2 ** int(number)
+
+
+def try_out(net: nn.Module, unit: int) -> list[Tensor]:
+    """The maps of a small noise image; leaves the model as it was."""
+    was_training = net.training
+    net.eval()  # no statistics are collected, no random numbers are drawn
+    maps = net(torch.linspace(-1, 1, COLOURS * 6 * unit**2).view(1, COLOURS, 2 * unit, 3 * unit))
+    net.train(was_training)
+    return list(maps)
+
+
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
+    for any_size in _ANY_SIZE:
+        try:
+            return create_timm_model(
+                name,
+                node="MODEL.TIMM",
+                pretrained=pretrained,
+                features_only=True,
+                feature_cls="getter",  # maps as (B, C, H, W), parameters under timm's own names
+                **any_size,
+                **arguments,
+            )
+        except TypeError as error:
+            if not any_size or not any(word in str(error) for word in any_size):
+                raise
+        except AttributeError as error:
+            raise UserError(f"timm's {name} offers no feature maps ({error})") from error
+    raise AssertionError("the last attempt passes no argument that could be unknown")
+
+
+def _check_maps(name: str, features: TimmFeatures) -> None:
+    """Try the model on an image of another size than its own; what it says of itself must hold."""
+    largest = max(stride_of(level) for level in features.levels)
+    try:
+        with torch.no_grad():
+            maps = try_out(features.net, largest)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"timm's {name} takes images of one size only, and this model all sizes ({reason}); "
+            f"take another one, such as {', '.join(TESTED_TIMM_MODELS[:4])}"
+        ) from error
+    for level, channels, found in zip(features.levels, features.channels, maps, strict=True):
+        cells = largest // stride_of(level)
+        if found.shape != (1, channels, 2 * cells, 3 * cells):
+            raise UserError(
+                f"timm's {name} returns a map of shape {tuple(found.shape)} for an image of "
+                f"{2 * largest} x {3 * largest}, which is no map of stride {stride_of(level)} "
+                f"and {channels} channels; take another model"
+            )
+
+
+_logger = logging.getLogger(__name__)
+
+
+class TimmBackbone(Backbone):
+    """Maps of a timm model under Detectron2's names.
+
+    Args:
+        features: the timm model.
+        out_features: which of its maps to return.
+        freeze_at: the parameters that ``res<freeze_at>`` is computed from stay as they are, and so
+            do the statistics of their batch norms. 0: none.
+        frozen_norm: all batch norms stay as they are.
+        normalize_maps: bring the channels of each pixel of a map to mean 0 and variance 1.
+    """
+
+    def __init__(
+        self,
+        features: TimmFeatures,
+        *,
+        out_features: tuple[str, ...],
+        freeze_at: int,
+        frozen_norm: bool,
+        normalize_maps: bool = False,
+    ) -> None:
+        super().__init__()
+        self._normalize_maps = normalize_maps
+        self._levels = features.levels
+        self._shapes = {
+            level: ShapeSpec(channels=channels, stride=stride_of(level))
+            for level, channels in zip(features.levels, features.channels, strict=True)
+        }
+        self._out_features = out_features
+        self._size_divisibility = max(stride_of(level) for level in features.levels)
+        self.features = features.net
+        self._beyond = features.beyond
+        self.register_load_state_dict_pre_hook(_leave_out_later_stages)
+        self._freeze(freeze_at)
+        if frozen_norm:
+            self.features = _with_frozen_norms(self.features)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Patches and windows would leave out what is beyond the last whole one."""
+        return self._size_divisibility
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map that is returned."""
+        return {name: self._shapes[name] for name in self._out_features}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map (B, 3, H, W) images to (B, C_i, H / stride, W / stride) maps by name."""
+        maps = dict(zip(self._levels, self.features(images), strict=True))
+        if self._normalize_maps:
+            maps = {name: _normalized(x) for name, x in maps.items()}
+        return {name: maps[name] for name in self._out_features}
+
+    @torch.enable_grad()  # gradients tell what depends on what, whoever builds the model
+    def _freeze(self, freeze_at: int) -> None:
+        names, parameters = zip(*self.features.named_parameters(), strict=True)
+        maps = try_out(self.features, self._size_divisibility)
+        used = _reached(list(maps), parameters)
+        frozen = [False] * len(names)
+        if freeze_at:
+            frozen = _reached([maps[self._levels.index(f"res{freeze_at}")]], parameters)
+        for parameter, is_used, is_frozen in zip(parameters, used, frozen, strict=True):
+            # What no map depends on gets no gradient, which distributed training does not forgive.
+            parameter.requires_grad_(is_used and not is_frozen)
+        for name in {n.rpartition(".")[0] for n, f in zip(names, frozen, strict=True) if f}:
+            parent, _, child = name.rpartition(".")
+            owner = self.features.get_submodule(parent)
+            setattr(owner, child, _with_frozen_norms(getattr(owner, child)))
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    """Layer norm of each pixel's channels without weights, so that no checkpoint changes."""
+    return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
+
+
+def _leave_out_later_stages(
+    backbone: TimmBackbone, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Weights of a whole model serve a backbone that ends earlier."""
+    later = [name for name in backbone._beyond if f"{prefix}features.{name}" in state]
+    for name in later:
+        del state[f"{prefix}features.{name}"]
+    if later:
+        levels = ", ".join(backbone._levels)
+        _logger.info(f"{len(later)} keys of stages after the maps {levels} are not used")
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The timm model ``MODEL.TIMM.NAME``.
+
+    Raises:
+        UserError: timm is not installed or does not know the model, the model has no such maps or
+            takes one image size only, its weights cannot be downloaded or were made for other
+            pixel statistics, or the input is no RGB image.
+    """
+    node = cfg.MODEL.TIMM
+    if input_shape.channels != COLOURS or cfg.INPUT.FORMAT != "RGB":
+        raise UserError(
+            f"MODEL.TIMM.NAME {node.NAME} reads RGB: set INPUT.FORMAT RGB, not {cfg.INPUT.FORMAT}"
+        )
+    features = create_timm_features(
+        node.NAME, out_features=tuple(node.OUT_FEATURES), pretrained=node.PRETRAINED
+    )
+    if node.PRETRAINED:
+        check_pixel_statistics(features.net, node.NAME, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze_at and f"res{freeze_at}" not in features.levels:
+        levels = ", ".join(level.removeprefix("res") for level in features.levels)
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; with MODEL.TIMM.NAME {node.NAME} choose "
+            f"0 or one of {levels}"
+        )
+    return TimmBackbone(
+        features,
+        out_features=tuple(node.OUT_FEATURES),
+        freeze_at=freeze_at,
+        frozen_norm=node.FROZEN_BN,
+        normalize_maps=node.NORMALIZE_MAPS,
+    )
+
+
+def _reached(maps: list[Tensor], parameters: tuple[nn.Parameter, ...]) -> list[bool]:
+    """Which parameters some maps are computed from."""
+    total = torch.stack([one.sum() for one in maps]).sum()
+    gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
+
+
+def _with_frozen_norms(module: nn.Module) -> nn.Module:
+    from timm.layers import freeze_batch_norm_2d
+
+    frozen: nn.Module = freeze_batch_norm_2d(module)
+    return frozen

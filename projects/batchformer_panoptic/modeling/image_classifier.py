@@ -1,0 +1,406 @@
+"""The parts of an image classifier from ``MODEL.CLASSIFIER``.
+
+Mixup and CutMix over the images of a batch.
+
+A vision Transformer of timm with the BatchFormerV2 hook between its blocks.
+
+The meta-architecture of image classification: vision Transformer, mixing and loss, wired.
+
+Shapes: B images, B' = streams * B, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..batchformer import BatchFormerHook, IdentityHook, StreamState
+from ..batchformer.batchformer import SINGLE
+from ..errors import UserError
+from .backbone.timm import check_pixel_statistics, create_timm_model, import_timm
+from .transformer.base import build_hook
+
+
+class BatchMixing:
+    """timm's ``Mixup``: one of mixup and CutMix, with one share, for the whole batch.
+
+    Image ``i`` is mixed with image ``B - 1 - i`` (mixup: arXiv 1710.09412, CutMix: 1905.04899). The
+    decisions come from numpy's global generator on the host, which the training loop seeds from
+    (seed, iteration, rank), so nothing waits for the device and a resumed run mixes alike.
+
+    Args:
+        mixup_alpha: of the Beta distribution of mixup's share. 0: no mixup.
+        cutmix_alpha: of CutMix. 0: no CutMix. One of both is above 0.
+        prob: that a batch is mixed.
+        switch_prob: that it is CutMix, where both are on.
+        num_classes: classes K.
+
+    Raises:
+        UserError: timm is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixup_alpha: float,
+        cutmix_alpha: float,
+        prob: float,
+        switch_prob: float,
+        num_classes: int,
+    ) -> None:
+        import_timm()
+        from timm.data import Mixup
+
+        self._mixup = Mixup(
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            prob=prob,
+            switch_prob=switch_prob,
+            label_smoothing=0.0,  # the loss smooths targets, mixed or not
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            images: (B, C, H, W) floating point; overwritten.
+            labels: (B,) int64 in [0, K).
+
+        Returns:
+            The mixed images, and targets (B, K) float32 whose rows sum to 1.
+
+        Raises:
+            UserError: an odd number of images, which do not form pairs.
+        """
+        if len(images) % 2:
+            raise UserError(
+                f"mixup and CutMix mix pairs, and a process has {len(images)} images: make "
+                "SOLVER.IMS_PER_BATCH an even number for each process, or set "
+                "MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+            )
+        mixed, targets = self._mixup(images, labels)
+        return mixed, targets
+
+
+class HookedVisionTransformer(nn.Module):
+    """Images to class logits: what timm's VisionTransformer does, and the hook after each block.
+
+    Class token, position embedding and everything else before the first insertion is computed
+    once; everything behind it (blocks, norm, head) serves both streams. All tokens, the class token
+    among them, go through the batch attention (arXiv 2204.01254, section 3.3 and table of DeiT).
+
+    timm's ``model.set_grad_checkpointing()`` makes each block run again in the backward pass.
+
+    Parameters are called ``model.`` and what timm calls them, those of the hook ``batchformer.``.
+
+    Args:
+        model: a ``timm.models.VisionTransformer``; see :func:`is_plain_vision_transformer`.
+        hook: acts after block ``i`` (from 0) as after an encoder layer.
+    """
+
+    def __init__(self, model: Any, hook: BatchFormerHook | IdentityHook) -> None:
+        super().__init__()
+        self.model = model
+        self.batchformer = hook
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits K."""
+        return int(self.model.num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, StreamState]:
+        """Classify a batch.
+
+        Args:
+            images: (B, C, H, W), normalised, of the size the model was built for.
+
+        Returns:
+            Logits (B', K), and the streams along B'.
+        """
+        model, streams = self.model, SINGLE
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        recompute = model.grad_checkpointing and torch.is_grad_enabled()
+        for index, block in enumerate(model.blocks):
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+            tokens, streams = self.batchformer.after_layer(index, tokens, streams, None)
+        return model.forward_head(model.norm(tokens)), streams
+
+
+def is_plain_vision_transformer(model: Any) -> bool:
+    """Whether a timm model is one whose forward pass :class:`HookedVisionTransformer` knows.
+
+    Subclasses that pass in another way (distilled DeiT with its second token and head) and models
+    that only look alike (EVA, relative positions) are not.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(model, VisionTransformer) and all(
+        getattr(type(model), name) is getattr(VisionTransformer, name)
+        for name in ("forward", "forward_features", "forward_head", "_pos_embed")
+    )
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(nn.Module):
+    """One label for each image, with a vision Transformer.
+
+    With a BatchFormerV2 hook it trains in two streams that share the targets; in evaluation the
+    hook does nothing and the model is the plain one.
+
+    Attributes:
+        training_metrics: detached 0-d tensors of the last training step that are no losses.
+
+    Args:
+        vit: images to logits.
+        mixing: mixup and CutMix in training, or None.
+        label_smoothing: share of a target, below 1, that is spread evenly over all classes.
+        image_size: height and width of the images.
+        pixel_mean: of each channel, in the order of the input image.
+        pixel_std: of each channel.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        vit: HookedVisionTransformer,
+        mixing: BatchMixing | None,
+        label_smoothing: float,
+        image_size: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0, below 1, not {label_smoothing}")
+        self.vit = vit
+        self.mixing = mixing
+        self.label_smoothing = label_smoothing
+        self.image_size = image_size
+        self.training_metrics: dict[str, Tensor] = {}
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False
+        )
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Build the parts that the config names."""
+        node = cfg.MODEL.CLASSIFIER
+        return {
+            "vit": build_vision_transformer(cfg),
+            "mixing": build_batch_mixing(cfg),
+            "label_smoothing": node.LABEL_SMOOTHING,
+            "image_size": node.IMAGE_SIZE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where inputs are moved to."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Train or infer on a batch.
+
+        Args:
+            batched_inputs: one dict an image: ``image`` (C, H, W), 0 to 255, uint8 or float; in
+                training ``label``, an integer in [0, K).
+
+        Returns:
+            In training a dict of 0-d losses whose sum is the mean over all B' entries. In
+            evaluation a list of dicts with ``class_logits`` (K,) float32, in the order of the
+            inputs.
+
+        Raises:
+            UserError: an image of another size, a label out of range, or images without pairs to
+                be mixed.
+        """
+        images = self.preprocess(batched_inputs)
+        if not self.training:
+            return self.inference(images)
+        targets = self._labels(batched_inputs)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets)
+        logits, streams = self.vit(images)
+        return self.losses(logits, streams, targets)
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Images as one normalised batch (B, C, H, W) float32 on the device."""
+        wanted = (len(self.pixel_mean), self.image_size, self.image_size)
+        for inputs in batched_inputs:
+            if tuple(inputs["image"].shape) != wanted:
+                raise UserError(
+                    f"image {inputs.get('file_name', '?')} is of shape "
+                    f"{tuple(inputs['image'].shape)}, and the model takes {wanted}: see "
+                    "MODEL.CLASSIFIER.IMAGE_SIZE and INPUT.FORMAT"
+                )
+        images = torch.stack([inputs["image"] for inputs in batched_inputs])
+        return (images.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+
+    def losses(self, logits: Tensor, streams: StreamState, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of all streams against the same targets.
+
+        Args:
+            logits: (B', K).
+            streams: along B'.
+            targets: of the B images: (B,) int64 labels, or (B, K) float32 shares of the classes.
+
+        Returns:
+            ``loss_class``, or one for each stream; their sum is the mean over B'.
+        """
+        logits = logits.float()
+        each = F.cross_entropy(
+            logits,
+            streams.expand(targets),
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+        if targets.dim() == 1:  # a mixed image has no one class to be right about
+            correct = streams.split(logits)[0].argmax(dim=-1) == targets
+            self.training_metrics = {"top1": 100.0 * correct.float().mean()}
+        return streams.sum_losses({"loss_class": each / len(logits)})
+
+    @torch.no_grad()
+    def inference(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """Logits of each image of a normalised batch (B, C, H, W)."""
+        logits, _ = self.vit(images)
+        return [{"class_logits": one} for one in logits.float()]
+
+    def _labels(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        for inputs in batched_inputs:
+            if not 0 <= inputs["label"] < self.vit.num_classes:
+                raise UserError(
+                    f"image {inputs.get('file_name', '?')} has the label {inputs['label']}, and "
+                    f"the model {self.vit.num_classes} classes: see MODEL.CLASSIFIER.NUM_CLASSES"
+                )
+        labels = torch.tensor([inputs["label"] for inputs in batched_inputs])
+        return labels.to(self.device, non_blocking=True)
+
+
+_NODE = "MODEL.CLASSIFIER"
+# Arguments of timm that follow from other keys of the config.
+_KEY_OF_ARGUMENT = {
+    "num_classes": f"{_NODE}.NUM_CLASSES",
+    "img_size": f"{_NODE}.IMAGE_SIZE",
+    "drop_path_rate": f"{_NODE}.DROP_PATH",
+    "in_chans": "the length of MODEL.PIXEL_MEAN",
+    "pretrained": f"{_NODE}.PRETRAINED",
+}
+
+
+def build_vision_transformer(cfg: CfgNode) -> HookedVisionTransformer:
+    """Build the model ``MODEL.CLASSIFIER.NAME`` of timm with the hook of ``MODEL.BATCHFORMER``.
+
+    Raises:
+        UserError: timm is not installed or does not know the model, it is no plain
+            VisionTransformer, its arguments do not suit it, its weights cannot be had or want other
+            images, a block is to sit after a layer that does not exist, or parts that are not there
+            are to be run again in the backward pass.
+    """
+    other_parts = [part for part in cfg.MODEL.ACTIVATION_CHECKPOINTING if part != "encoder"]
+    if other_parts:
+        raise UserError(
+            f"MODEL.ACTIVATION_CHECKPOINTING names {other_parts[0]!r}; an image classifier has "
+            "nothing but an encoder"
+        )
+    model = _create(cfg)
+    model.set_grad_checkpointing("encoder" in cfg.MODEL.ACTIVATION_CHECKPOINTING)
+    num_layers = len(model.blocks)
+    hook = build_hook(
+        cfg,
+        embed_dim=model.embed_dim,
+        num_layers=num_layers,
+        layers_are=f"{_NODE}.NAME {cfg.MODEL.CLASSIFIER.NAME} has {num_layers} of them",
+    )
+    return HookedVisionTransformer(model, hook)
+
+
+def build_batch_mixing(cfg: CfgNode) -> BatchMixing | None:
+    """Build mixup and CutMix as ``MODEL.CLASSIFIER`` wants them; None: neither.
+
+    Raises:
+        UserError: a number out of its range, or timm is not installed.
+    """
+    node = cfg.MODEL.CLASSIFIER
+    for key in ("MIXUP_ALPHA", "CUTMIX_ALPHA"):
+        if node[key] < 0:
+            raise UserError(f"{_NODE}.{key} must be 0 (off) or above, not {node[key]}")
+    for key in ("MIXUP_PROB", "SWITCH_PROB"):
+        if not 0 <= node[key] <= 1:
+            raise UserError(f"{_NODE}.{key} must be from 0 to 1, not {node[key]}")
+    if node.MIXUP_ALPHA == node.CUTMIX_ALPHA == 0:
+        return None
+    return BatchMixing(
+        mixup_alpha=node.MIXUP_ALPHA,
+        cutmix_alpha=node.CUTMIX_ALPHA,
+        prob=node.MIXUP_PROB,
+        switch_prob=node.SWITCH_PROB,
+        num_classes=node.NUM_CLASSES,
+    )
+
+
+def _create(cfg: CfgNode) -> Any:
+    node = cfg.MODEL.CLASSIFIER
+    if node.NUM_CLASSES < 1:
+        raise UserError(
+            f"{_NODE}.NUM_CLASSES is {node.NUM_CLASSES}; set it, or call "
+            "batchformer_panoptic.data.setup_datasets(cfg) to derive it from the data sets"
+        )
+    if node.PRETRAINED and cfg.INPUT.FORMAT != "RGB":
+        raise UserError(
+            f"timm's weights of {node.NAME} read RGB: set INPUT.FORMAT RGB, not {cfg.INPUT.FORMAT}"
+        )
+    arguments = {
+        **_arguments(node.TIMM_KWARGS),
+        "num_classes": node.NUM_CLASSES,
+        "img_size": node.IMAGE_SIZE,
+        "drop_path_rate": node.DROP_PATH,
+        "in_chans": len(cfg.MODEL.PIXEL_MEAN),
+    }
+    try:
+        model = create_timm_model(node.NAME, node=_NODE, pretrained=node.PRETRAINED, **arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UserError(
+            f"timm cannot build {_NODE}.NAME {node.NAME} with {shown}: {reason}"
+        ) from error
+    if not is_plain_vision_transformer(model):
+        raise UserError(
+            f"{_NODE}.NAME {node.NAME} is a {type(model).__name__}, which is no plain "
+            "VisionTransformer (distilled ones are none): take one such as deit_small_patch16_224 "
+            "or vit_small_patch16_224"
+        )
+    if node.PRETRAINED:
+        check_pixel_statistics(model, node.NAME, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    return model
+
+
+def _arguments(pairs: Sequence[Any]) -> dict[str, Any]:
+    """Read TIMM_KWARGS."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise UserError(
+                f"{_NODE}.TIMM_KWARGS: {pair!r} is not a pair of a name and a value, such as "
+                '["embed_dim", 64]'
+            )
+        name, value = pair
+        if name in _KEY_OF_ARGUMENT:
+            raise UserError(f"{_NODE}.TIMM_KWARGS names {name}: that is {_KEY_OF_ARGUMENT[name]}")
+        if name in arguments:
+            raise UserError(f"{_NODE}.TIMM_KWARGS names {name} twice")
+        arguments[name] = value
+    return arguments

@@ -1,0 +1,1 @@
+"""From predictions to results: masks at the output size, panoptic inference, detections."""

@@ -1,0 +1,270 @@
+"""Which queries matter in evaluation, and the result of one image in Detectron2's format.
+
+Shapes: B images, Q queries, K queries of one image that are used for anything.
+
+From class scores to the detections of an image, as the published evaluations choose them.
+
+Shapes: B images, Q queries, K classes, M detections at the most.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from ...errors import UserError
+from ..set_prediction.scoring import Decoded
+from .masks import ImageMasks, boxes_to_pixels
+from .panoptic import Merge, PanopticOptions, find_merge, merge_panoptic, merge_strongest
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, (B, M), or of one image, (M,), best first.
+
+    Attributes:
+        query: int64, the query whose box and mask the detection has; may occur several times.
+        labels: int64 contiguous class ids.
+        scores: 0 to 1.
+        valid: bool, False where there are fewer than M detections.
+    """
+
+    query: Tensor
+    labels: Tensor
+    scores: Tensor
+    valid: Tensor
+
+    def used_queries(self, num_queries: int) -> Tensor:
+        """(B, Q) bool: queries that are a detection of anything."""
+        used = self.valid.new_zeros(*self.query.shape[:-1], num_queries, dtype=torch.int64)
+        return used.scatter_add(-1, self.query, self.valid.long()) > 0
+
+    def of_image(self, index: int) -> "Detections":
+        """The valid detections of one image of a batch."""
+        valid = self.valid[index]
+        return Detections(*(field[index][valid] for field in self))
+
+
+def best_detections(
+    scores: Tensor,
+    class_ids: Sequence[int],
+    *,
+    max_detections: int,
+    score_threshold: float = 0.0,
+) -> Detections:
+    """Rank all pairs of query and class and keep the best of each image.
+
+    With the scores of the focal detectors that is their published top 100 over queries times
+    classes: an unsure query is a detection of two classes. With those of DETR, where all but a
+    query's best class score 0, it is one detection a query.
+
+    Args:
+        scores: (B, Q, K), ``Decoded.class_scores``.
+        class_ids: classes that can be detected, the things of the data sets.
+        max_detections: of an image; 100 as published.
+        score_threshold: a detection scores more than this, and more than 0.
+    """
+    num_classes = scores.shape[-1]
+    wanted = set(class_ids)
+    others = torch.tensor([label not in wanted for label in range(num_classes)])
+    others = others.to(scores.device, non_blocking=True)
+    pairs = scores.masked_fill(others, 0.0).flatten(-2)
+    best, index = pairs.topk(min(max_detections, pairs.shape[-1]), dim=-1)
+    return Detections(
+        query=index // num_classes,
+        labels=index % num_classes,
+        scores=best,
+        valid=best > max(score_threshold, 0.0),
+    )
+
+
+# The least mask probability that a merge can work with; 0.0 is the default of the config.
+_MASK_THRESHOLDS = {"published": (0.0,), "mask2former": (0.0, 0.5)}
+
+
+class InferenceOptions(NamedTuple):
+    """What evaluation returns.
+
+    Attributes:
+        thing_class_ids: contiguous ids of the classes that are things.
+        panoptic: thresholds of the panoptic merge.
+        merge: the panoptic merge itself.
+        instances: whether to return instances beside the panoptic map.
+        instance_score_threshold: instances must score more than this.
+        max_instances: instances of an image at the most, best first.
+        pad_images: pad images of different sizes to one, instead of running them in turn.
+    """
+
+    thing_class_ids: tuple[int, ...]
+    panoptic: PanopticOptions = PanopticOptions()
+    merge: Merge = merge_strongest
+    instances: bool = True
+    instance_score_threshold: float = 0.0
+    max_instances: int = 100
+    pad_images: bool = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "InferenceOptions":
+        """Read ``MODEL.PANOPTIC`` and Detectron2's ``TEST.DETECTIONS_PER_IMAGE``.
+
+        Raises:
+            UserError: an unknown merge, or a threshold that the merge cannot keep to.
+        """
+        node = cfg.MODEL.PANOPTIC
+        merge = find_merge(node.MERGE_TEST)
+        possible = _MASK_THRESHOLDS.get(node.MERGE_TEST, (node.MASK_THRESHOLD_TEST,))
+        if node.MASK_THRESHOLD_TEST not in possible:
+            raise UserError(
+                f"MODEL.PANOPTIC.MASK_THRESHOLD_TEST is {node.MASK_THRESHOLD_TEST}, which "
+                f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not know: set it to 0.0, or the "
+                "merge to strongest"
+            )
+        _check_ranges(node)
+        return cls(
+            thing_class_ids=tuple(node.THING_CLASS_IDS),
+            panoptic=PanopticOptions(
+                score_threshold=node.SCORE_THRESHOLD_TEST,
+                min_area=node.MIN_AREA_TEST,
+                mask_threshold=node.MASK_THRESHOLD_TEST,
+                duplicate_iou=node.DUPLICATE_IOU_TEST,
+                overlap_threshold=node.OVERLAP_THRESHOLD_TEST,
+            ),
+            merge=merge,
+            instances=node.INSTANCES_TEST,
+            instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,
+            max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+            pad_images=cfg.MODEL.DETR.PAD_IN_TEST,
+        )
+
+
+def _check_ranges(node: CfgNode) -> None:
+    for key in (
+        "SCORE_THRESHOLD_TEST",
+        "MASK_THRESHOLD_TEST",
+        "OVERLAP_THRESHOLD_TEST",
+        "DUPLICATE_IOU_TEST",
+        "INSTANCE_SCORE_THRESHOLD_TEST",
+    ):
+        if not 0 <= node[key] <= 1:
+            raise UserError(f"MODEL.PANOPTIC.{key} is {node[key]}; it must be from 0 to 1")
+    if node.MIN_AREA_TEST < 0:
+        raise UserError(
+            f"MODEL.PANOPTIC.MIN_AREA_TEST is {node.MIN_AREA_TEST}; it counts pixels, 0 keeps all"
+        )
+
+
+class ChosenQueries(NamedTuple):
+    """Queries by use, of a batch or of one image.
+
+    Attributes:
+        panoptic: (B, Q) or (Q,) bool, become segments.
+        detections: (B, M) or (M,), become instances.
+    """
+
+    panoptic: Tensor
+    detections: Detections
+
+    @property
+    def any_use(self) -> Tensor:
+        """Queries whose mask is needed; of the shape of ``panoptic``."""
+        return self.panoptic | self.detections.used_queries(self.panoptic.shape[-1])
+
+    def of_image(self, index: int) -> "ChosenQueries":
+        """The rows of one image."""
+        return ChosenQueries(self.panoptic[index], self.detections.of_image(index))
+
+
+def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool) -> ChosenQueries:
+    """Choose the queries of a batch that are worth a mask or a box."""
+    panoptic = decoded.is_object & (decoded.scores > options.panoptic.score_threshold)
+    if not has_masks:
+        panoptic = torch.zeros_like(panoptic)
+    detections = best_detections(
+        decoded.class_scores,
+        options.thing_class_ids,
+        max_detections=options.max_instances if options.instances or not has_masks else 0,
+        score_threshold=options.instance_score_threshold,
+    )
+    return ChosenQueries(panoptic, detections)
+
+
+def on_host(
+    chosen: ChosenQueries, scores: Tensor, labels: Tensor
+) -> tuple[ChosenQueries, Tensor, Tensor]:
+    """Copy to the host what the results of a batch are put together by: one wait for the device.
+
+    Args:
+        chosen: queries of the batch by use.
+        scores: (B, Q) float32.
+        labels: (B, Q) int64.
+    """
+    fields = [chosen.panoptic, *chosen.detections, scores, labels]
+    # Numbers of queries and classes are small: float32 holds them exactly.
+    packed = torch.cat([field.to(torch.float32) for field in fields], dim=1).cpu()
+    parts = packed.split([field.shape[1] for field in fields], dim=1)
+    panoptic, *detections, scores, labels = (
+        part.to(field.dtype) for part, field in zip(parts, fields, strict=True)
+    )
+    return ChosenQueries(panoptic, Detections(*detections)), scores, labels
+
+
+def to_result(
+    chosen: ChosenQueries,
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor,
+    mask_logits: Tensor | None,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    options: InferenceOptions,
+) -> dict[str, Any]:
+    """The result of one image.
+
+    Args:
+        chosen: its queries by use, on the host, see :func:`on_host`.
+        scores: (Q,) class probabilities, on the host.
+        labels: (Q,) int64 contiguous class ids, on the host.
+        boxes: (Q, 4) cxcywh in 0 to 1.
+        mask_logits: (K, h, w) of the queries in ``chosen.any_use``, in order, or None.
+        padded_size: (height, width) of the padded batch.
+        image_size: (height, width) of the image before padding.
+        output_size: (height, width) of the result.
+        options: what to return.
+
+    Returns:
+        ``panoptic_seg`` when there are masks, and ``instances`` unless the options leave them out.
+    """
+    result: dict[str, Any] = {}
+    masks = None
+    if mask_logits is not None:
+        masks = ImageMasks(
+            mask_logits, padded_size=padded_size, image_size=image_size, output_size=output_size
+        )
+    if masks is None or options.instances:
+        found = chosen.detections
+        query = found.query.to(boxes.device, non_blocking=True)
+        instances = Instances(output_size)
+        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
+        instances.scores = found.scores.to(boxes.device, non_blocking=True)
+        instances.pred_classes = found.labels.to(boxes.device, non_blocking=True)
+        if masks is not None:
+            place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
+            where = place[found.query].to(boxes.device, non_blocking=True)
+            instances.pred_masks = (masks.at_output_size() > 0)[where]
+        result["instances"] = instances
+    if masks is not None:
+        panoptic = chosen.panoptic
+        where = panoptic[chosen.any_use].nonzero()[:, 0].to(boxes.device, non_blocking=True)
+        result["panoptic_seg"] = merge_panoptic(
+            masks[where],
+            scores[panoptic],
+            labels[panoptic],
+            merge=options.merge,
+            thing_class_ids=options.thing_class_ids,
+            options=options.panoptic,
+        )
+    return result

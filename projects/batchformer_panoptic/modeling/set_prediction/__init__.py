@@ -1,0 +1,1 @@
+"""Set prediction: targets, scoring of classes, matching, and losses of matched queries."""

@@ -1,0 +1,209 @@
+"""The benchmarks run, and the document shows what their results say."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.commands import REPO_ROOT, load_script
+
+DOCUMENT = REPO_ROOT / "docs" / "benchmarks.md"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO_ROOT / "benchmarks"))
+    yield load_script("benchmarks/run.py")
+    for path in (REPO_ROOT / "benchmarks").glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_the_document_shows_the_results(run):
+    text = DOCUMENT.read_text()
+    results = run.read_results(run.RESULTS)
+    assert set(results) == set(run.BENCHMARKS)
+    assert run.rendered(text, results) == text
+
+
+def test_results_are_whole(run):
+    """Not those of a trial: several rounds, no changed options, every arm, and a table of each."""
+    results = run.read_results(run.RESULTS)
+    text = DOCUMENT.read_text()
+    for name, result in results.items():
+        assert result["rounds"] >= 3, name
+        assert not result.get("opts"), name
+        assert not result.get("options"), name
+        assert f"<!-- {name} -->\n<!-- end" not in text
+    arms = sys.modules["training_step"].ARMS
+    assert [row["arm"] for row in results["training"]["rows"]] == list(arms)
+    ways = sys.modules["inference"].NAMES
+    assert [row["way"] for row in results["inference"]["rows"]] == list(ways)
+    streams = sys.modules["two_streams"]
+    assert len(results["streams"]["rows"]) == len(streams.SYSTEMS) * len(streams.TASKS)
+
+
+def test_another_result_changes_the_document(run):
+    results = run.read_results(run.RESULTS)
+    results["transformers"]["rows"][0]["parameters"] = 123_450_000
+    assert "123.45" in run.rendered(DOCUMENT.read_text(), results)
+
+
+def test_ratios_are_medians_of_rounds(run):
+    median_ratio = sys.modules["measure"].median_ratio
+    assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_every_function_takes_its_turn(run):
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = sys.modules["measure"].in_turns(functions, 2)
+    assert "".join(calls) == "abc" + "abc" + "cba"
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_run_leaves_json_and_a_table(run, tmp_path, capsys):
+    document = tmp_path / "document.md"
+    document.write_text("before\n<!-- transformers -->\n<!-- end transformers -->\nafter\n")
+    small = "MODEL.DETR.ENC_LAYERS 1 MODEL.DETR.DEC_LAYERS 1 MODEL.RESNETS.DEPTH 50"
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["transformers", "--rounds", "1", "--size", "64", "64", "--systems", "DETR"]
+    assert run.main([*where, *what, "--opts", *small.split()]) == 0
+    result = json.loads((tmp_path / "transformers.json").read_text())
+    plain, with_block = result["rows"]
+    assert plain["multiply_adds"] == with_block["multiply_adds"]
+    assert plain["parameters_of_block"] == 0
+    grown = with_block["parameters"] - plain["parameters"]
+    assert grown == with_block["parameters_of_block"] > 0
+    assert plain["step_against_plain"] == 1.0
+    assert "| DETR" in document.read_text()
+    assert document.read_text().startswith("before\n")
+    assert document.read_text().endswith("after\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("sampling", "encoder, 4 images of 128 x 128"),
+        ("layers", "linear, 2 x 192 tokens, 256 to 2048 (DETR, 384 x 512)"),
+        ("layers", "enlarged to 95 x 127, 8 queries, 32 to 16"),
+    ],
+)
+def test_layers_are_compared_with_equal_results(name, case, run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text(f"<!-- {name} -->\n<!-- end {name} -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, name, "--rounds", "1", "--cases", case]) == 0
+    (row,) = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    assert row["largest_difference"] < 1e-4
+    # A linear layer may give the same bits either way; two ways of sampling do not.
+    assert name == "layers" or row["largest_difference"] > 0
+    assert row["forward"] > 0
+    assert case in document.read_text()
+
+
+@pytest.mark.slow
+def test_inference_is_compared_with_the_same_segments(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- inference -->\n<!-- end inference -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    ways = ["default", "all queries", "naive"]
+    what = ["inference", "--rounds", "1", "--size", "256", "320", "--against", *ways]
+    assert run.main([*where, *what]) == 0
+    result = json.loads((tmp_path / "inference.json").read_text())
+    assert result["segments"] == 12
+    assert [row["way"] for row in result["rows"]] == ["fast", *ways]
+    assert "as published" in document.read_text()
+
+
+def test_the_quickstart_is_compared_over_transformers(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- quickstart -->\n<!-- end quickstart -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "quickstart", "--rounds", "1", "--images", "2"]) == 0
+    rows = json.loads((tmp_path / "quickstart.json").read_text())["rows"]
+    assert [row["transformer"] for row in rows] == ["detr", "conditional", "smca", "deformable"]
+    assert rows[0]["step_against_first"] == 1.0
+    assert "| smca" in document.read_text()
+
+
+def test_evaluators_of_panoptic_quality_are_compared_with_equal_results(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- pq -->\n<!-- end pq -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["pq", "--rounds", "1", "--size", "48", "64", "--images", "3"]
+    assert run.main([*where, *what, "--memory-images", "20", "220"]) == 0
+    result = json.loads((tmp_path / "pq.json").read_text())
+    assert result["largest_difference"] <= 1e-12
+    assert 0 < result["metrics"]["PQ"] < 100
+    ours, theirs, _ = result["rows"]
+    assert ours["against_streaming"] == 1.0
+    assert ours["bytes_held"][1] - ours["bytes_held"][0] < 200 * 500
+    assert theirs["bytes_held"][1] > 2 * theirs["bytes_held"][0]
+    assert "| Detectron2's" in document.read_text()
+
+
+def test_cost_curves_are_measured_in_doublings(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- curves -->\n<!-- end curves -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    curves = ["inference, kept queries", "training mapper, segments of an image"]
+    assert run.main([*where, "curves", "--rounds", "1", "--points", "3", "--curves", *curves]) == 0
+    queries, segments = json.loads((tmp_path / "curves.json").read_text())["rows"]
+    assert [row["curve"] for row in (queries, segments)] == curves
+    assert queries["steps"] == [2, 4, 8]
+    assert 0 < queries["peak_exponent"] < 1.1
+    assert abs(segments["peak_exponent"]) < 0.1
+    assert len(queries["time_ratios"]) == len(segments["peak_ratios"]) == 2
+    assert "2, 8" in document.read_text()
+
+
+def test_exponents_are_those_of_powers(run):
+    exponent = sys.modules["measure"].exponent
+    assert exponent([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
+    assert exponent([16, 32], [7.0, 7.0]) == pytest.approx(0)
+
+
+def test_peaks_count_what_is_alive_at_once(run):
+    measure = sys.modules["measure"]
+
+    def function():
+        for _ in range(3):
+            (torch.zeros(1000, 10) + 1).sum()
+
+    # Two tensors of 40 kB at a time, three times over.
+    assert 80_000 <= measure.peak_bytes(function) < 85_000
+    assert 800_000 <= measure.python_peak_bytes(lambda: np.zeros((10_000, 10)).sum()) < 1_000_000
+
+
+@pytest.mark.slow
+def test_training_step_is_compared_with_equal_losses_and_gradients(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- training -->\n<!-- end training -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["training", "--rounds", "1", "--size", "256", "320", "--objects", "3"]
+    small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "1"]
+    arms = ["this project", "all queries", "all queries, nothing shared among them"]
+    assert run.main([*where, *what, "--arms", *arms, "--opts", *small]) == 0
+    ours, *others = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert ours["times_as_long"] == 1.0
+    assert len(others) == 2
+    for other in others:
+        assert 0 < other["gradient_difference"] < 1e-5
+        assert other["loss_difference"] < 1e-4
+        assert other["tensor_bytes"] > ours["tensor_bytes"] > 0
+    assert "| all queries" in document.read_text()
+
+
+def test_two_streams_are_compared_with_one(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- streams -->\n<!-- end streams -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["streams", "--rounds", "1", "--size", "64", "64", "--systems", "DETR"]
+    small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "1"]
+    assert run.main([*where, *what, "--opts", *small]) == 0
+    rows = json.loads((tmp_path / "streams.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["boxes", "panoptic"]
+    assert all(row["times_as_long"] > 0 for row in rows)
+    assert "| DETR" in document.read_text()

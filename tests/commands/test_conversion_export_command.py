@@ -1,0 +1,89 @@
+"""tools/export_checkpoint.py: out, and in again; or an error and nothing written."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
+from batchformer_panoptic.checkpoint.files import read_weights
+from helpers.commands import REPO_ROOT, load_script
+from helpers.conversion_models import R50_DEPTHS, coco_panoptic, official_panoptic, save_checkpoint
+
+CONFIG = str(REPO_ROOT / "configs/Base-DETR.yaml")
+
+
+@pytest.fixture(name="convert")
+def _convert() -> ModuleType:
+    return load_script("tools/convert_checkpoint.py")
+
+
+@pytest.fixture(name="export")
+def _export() -> ModuleType:
+    return load_script("tools/export_checkpoint.py")
+
+
+def test_official_in_and_out_again(convert: ModuleType, export: ModuleType, tmp_path: Path) -> None:
+    state = coco_panoptic()
+    src, ours, back = (tmp_path / name for name in ("src.pth", "ours.pth", "back.pth"))
+    save_checkpoint(state, src)
+    assert convert.main([str(src), str(ours), "--source", "detr"]) == 0
+    opts = opts_for(ours)
+    options = [str(ours), str(back), "--format", "official", "--config-file", CONFIG]
+    assert export.main([*options, "--opts", *opts]) == 0
+    exported = read_weights(str(back))["model"]
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[name], value) for name, value in state.items())
+    assert export.main([*options, "--opts", *opts]) == 2  # there already
+
+
+def opts_for(checkpoint: Path) -> list[str]:
+    settings = read_weights(str(checkpoint))["settings"]
+    return [str(part) for pair in settings.items() for part in pair]
+
+
+def test_huggingface_out_and_in_again(
+    convert: ModuleType, export: ModuleType, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    src, ours, back = (tmp_path / name for name in ("src.pth", "ours.pth", "back.safetensors"))
+    save_checkpoint(coco_panoptic(), src)
+    options = ["--source", "detr", "--classes", "coco_panoptic"]
+    assert convert.main([str(src), str(ours), *options]) == 0
+    folder = tmp_path / "exported"
+    options = [str(ours), str(folder), "--format", "huggingface", "--config-file", CONFIG]
+    options += ["--overwrite", "--opts", *opts_for(ours)]
+    assert export.main(options) == 0
+    assert json.loads((folder / "config.json").read_text())["id2label"]["132"] == "rug-merged"
+    options = ["--source", "huggingface", "--classes", "coco_panoptic"]
+    assert convert.main([str(folder), str(back), *options]) == 0
+    expected, found = (read_weights(str(path)) for path in (ours, back))
+    assert found["model"].keys() == expected["model"].keys()
+    for name, value in expected["model"].items():
+        assert torch.equal(found["model"][name], value), name
+    assert found["class_table"] == expected["class_table"]
+
+
+def test_an_export_never_replaces_other_folders(
+    export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    options = ["--format", "huggingface", "--config-file", CONFIG, "--overwrite"]
+    assert export.main([str(tmp_path / "src.pth"), str(folder), *options]) == 2
+    assert "no folder of an earlier export" in capsys.readouterr().err
+    assert (folder / "thesis.tex").exists()
+
+
+def test_an_export_under_another_config_is_refused(
+    export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = SOURCES["detr"].convert(official_panoptic(depths=R50_DEPTHS), Request())
+    src = save_checkpoint(converted.model, tmp_path / "src.pth", settings=converted.settings)
+    options = [src, str(tmp_path / "dst.pth"), "--format", "official", "--config-file", CONFIG]
+    assert export.main(options) == 2
+    assert "MODEL.DETR.NUM_OBJECT_QUERIES is 12 for the file" in capsys.readouterr().err
+    assert not (tmp_path / "dst.pth").exists()

@@ -1,0 +1,156 @@
+"""Data sets of boxes from a config row, and mistakes in their JSON."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from batchformer_panoptic import add_batchformer_panoptic_config, register_instances_dataset
+from batchformer_panoptic.data import (
+    PanopticDatasetMapper,
+    load_dataset_dicts,
+    load_instances_json,
+    setup_datasets,
+)
+from batchformer_panoptic.errors import UserError
+from helpers.instance_files import content, write_instances
+from helpers.tiny_dataset import TinyPanopticDataset
+
+_numbers = itertools.count()
+
+
+def unique_name() -> str:
+    return f"test_instances_{next(_numbers)}"
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    cfg = get_cfg()
+    add_batchformer_panoptic_config(cfg)
+    return cfg
+
+
+def test_setup_registers_and_derives_the_classes(cfg: CfgNode, tmp_path: Path) -> None:
+    name = unique_name()
+    cfg.DATASETS.CUSTOM_INSTANCES = [write_instances(tmp_path / "set").row(name)]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    setup_datasets(cfg)
+    assert cfg.MODEL.DETR.NUM_CLASSES == 2
+    assert cfg.MODEL.PANOPTIC.THING_CLASS_IDS == [0, 1]
+    metadata = MetadataCatalog.get(name)
+    assert metadata.thing_classes == ["cat", "dog"]
+    assert metadata.evaluator_type == "coco"
+    before = cfg.dump()
+    setup_datasets(cfg)
+    assert cfg.dump() == before
+
+
+def test_images_boxes_and_crowds(cfg: CfgNode, tmp_path: Path) -> None:
+    name = unique_name()
+    register_instances_dataset(*write_instances(tmp_path / "set").row(name))
+    dicts = load_dataset_dicts([name], filter_empty=False)
+    assert [len(d["annotations"]) for d in dicts] == [3, 3, 0]
+    cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP = "RGB", "none"
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
+    mapped = PanopticDatasetMapper(cfg, is_train=True)(dicts[0])["instances"]
+    assert mapped.gt_classes.tolist() == [1, 0]
+    assert mapped.gt_boxes.tensor.tolist() == [[2, 3, 12, 15], [15, 8, 29, 28]]
+    assert len(PanopticDatasetMapper(cfg, is_train=True)(dicts[2])["instances"]) == 0
+
+
+def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
+    records = content()[key]
+    records[index] = {k: v for k, v in {**records[index], **changes}.items() if v != "absent"}
+    return {key: records}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (changed("annotations", 3, id=1), "annotation 1 is given twice"),
+        (changed("annotations", 3, id="absent"), "annotation, number 3 of the list, has no 'id'"),
+        (changed("annotations", 3, image_id=99), "annotation 3 has image_id 99, which is not"),
+        (changed("annotations", 3, category_id=2), "annotation 3 has category_id 2, which is not"),
+        (changed("annotations", 3, bbox="absent"), "annotation 3 has the bbox None: give"),
+        (changed("annotations", 3, bbox=[1, 2, -3, 4]), r"has the bbox \[1, 2, -3, 4\]: give"),
+        (changed("annotations", 3, bbox=[float("nan"), 2, 3, 4]), "nan, 2, 3, 4]: give"),
+        (changed("annotations", 3, bbox=[1, 2, 3]), r"\[1, 2, 3\]: give"),
+        (changed("images", 1, id=10), "image 10 is given twice"),
+        (changed("images", 1, height="absent"), "image 11 has the height None"),
+        (changed("images", 1, file_name="absent"), "image 11 has no 'file_name'"),
+        (changed("images", 0, file_name="gone.png"), r"gone.png does not exist; is .*images the"),
+        ({"images": [], "annotations": []}, '"images" is empty'),
+    ],
+)
+def test_mistakes_in_the_records_are_named(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    name = unique_name()
+    files = write_instances(tmp_path / "set", **changes)
+    register_instances_dataset(*files.row(name))
+    with pytest.raises(UserError, match=words) as caught:
+        load_instances_json(str(files.json_file), str(files.image_root), name)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(files.json_file))
+    with pytest.raises(UserError, match=words):
+        load_dataset_dicts([name], filter_empty=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"categories": []}, '"categories" is empty'),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "id 1 is given twice"),
+        ({"categories": [{"id": 1}]}, "has no 'name'"),
+        ({"annotations": None}, "not in COCO-instances format, there is no list 'annotations'"),
+    ],
+)
+def test_mistakes_in_the_categories_show_at_registration(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    name = unique_name()
+    with pytest.raises(UserError, match=words) as caught:
+        register_instances_dataset(*write_instances(tmp_path / "set", **changes).row(name))
+    assert str(caught.value).count("boxes.json") == 1
+    assert name not in DatasetCatalog
+
+
+def test_paths(tmp_path: Path) -> None:
+    name = unique_name()
+    files = write_instances(tmp_path / "set")
+    with pytest.raises(UserError, match=r"json_file '.*gone.json' does not exist"):
+        register_instances_dataset(name, str(files.image_root), str(tmp_path / "gone.json"))
+    register_instances_dataset(*files.row(name))
+    register_instances_dataset(*files.row(name))
+    with pytest.raises(UserError, match="already registered with other paths"):
+        register_instances_dataset(name, str(tmp_path), str(files.json_file))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (["a", "b"], r"\['a', 'b'\] is not a list of three texts \[name, image_root, json_file\]"),
+        ("abc", "not a list of three texts"),
+        (["a", "b", 3], "not a list of three texts"),
+    ],
+)
+def test_wrong_rows(cfg: CfgNode, row: object, words: str) -> None:
+    cfg.DATASETS.CUSTOM_INSTANCES = [row]
+    with pytest.raises(UserError, match=f"DATASETS.CUSTOM_INSTANCES: .*{words}|{words}"):
+        setup_datasets(cfg)
+
+
+def test_masks_are_not_learnt_from_boxes(
+    cfg: CfgNode, tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset
+) -> None:
+    name = unique_name()
+    register_instances_dataset(*write_instances(tmp_path / "set").row(name))
+    cfg.MODEL.MASK_ON = True
+    cfg.DATASETS.TRAIN = (name,)
+    with pytest.raises(UserError, match=f"{name}' has no panoptic PNGs .* MODEL.MASK_ON False"):
+        setup_datasets(cfg)
+    cfg.DATASETS.TRAIN = (tiny_panoptic_dataset.name,)
+    setup_datasets(cfg)

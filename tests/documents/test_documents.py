@@ -1,0 +1,67 @@
+"""The documents: links lead somewhere, and every command in them works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.commands import REPO_ROOT, load_script
+
+DOCUMENTS = sorted(
+    p for folder in ("", "datasets", "docs") for p in (REPO_ROOT / folder).glob("*.md")
+)
+FENCE = re.compile(r"```bash\n(.*?)```", re.S)
+
+# The commands as documented, on less data and for fewer steps.
+SMALLER = {
+    "--num-train 4000": "--num-train 12",
+    "--num-val 200": "--num-val 4",
+    "--num 12": "--num 2",
+}
+SHORT_TRAINING = "SOLVER.MAX_ITER 3 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 TEST.EVAL_PERIOD 0"
+
+
+def commands(document: Path) -> list[str]:
+    """Lines that start with ``python`` in the document's shell blocks, continued lines joined."""
+    text = "\n".join(FENCE.findall(document.read_text())).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_named_files_exist(document):
+    pattern = r"(?:configs|tools|demo|datasets)/[\w/]+\.(?:py|yaml)"
+    for name in re.findall(pattern, document.read_text()):
+        assert (REPO_ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_documented_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    for folder in ("configs", "demo", "tools"):
+        (tmp_path / folder).symlink_to(REPO_ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    lines = commands(REPO_ROOT / "GETTING_STARTED.md") + commands(REPO_ROOT / "datasets/README.md")
+    assert len(lines) >= 9
+    threads = torch.get_num_threads()
+    for line in lines:
+        for long, short in SMALLER.items():
+            line = line.replace(long, short)
+        script, *arguments = shlex.split(line)[1:]
+        if script == "train_net.py" and "--eval-only" not in arguments:
+            arguments += shlex.split(SHORT_TRAINING)
+        if script == "datasets/prepare_shapes_panoptic.py" and Path("datasets").exists():
+            arguments.append("--overwrite")
+        assert load_script(script).main(arguments) == 0, (line, capsys.readouterr().err)
+    torch.set_num_threads(threads)
+    assert Path("output/quickstart/model_final.pth").exists()
+    assert Path("output/plain/model_final.pth").exists()
+    assert len(list(Path("output/quickstart/pictures").glob("*"))) >= 2
+    assert list(Path("output/quickstart/demo").glob("*"))

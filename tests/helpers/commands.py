@@ -1,0 +1,21 @@
+"""Loads the scripts of this repository as modules."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script(relative_path: str) -> ModuleType:
+    """Import a command of this repository (``tools/x.py``, ``train_net.py``) as a module."""
+    path = REPO_ROOT / relative_path
+    name = "script_" + relative_path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
