@@ -22,7 +22,7 @@ from panoptic_examples import DATASET, Work, random_example, registered
 from panopticapi.evaluation import pq_compute
 from tabulate import tabulate
 
-from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import PanopticEvaluator
 
 OURS, DETECTRON2, PANOPTICAPI = "streaming", "detectron2", "panopticapi"
 LABELS = {
@@ -31,7 +31,7 @@ LABELS = {
     PANOPTICAPI: "panopticapi's `pq_compute` alone, predictions already on disk",
 }
 EVALUATORS: dict[str, Callable[[], DatasetEvaluator]] = {
-    OURS: lambda: StreamingPanopticEvaluator(DATASET, allow_subset=True),
+    OURS: lambda: PanopticEvaluator(DATASET, allow_subset=True),
     DETECTRON2: lambda: COCOPanopticEvaluator(DATASET),
 }
 GROUPS = {"": "All", "_th": "Things", "_st": "Stuff"}

@@ -20,14 +20,9 @@ import cv2
 import numpy as np
 
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.visualization import (
-    Predictor,
-    configure_for_drawing,
-    draw_result,
-    read_image,
-    write_image,
-)
+from batchformer_panoptic.visualization import draw_result, read_image, write_image
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}

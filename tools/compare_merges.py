@@ -19,15 +19,15 @@ from torch import Tensor
 
 from batchformer_panoptic.data import ClassTable, build_test_loader, setup_datasets
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.predictor import Predictor
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
 from batchformer_panoptic.modeling.postprocessing.panoptic import (
     MERGES,
     PanopticOptions,
     PanopticSeg,
 )
-from batchformer_panoptic.visualization import Predictor
 
 METRICS = [metric + group for group in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")]
 
@@ -104,7 +104,7 @@ def compare(cfg: CfgNode, names: Sequence[str]) -> dict[str, dict[str, float]]:
         raise UserError(f"data set {dataset} and checkpoint have other classes: {difference}")
     model: Any = predictor.model
     model.inference_options = model.inference_options._replace(merge=EveryMerge(names))
-    evaluators = {name: StreamingPanopticEvaluator(dataset) for name in names}
+    evaluators = {name: PanopticEvaluator(dataset) for name in names}
     with torch.inference_mode():
         for inputs in build_test_loader(cfg, dataset):
             results = [output["panoptic_seg"] for output in model(inputs)]

@@ -14,10 +14,9 @@ from detectron2.data import MetadataCatalog
 
 from batchformer_panoptic.data import ClassTable, load_dataset_dicts, setup_datasets
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.visualization import (
-    Predictor,
-    configure_for_drawing,
     contact_sheet,
     draw_ground_truth,
     draw_result,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import add_batchformer_panoptic_config
     from .data import register_image_folder, register_instances_dataset, register_panoptic_dataset
+    from .engine.predictor import Predictor
     from .modeling.fast_inference import prepare_for_inference
     from .modeling.image_classifier import ImageClassifier
     from .modeling.panoptic_detr import PanopticDETR
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ImageClassifier",
     "PanopticDETR",
+    "Predictor",
     "add_batchformer_panoptic_config",
     "prepare_for_inference",
     "register_image_folder",
@@ -27,6 +29,7 @@ __all__ = [
 _HOME_OF_NAME = {
     "ImageClassifier": ".modeling.image_classifier",
     "PanopticDETR": ".modeling.panoptic_detr",
+    "Predictor": ".engine.predictor",
     "add_batchformer_panoptic_config": ".config",
     "prepare_for_inference": ".modeling.fast_inference",
     "register_image_folder": ".data",

@@ -1,9 +1,30 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exception for mistakes that a user can correct, and the wording that its messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake in a command line, a config, a data set or a checkpoint.
 
-    The message is one line: the offending value, and what to do about it. Commands print it
-    without a traceback and exit with a non-zero status.
+    The message is one line: the offending value, and how to correct it. Commands print it without
+    a traceback and exit with status 2.
     """
+
+
+def one_line(error: BaseException | str, *, first_line_only: bool = False) -> str:
+    """Return the message of another library's error on one line.
+
+    Args:
+        error: the error, or its message.
+        first_line_only: leave out everything after the first line, such as the C++ frames that
+            PyTorch appends.
+    """
+    text = str(error).strip()
+    return text.partition("\n")[0].strip() if first_line_only else " ".join(text.split())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean X or Y?"`` for the known names close to ``name``, or ``""``."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

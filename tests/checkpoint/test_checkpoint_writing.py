@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchformer_panoptic.checkpoint import write_atomically
+from batchformer_panoptic.data.io import write_atomically
 from batchformer_panoptic.errors import UserError
 
 

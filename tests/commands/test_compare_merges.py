@@ -8,9 +8,9 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 
 from batchformer_panoptic.data import build_test_loader, setup_datasets
-from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
+from batchformer_panoptic.engine.predictor import Predictor
+from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES
-from batchformer_panoptic.visualization import Predictor
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.trained_files import Run, write_run
@@ -55,7 +55,7 @@ def evaluate(
     cfg.MODEL.PANOPTIC.MERGE_TEST, cfg.MODEL.WEIGHTS = merge, str(run.weights)
     setup_datasets(cfg)
     name = cfg.DATASETS.TEST[0]
-    evaluator = StreamingPanopticEvaluator(
+    evaluator = PanopticEvaluator(
         name, predictions_dir, save_predictions=predictions_dir is not None
     )
     loader = build_test_loader(cfg, name)

@@ -16,7 +16,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.data import (
     ClassificationMapper,
-    StreamSampler,
+    ResumableSampler,
     build_test_loader,
     build_train_loader,
     setup_datasets,
@@ -218,7 +218,7 @@ def test_repeats_are_those_of_deits_sampler() -> None:
     size, repeats, world_size = 12, 3, 2
     shares = []
     for rank in range(world_size):
-        sampler = StreamSampler(size, seed=0, rank=rank, world_size=world_size, repeats=repeats)
+        sampler = ResumableSampler(size, seed=0, rank=rank, world_size=world_size, repeats=repeats)
         shares.append([item.image_index for item in itertools.islice(sampler, size // world_size)])
         theirs = RepeatAugSampler(
             range(size), world_size, rank, num_repeats=repeats, selected_round=0
@@ -234,7 +234,7 @@ def _pattern(images: list[int]) -> list[int]:
 
 
 def test_each_epoch_has_its_own_images() -> None:
-    sampler = StreamSampler(30, seed=0, repeats=3)
+    sampler = ResumableSampler(30, seed=0, repeats=3)
     draws = [item.image_index for item in itertools.islice(sampler, 90)]
     epochs = [set(draws[start : start + 30]) for start in (0, 30, 60)]
     assert [len(epoch) for epoch in epochs] == [10, 10, 10]

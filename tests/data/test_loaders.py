@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.data import (
-    StreamSampler,
+    ResumableSampler,
     build_test_loader,
     build_train_loader,
     register_panoptic_dataset,
@@ -145,15 +145,16 @@ def test_seeded_covers_all_three_generators() -> None:
         assert all(mine != theirs for mine, theirs in zip(other, first, strict=True))
 
 
-def _images(sampler: StreamSampler, count: int) -> list[int]:
+def _images(sampler: ResumableSampler, count: int) -> list[int]:
     return [item.image_index for item in itertools.islice(sampler, count)]
 
 
 @pytest.mark.parametrize("size", [6, 7])
 def test_two_processes_share_each_epoch(size: int) -> None:
-    whole = _images(StreamSampler(size, seed=5), 4 * size)
+    whole = _images(ResumableSampler(size, seed=5), 4 * size)
     shares = [
-        _images(StreamSampler(size, seed=5, rank=rank, world_size=2), 2 * size) for rank in (0, 1)
+        _images(ResumableSampler(size, seed=5, rank=rank, world_size=2), 2 * size)
+        for rank in range(2)
     ]
     assert [image for pair in zip(*shares, strict=True) for image in pair] == whole
     assert sorted(whole[:size]) == list(range(size))
@@ -162,8 +163,8 @@ def test_two_processes_share_each_epoch(size: int) -> None:
 
 
 def test_sampler_starts_anywhere() -> None:
-    run = list(itertools.islice(StreamSampler(5, seed=1, rank=1, world_size=2), 20))
-    late = StreamSampler(5, seed=1, rank=1, world_size=2, start=2 * 6)
+    run = list(itertools.islice(ResumableSampler(5, seed=1, rank=1, world_size=2), 20))
+    late = ResumableSampler(5, seed=1, rank=1, world_size=2, start=2 * 6)
     assert list(itertools.islice(late, 14)) == run[6:]
     assert [item.position for item in run[:3]] == [1, 3, 5]
 
@@ -173,7 +174,7 @@ def test_sampler_starts_anywhere() -> None:
 )
 def test_sampler_refuses(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="size="):
-        StreamSampler(**{"size": 3, "seed": 0, **arguments})
+        ResumableSampler(**{"size": 3, "seed": 0, **arguments})
 
 
 def test_processes_split_the_batch(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from detectron2.config import CfgNode
 
 from batchformer_panoptic.data import load_dataset_dicts, setup_datasets
 from batchformer_panoptic.engine import trainer as trainer_module
+from batchformer_panoptic.engine.predictor import Predictor
 from batchformer_panoptic.engine.trainer import PanopticTrainer
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.visualization import Predictor, read_image
+from batchformer_panoptic.visualization import read_image
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import tiny_model
 from helpers.trained_files import write_run

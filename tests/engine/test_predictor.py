@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from batchformer_panoptic.data import PanopticDatasetMapper, load_dataset_dicts
+from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.visualization import Predictor, configure_for_drawing, read_image
+from batchformer_panoptic.visualization import read_image
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import tiny_model
 from helpers.trained_files import Run, write_run

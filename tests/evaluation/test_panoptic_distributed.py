@@ -12,7 +12,7 @@ from panopticapi.evaluation import pq_compute
 
 from batchformer_panoptic.engine.run import launch_processes
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import PanopticEvaluator
 from helpers.panoptic_sets import (
     CATEGORIES,
     model_inputs,
@@ -33,7 +33,7 @@ def _evaluate_a_share(folder: Path) -> None:
     mine = [*range(rank, NUM_IMAGES, 2), *([0] if rank else [])]
     inputs = model_inputs(NUM_IMAGES)
     with registered("pq_set", folder / f"truth_{rank}", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         for index in mine:
             evaluator.process([inputs[index]], [model_output(predictions[index])])
         results = evaluator.evaluate()
@@ -65,7 +65,7 @@ def test_no_predictions_are_written_unless_asked_for(tmp_path, monkeypatch, has_
     outputs = [model_output(prediction) for prediction in predictions]
     with registered("pq_set", tmp_path / "truth", truths) as name:
         before = set(tmp_path.rglob("*"))
-        evaluator = StreamingPanopticEvaluator(name, str(folder) if has_folder else None)
+        evaluator = PanopticEvaluator(name, str(folder) if has_folder else None)
         evaluator.process(model_inputs(2), outputs)
         assert evaluator.evaluate()
         written = set(tmp_path.rglob("*")) - before
@@ -86,4 +86,4 @@ def test_an_area_that_gives_panopticapi_an_iou_above_1_is_refused(tmp_path):
             published = pq_compute(str(tmp_path / "truth.json"), str(prediction_json))
         assert published["All"]["pq"] > 1
         with pytest.raises(UserError, match="pixels in the PNG; correct the annotation"):
-            StreamingPanopticEvaluator(name).process(model_inputs(1), outputs)
+            PanopticEvaluator(name).process(model_inputs(1), outputs)

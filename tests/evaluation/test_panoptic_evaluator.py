@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from panopticapi.evaluation import pq_compute
 
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import PanopticQuality, StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import PanopticEvaluator, PanopticQuality
 from batchformer_panoptic.evaluation import panoptic_evaluator as module
 from helpers.panoptic_sets import (
     CATEGORIES,
@@ -51,7 +51,7 @@ def test_results_equal_panopticapi_on_files(tmp_path, seed):
     truths, predictions = random_set(seed, num_images=5)
     prediction_json = write_panoptic(tmp_path / "predicted", predictions, CATEGORIES)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name, str(tmp_path / "out"))
+        evaluator = PanopticEvaluator(name, str(tmp_path / "out"))
         results = _evaluate(evaluator, model_inputs(5), _outputs(predictions))
     with contextlib.redirect_stdout(io.StringIO()):
         expected = pq_compute(str(tmp_path / "truth.json"), str(prediction_json))
@@ -76,7 +76,7 @@ def test_results_equal_panopticapi_on_files(tmp_path, seed):
 def test_saved_predictions_score_the_same_with_panopticapi(tmp_path):
     truths, predictions = random_set(5, num_images=3)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+        evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
         results = _evaluate(evaluator, model_inputs(3), _outputs(predictions))
     with contextlib.redirect_stdout(io.StringIO()):
         expected = pq_compute(
@@ -88,7 +88,7 @@ def test_saved_predictions_score_the_same_with_panopticapi(tmp_path):
 def test_results_equal_detectron2_evaluator(tmp_path):
     truths, predictions = random_set(6, num_images=3)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        ours = _evaluate(StreamingPanopticEvaluator(name), model_inputs(3), _outputs(predictions))
+        ours = _evaluate(PanopticEvaluator(name), model_inputs(3), _outputs(predictions))
         inputs = [{**row, "file_name": f"{row['image_id']:06d}.jpg"} for row in model_inputs(3)]
         theirs = _evaluate(
             COCOPanopticEvaluator(name, str(tmp_path / "d2")), inputs, _outputs(predictions)
@@ -100,7 +100,7 @@ def test_perfect_prediction_scores_100(tmp_path):
     truths, _ = random_set(7, num_images=3)
     perfect = _outputs([without_crowd(truth) for truth in truths])
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        results = _evaluate(StreamingPanopticEvaluator(name), model_inputs(3), perfect)
+        results = _evaluate(PanopticEvaluator(name), model_inputs(3), perfect)
     assert set(results["panoptic_seg"]) == {
         metric + suffix for metric in ("PQ", "SQ", "RQ") for suffix in ("", "_th", "_st")
     }
@@ -116,7 +116,7 @@ def test_a_group_without_classes_is_not_available(
 ):
     truths, predictions = random_set(8, num_images=2, category_ids=category_ids)
     with registered("pq_set", tmp_path / "truth", truths) as name, caplog.at_level(logging.INFO):
-        evaluator = StreamingPanopticEvaluator(name, str(tmp_path))
+        evaluator = PanopticEvaluator(name, str(tmp_path))
         results = _evaluate(evaluator, model_inputs(2), _outputs(predictions))
         print_csv_format(results)
     assert not [metric for metric in results["panoptic_seg"] if metric.endswith(suffix)]
@@ -130,9 +130,7 @@ def test_a_group_without_classes_is_not_available(
 def test_results_pass_detectron2_evaluation_hook(tmp_path):
     truths, predictions = random_set(8, num_images=2, category_ids=(3, 90))
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        results = _evaluate(
-            StreamingPanopticEvaluator(name), model_inputs(2), _outputs(predictions)
-        )
+        results = _evaluate(PanopticEvaluator(name), model_inputs(2), _outputs(predictions))
     trainer = TrainerBase()
     hook = EvalHook(1, lambda: results)
     hook.trainer = trainer
@@ -147,7 +145,7 @@ def test_model_output_is_not_modified(tmp_path):
     outputs = _outputs(predictions)
     before = copy.deepcopy(outputs)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name, str(tmp_path / "o"), save_predictions=True)
+        evaluator = PanopticEvaluator(name, str(tmp_path / "o"), save_predictions=True)
         evaluator.process(model_inputs(2), outputs)
         evaluator.evaluate()
     for output, copied in zip(outputs, before, strict=True):
@@ -168,7 +166,7 @@ def _evaluate_in_processes(monkeypatch, name, shares, predictions):
     for rank, share in enumerate(shares):
         is_last = rank == len(shares) - 1
         monkeypatch.setattr(module.comm, "is_main_process", lambda is_last=is_last: is_last)
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         evaluator.process([inputs[i] for i in share], [outputs[i] for i in share])
         results = evaluator.evaluate()
         assert bool(results) == is_last
@@ -188,9 +186,7 @@ def test_processes_together_equal_one(tmp_path, monkeypatch, shares, num_recent)
     truths, predictions = random_set(10, num_images=5)
     monkeypatch.setattr(module, "_NUM_RECENT", num_recent)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        expected = _evaluate(
-            StreamingPanopticEvaluator(name), model_inputs(5), _outputs(predictions)
-        )
+        expected = _evaluate(PanopticEvaluator(name), model_inputs(5), _outputs(predictions))
         together = _evaluate_in_processes(monkeypatch, name, shares, predictions)
     assert together["panoptic_seg"] == pytest.approx(expected["panoptic_seg"], abs=1e-10)
 
@@ -210,7 +206,7 @@ def test_a_second_evaluation_starts_from_nothing(tmp_path, monkeypatch, num_rece
     monkeypatch.setattr(module, "_NUM_RECENT", num_recent)
     truths, predictions = random_set(12, num_images=2)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         first = _evaluate(evaluator, model_inputs(2), _outputs(predictions))
         again = _evaluate(evaluator, model_inputs(2), _outputs(predictions))
         best = [without_crowd(truth) for truth in truths]
@@ -222,10 +218,10 @@ def test_a_second_evaluation_starts_from_nothing(tmp_path, monkeypatch, num_rece
 def test_a_subset_is_refused_unless_allowed(tmp_path, caplog):
     truths, predictions = random_set(13, num_images=3)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         with pytest.raises(UserError, match=r"1 of the 3 images of pq_set were not .* id 102"):
             _evaluate(evaluator, model_inputs(2), _outputs(predictions))
-        evaluator = StreamingPanopticEvaluator(name, str(tmp_path), allow_subset=True)
+        evaluator = PanopticEvaluator(name, str(tmp_path), allow_subset=True)
         _evaluate(evaluator, model_inputs(2), _outputs(predictions))
     assert "1 of the 3 images" in caplog.text
     content = json.loads((tmp_path / "panoptic_results.json").read_text())
@@ -236,11 +232,11 @@ def test_counts_kept_do_not_grow_with_images(tmp_path):
     truths, predictions = random_set(14, num_images=1)
     num_images = 3 * module._NUM_RECENT
     with registered("pq_set", tmp_path / "truth", truths * num_images) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         evaluator.process(model_inputs(num_images), _outputs(predictions * num_images))
         assert len(evaluator._recent) == module._NUM_RECENT
         assert evaluator._predictions == []
-        one = StreamingPanopticEvaluator(name, allow_subset=True)
+        one = PanopticEvaluator(name, allow_subset=True)
         one.process(model_inputs(1), _outputs(predictions))
         many, single = evaluator.evaluate(), one.evaluate()
     assert many["panoptic_seg"] == pytest.approx(single["panoptic_seg"], abs=1e-10)
@@ -250,7 +246,7 @@ def test_memory_held_is_ids_and_counts(tmp_path):
     truths, predictions = random_set(14, num_images=1)
     num_images = 220
     with registered("pq_set", tmp_path / "truth", truths * num_images) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         inputs = model_inputs(num_images)
         held = []
         tracemalloc.start()
@@ -278,12 +274,12 @@ def test_wrong_predictions_get_a_clear_error(tmp_path):
         ([{"image_id": 7}], output, "image 7 is not annotated"),
     ]
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         for inputs, bad_output, message in wrong:
             with pytest.raises(UserError, match=message):
                 evaluator.process(inputs, [bad_output])
         with pytest.raises(UserError, match="needs an output folder"):
-            StreamingPanopticEvaluator(name, save_predictions=True)
+            PanopticEvaluator(name, save_predictions=True)
 
 
 def test_a_wrong_area_names_the_image(tmp_path):
@@ -291,7 +287,7 @@ def test_a_wrong_area_names_the_image(tmp_path):
     counted = [info for info in truths[0].segments_info if not info["iscrowd"]]
     counted[0]["area"] -= 1
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         with pytest.raises(UserError, match=rf"segment {counted[0]['id']} of image 000100\.png"):
             evaluator.process(model_inputs(1), _outputs(predictions))
 

@@ -12,7 +12,7 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 from torch.nn import functional as F
 
-from batchformer_panoptic.evaluation import PanopticQuality, StreamingPanopticEvaluator
+from batchformer_panoptic.evaluation import PanopticEvaluator, PanopticQuality
 from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
 from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES
 from batchformer_panoptic.modeling.postprocessing.results import InferenceOptions
@@ -42,7 +42,7 @@ def score(
     model = PerfectModel(options, num_classes=len(CATEGORIES), size_divisibility=size_divisibility)
     batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
     with registered("perfect", folder / f"batch{batch_size}", images) as name:
-        evaluator = StreamingPanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name)
         results = inference_on_dataset(model, batches, evaluator)
     counts = evaluator._counts
     for _, recent in evaluator._recent:

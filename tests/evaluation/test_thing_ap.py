@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import (
-    StreamingPanopticEvaluator,
+    PanopticEvaluator,
     ThingAPEvaluator,
     build_evaluator,
 )
@@ -243,7 +243,7 @@ def test_a_data_set_without_things_has_no_ap(tmp_path, caplog):
         caplog.at_level(logging.INFO),
     ):
         evaluators = build_evaluator(_config(True), name, str(tmp_path))._evaluators
-        assert [type(evaluator) for evaluator in evaluators] == [StreamingPanopticEvaluator]
+        assert [type(evaluator) for evaluator in evaluators] == [PanopticEvaluator]
         with pytest.raises(UserError, match="ap_set has no thing classes"):
             ThingAPEvaluator(name, str(tmp_path))
     assert "ap_set has no thing classes: AP is not measured" in caplog.text

@@ -11,7 +11,6 @@ The handle of a model that carries BatchFormerV2: its hooks, its targets, its ou
 Shapes: B images; two streams of B entries each while training, the original stream first.
 """
 
-import difflib
 import fnmatch
 import inspect
 import sys
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import did_you_mean
 from .batchformer import ORIGINAL, SINGLE, TWO_STREAMS, BatchFormerHook, StreamState
 
 Layout = Literal["BNC", "NBC", "BHWC", "BCHW", "BC"]
@@ -536,9 +536,9 @@ def _check_model(model: nn.Module, name: str) -> None:
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules())
     if not name or name not in modules:
-        close = difflib.get_close_matches(name, modules, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"{type(model).__name__} has no module {name!r}{hint}")
+        raise ValueError(
+            f"{type(model).__name__} has no module {name!r}{did_you_mean(name, modules)}"
+        )
     return modules[name]
 
 

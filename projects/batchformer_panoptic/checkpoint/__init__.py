@@ -1,7 +1,7 @@
 """Checkpoints: safe reading, strict fitting, the class table and the settings inside."""
 
 from .class_table import ClassTableRecord, read_class_table
-from .files import read_weights, write_atomically
+from .files import read_weights
 from .loading import PanopticCheckpointer
 from .settings import SettingsRecord
 
@@ -11,5 +11,4 @@ __all__ = [
     "SettingsRecord",
     "read_class_table",
     "read_weights",
-    "write_atomically",
 ]

@@ -1,22 +1,19 @@
 """Reading and writing checkpoint files: nothing hidden in them is run, nothing is half written."""
 
 import argparse
-import contextlib
 import json
 import os
 import pickle
 import re
 import tarfile
-import uuid
 import zipfile
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 # What an array, and a dictionary of arrays, needs to be unpickled; anything else is refused.
 _PICKLED_NAMES = {
@@ -83,37 +80,6 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     return _with_weights(_read_torch(path, head, allow_pickle), path)
 
 
-def write_atomically(path: str, save: Callable[[str], None]) -> None:
-    """Write a file as a whole or not at all.
-
-    Args:
-        path: the target, whose folder is made; a symbolic link keeps pointing to what is replaced.
-        save: called with the name of a temporary file, with the target's ending, in the target's
-            folder; writes it. When it raises, the target is as before and nothing is left behind.
-
-    Raises:
-        UserError: the target is a folder, or the system refuses.
-    """
-    target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    if os.path.isdir(target):
-        raise UserError(f"cannot write {path}: it is a folder")
-    # Not by tempfile, whose files nobody else may read; the ending may tell `save` the format.
-    stem, ending = os.path.splitext(name)
-    temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.remove(temporary)
-
-
 def check_is_file(path: str, *, hint: str = "") -> None:
     """Refuse a path of nothing or of a folder.
 
@@ -176,7 +142,7 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         with open(path, "rb") as plain:
             _refuse_text(plain.read(_HEAD_BYTES), path)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         _refuse(path, f"it is truncated, damaged or no safetensors file ({reason})")
     for key in _JSON_METADATA:
         if key in rest:

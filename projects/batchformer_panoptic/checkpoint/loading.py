@@ -10,10 +10,11 @@ from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
 from torch import nn
 
 from ..data.class_table import ClassTable
+from ..data.io import write_atomically
 from ..errors import UserError
 from .class_table import KEY as CLASS_TABLE
 from .class_table import ClassTableRecord
-from .files import check_is_file, read_weights, write_atomically
+from .files import check_is_file, read_weights
 from .mismatch import Misfit, describe, first, is_block, is_class_head, is_mask_head, without
 from .settings import KEY as SETTINGS
 from .settings import SettingsRecord, implied_settings

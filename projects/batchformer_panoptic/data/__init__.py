@@ -13,8 +13,8 @@ from .datasets import (
     setup_datasets,
 )
 from .loader import (
-    StreamItem,
-    StreamSampler,
+    ResumableSampler,
+    SampledItem,
     build_test_loader,
     build_train_loader,
     load_dataset_dicts,
@@ -25,8 +25,8 @@ __all__ = [
     "ClassTable",
     "ClassificationMapper",
     "PanopticDatasetMapper",
-    "StreamItem",
-    "StreamSampler",
+    "ResumableSampler",
+    "SampledItem",
     "build_augmentations",
     "build_test_loader",
     "build_train_loader",

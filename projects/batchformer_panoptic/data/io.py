@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from detectron2.data import detection_utils
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 ImageArray = npt.NDArray[np.uint8]
 
@@ -42,7 +43,7 @@ def read_image(path: str | Path) -> ImageArray:
         raise UserError(f"image {path} does not exist") from None
     # Pillow reports damaged files with all of these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"image {path} cannot be read: {reason}") from error
     return np.ascontiguousarray(image)
 
@@ -57,7 +58,7 @@ def write_image(path: str | Path, image_rgb: ImageArray) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         written = cv2.imwrite(str(path), image_rgb[:, :, ::-1])
     except (OSError, cv2.error) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path} cannot be written: {reason}") from error
     if not written:
         raise UserError(f"{path} cannot be written: is its folder writable?")
@@ -137,11 +138,50 @@ class PreparedFolder:
         return "a set with " + ", ".join(changed) if changed else "an incomplete set"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write in one step, so that nobody ever finds half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def write_atomically(path: str, save: Callable[[str], None]) -> None:
+    """Write a file as a whole or not at all.
+
+    Args:
+        path: the target, whose folder is made; a symbolic link keeps pointing to what is replaced.
+        save: called with the name of a temporary file, with the target's ending, in the target's
+            folder; writes it. When it raises, the target is as before and nothing is left behind.
+
+    Raises:
+        UserError: the target is a folder, or the system refuses.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    if os.path.isdir(target):
+        raise UserError(f"cannot write {path}: it is a folder")
+    # tempfile would make the file unreadable for other users. `save` may need the ending.
+    stem, ending = os.path.splitext(name)
+    temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # without it, a power failure could leave an empty file
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.remove(temporary)
+
+
+def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> None:
+    """Write a JSON file as a whole or not at all; missing folders are created.
+
+    Raises:
+        ValueError: the content has a NaN or an infinity, which JSON cannot hold.
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
+    write_atomically(str(path), lambda name: _write_text(name, text))
+
+
+def _write_text(path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def integer_between(low: int, high: int) -> Callable[[str], int]:

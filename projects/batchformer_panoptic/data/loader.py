@@ -25,7 +25,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .classification_mapper import ClassificationMapper
 from .datasets.image_folder import CLASSIFICATION
 from .datasets.panoptic import check_paths
@@ -36,7 +36,7 @@ from .panoptic_mapper import PanopticDatasetMapper
 _PERMUTATION_DOMAIN = 0
 
 
-class StreamItem(NamedTuple):
+class SampledItem(NamedTuple):
     """One element of the endless stream of training images.
 
     Attributes:
@@ -49,7 +49,7 @@ class StreamItem(NamedTuple):
     image_index: int
 
 
-class StreamSampler(Sampler[StreamItem]):
+class ResumableSampler(Sampler[SampledItem]):
     """One process's share of an endless stream of shuffled epochs.
 
     The stream is permutation 0, permutation 1, ... of the data set. Process r of W takes the
@@ -91,7 +91,7 @@ class StreamSampler(Sampler[StreamItem]):
         self._world_size = world_size
         self._first_position = start + rank
 
-    def __iter__(self) -> Iterator[StreamItem]:
+    def __iter__(self) -> Iterator[SampledItem]:
         """Yield without end."""
         position = self._first_position
         epoch, permutation = -1, np.empty(0, dtype=np.int64)
@@ -99,7 +99,7 @@ class StreamSampler(Sampler[StreamItem]):
             position_epoch, place = divmod(position, self._size)
             if position_epoch != epoch:
                 epoch, permutation = position_epoch, self._permutation(position_epoch)
-            yield StreamItem(position, int(permutation[place // self._repeats]))
+            yield SampledItem(position, int(permutation[place // self._repeats]))
             position += self._world_size
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -110,7 +110,7 @@ class StreamSampler(Sampler[StreamItem]):
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
-# Tells the seeds of augmentations from those of permutations (see StreamSampler).
+# Tells the seeds of augmentations from those of permutations (see ResumableSampler).
 _AUGMENTATION_DOMAIN = 1
 
 
@@ -143,8 +143,8 @@ class IsolatedMapper:
             return Failure(str(error))
 
 
-class StreamDataset(Dataset[dict[str, Any] | Failure]):
-    """Maps the elements of a `StreamSampler`, each with random numbers of its own.
+class SampledDataset(Dataset[dict[str, Any] | Failure]):
+    """Maps the elements of a `ResumableSampler`, each with random numbers of its own.
 
     They follow from the seed and the position in the stream, not from the worker that happens to
     map the element.
@@ -160,7 +160,7 @@ class StreamDataset(Dataset[dict[str, Any] | Failure]):
         """Number of images."""
         return len(self._dataset_dicts)
 
-    def __getitem__(self, item: StreamItem) -> dict[str, Any] | Failure:
+    def __getitem__(self, item: SampledItem) -> dict[str, Any] | Failure:
         """Map one element of the stream."""
         return self._mapper(self._dataset_dicts[item.image_index], self._seed, item.position)
 
@@ -242,9 +242,9 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> CheckedLoader:
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logger.info("%d training images, %d per process and step", len(dataset_dicts), batch_size)
     loader: DataLoader[Any] = DataLoader(
-        StreamDataset(dataset_dicts, _build_mapper(cfg, cfg.DATASETS.TRAIN[0], True), seed),
+        SampledDataset(dataset_dicts, _build_mapper(cfg, cfg.DATASETS.TRAIN[0], True), seed),
         batch_size=batch_size,
-        sampler=StreamSampler(
+        sampler=ResumableSampler(
             len(dataset_dicts),
             seed=seed,
             rank=comm.get_rank(),
@@ -306,7 +306,7 @@ def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict
     except UserError:
         raise
     except (OSError, AssertionError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"data set {', '.join(names)} cannot be read: {reason}") from error
     return dataset_dicts
 

@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from scipy import ndimage
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
@@ -359,6 +359,6 @@ def read_image_file(path: str, image_format: str, role: str) -> npt.NDArray[np.u
         raise UserError(f"{role} {path} does not exist") from error
     # Pillow reports damaged files with all of these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{role} {path} cannot be read: {reason}") from error
     return image

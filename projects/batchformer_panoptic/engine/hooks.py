@@ -10,6 +10,8 @@ import torch
 from detectron2.engine import hooks
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
+from ..data.io import write_json
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +97,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         super().__init__(eval_period, checkpointer, metric)
         self._metric = metric
         self._record = Path(output_dir) / "model_best.json"
+        self._written: dict[str, Any] | None = None
 
     def before_train(self) -> None:
         """Take up the best of the run that is resumed."""
@@ -121,6 +124,6 @@ class BestCheckpointer(hooks.BestCheckpointer):
             "value": self.best_metric,
             "iteration": self.best_iter,
         }
-        text = json.dumps(record, indent=2) + "\n"
-        if not self._record.is_file() or self._record.read_text() != text:
-            self._record.write_text(text)
+        if record != self._written:
+            write_json(self._record, record, indent=2)
+            self._written = record

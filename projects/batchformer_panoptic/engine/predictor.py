@@ -15,7 +15,7 @@ from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from ..data import ClassTable, build_augmentations, class_section, setup_datasets
 from ..data.datasets.setup import class_table_of
 from ..data.io import ImageArray
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..modeling.fast_inference import model_for_evaluation
 
 # Boxes without a panoptic map are drawn from this score on when no threshold is asked for.
@@ -121,7 +121,7 @@ def _local_weights(path: str) -> str:
     try:
         local: str = PathManager.get_local_path(path)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"checkpoint {path} cannot be fetched: {reason}") from error
     return local
 

@@ -1,11 +1,10 @@
 """From a command line to a checked, frozen config."""
 
 import argparse
-import difflib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import yaml
@@ -18,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from ..batchformer.batchformer import TWO_STREAMS
 from ..config import add_batchformer_panoptic_config
 from ..data import setup_datasets
-from ..errors import UserError
+from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{config_file}: its _BASE_ {error.filename} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{config_file} is no readable YAML file: {reason}") from None
     except (AssertionError, ValueError) as error:
         raise UserError(f"{config_file}: {error}") from None
@@ -126,7 +125,7 @@ def _explain_key(cfg: CfgNode, message: str, key: str | None = None) -> str:
     if key is None and found is None:
         return message
     name = key if key is not None else found.group(1)  # type: ignore[union-attr]
-    return f"unknown config key {name}{_close_matches(name, list(_keys(cfg)))}"
+    return f"unknown config key {name}{did_you_mean(name, list(_keys(cfg)))}"
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -134,11 +133,6 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, CfgNode):
             yield from _keys(value, f"{prefix}{key}.")
-
-
-def _close_matches(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _check_device(name: str) -> None:
@@ -158,7 +152,7 @@ def _check_names(cfg: CfgNode) -> None:
         ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
     ):
         if name not in registry:
-            raise UserError(f"unknown {key} {name!r}{_close_matches(name, dict(registry))}")
+            raise UserError(f"unknown {key} {name!r}{did_you_mean(name, dict(registry))}")
 
 
 def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:

@@ -5,8 +5,8 @@ from .coco_ap import ThingAPEvaluator, build_box_evaluator
 from .panoptic_evaluator import (
     ClassQuality,
     GroupQuality,
+    PanopticEvaluator,
     PanopticQuality,
-    StreamingPanopticEvaluator,
 )
 from .panoptic_quality import Segments, image_pq_counts
 from .top_k import TopKEvaluator
@@ -15,9 +15,9 @@ __all__ = [
     "EVALUATOR_FACTORIES",
     "ClassQuality",
     "GroupQuality",
+    "PanopticEvaluator",
     "PanopticQuality",
     "Segments",
-    "StreamingPanopticEvaluator",
     "ThingAPEvaluator",
     "TopKEvaluator",
     "build_box_evaluator",

@@ -9,7 +9,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..errors import UserError
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
-from .panoptic_evaluator import StreamingPanopticEvaluator
+from .panoptic_evaluator import PanopticEvaluator
 from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def main_metric(cfg: CfgNode, dataset_name: str) -> str:
 def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
     evaluators: list[DatasetEvaluator] = []
     if cfg.MODEL.MASK_ON:
-        evaluators.append(StreamingPanopticEvaluator(dataset_name, output_dir))
+        evaluators.append(PanopticEvaluator(dataset_name, output_dir))
     if cfg.MODEL.MASK_ON and not cfg.MODEL.PANOPTIC.INSTANCES_TEST:
         logger.info("MODEL.PANOPTIC.INSTANCES_TEST is False: AP is not measured")
     elif MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:

@@ -23,7 +23,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint import write_atomically
+from ..data.io import write_json
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth, TrueImage
 
@@ -51,14 +51,7 @@ def cached_thing_annotations(truth: PanopticGroundTruth, output_dir: str) -> str
         return str(path)
     logger.info("Writing the things of %s as instance annotations to %s", truth.name, path)
     content = {"info": {"source": source}, **thing_annotations(truth)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # written under another name first: a killed run or a second process never leaves half a file
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_json(path, content)
     return str(path)
 
 
@@ -345,10 +338,6 @@ def _complete_json(path: str, output_dir: str) -> str:
     if comm.is_main_process():
         logger.info("%s lacks what COCO's evaluation needs; it is completed in %s", path, copy)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(str(copy), lambda name: _write_json(name, new))
+        write_json(copy, new)
     comm.synchronize()
     return str(copy)
-
-
-def _write_json(path: str, content: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -3,7 +3,6 @@
 Averages of panoptic quality over classes, as objects, tables and JSON.
 """
 
-import json
 import logging
 import os
 from collections import OrderedDict, deque
@@ -22,6 +21,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tabulate import tabulate
 
+from ..data.io import write_json
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth
 from .panoptic_quality import Segments, image_pq_counts
@@ -203,7 +203,7 @@ class _ProcessCounts(NamedTuple):
     predictions: list[dict[str, Any]]  # empty unless predictions are saved
 
 
-class StreamingPanopticEvaluator(DatasetEvaluator):
+class PanopticEvaluator(DatasetEvaluator):
     """Panoptic quality with panopticapi's numbers, image by image and without files in between.
 
     The counts of an image are added up as soon as it is predicted, so that memory does not grow
@@ -380,7 +380,7 @@ class StreamingPanopticEvaluator(DatasetEvaluator):
             "num_images_of_dataset": len(self._truth.images),
             **quality.to_json(),
         }
-        _write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
+        write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
 
     def _write_predictions(self, parts: list[_ProcessCounts]) -> None:
         assert self._output_dir is not None
@@ -391,7 +391,7 @@ class StreamingPanopticEvaluator(DatasetEvaluator):
             "annotations": list(by_image.values()),
             "categories": list(self._truth.categories.values()),
         }
-        _write_json(os.path.join(self._output_dir, f"{PREDICTIONS_NAME}.json"), content)
+        write_json(os.path.join(self._output_dir, f"{PREDICTIONS_NAME}.json"), content)
 
 
 def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
@@ -414,10 +414,3 @@ def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
                 evaluated.add(image_id)
                 total += counts
     return total, evaluated
-
-
-def _write_json(path: str, content: dict[str, Any], indent: int | None = None) -> None:
-    PathManager.mkdirs(os.path.dirname(path))
-    with PathManager.open(path, "w") as file:
-        # a NaN would not be JSON; failing here is better than a file that others cannot read
-        json.dump(content, file, indent=indent, allow_nan=False)

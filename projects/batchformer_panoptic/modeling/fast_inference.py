@@ -16,7 +16,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 # Subclasses may do something to their weights before they use them.
 _CONVOLUTIONS = (nn.Conv2d, Conv2d)
@@ -227,7 +227,7 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # of many types: no compiler, a broken one, no headers, no Triton
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error, first_line_only=True)
         raise UserError(
             f"TEST.FAST.COMPILE: torch.compile does not work here ({reason}); install a C++ "
             "compiler (for a GPU: Triton), or set it to False"

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..batchformer import BatchFormerHook, IdentityHook, StreamState
 from ..batchformer.batchformer import SINGLE
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .backbone.timm import check_pixel_statistics, create_timm_model, import_timm
 from .transformer.base import build_hook
 
@@ -372,7 +372,7 @@ def _create(cfg: CfgNode) -> Any:
     except UserError:
         raise
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(
             f"timm cannot build {_NODE}.NAME {node.NAME} with {shown}: {reason}"

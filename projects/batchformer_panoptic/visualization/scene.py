@@ -18,7 +18,7 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 
 from ..data.io import ImageArray
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 BoolMap = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]  # xyxy, pixels
@@ -196,7 +196,7 @@ def _read_ids(path: str) -> npt.NDArray[np.integer[Any]]:
     try:
         ids: npt.NDArray[np.integer[Any]] = rgb2id(detection_utils.read_image(path, format="RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"panoptic PNG {path} cannot be read: {reason}") from error
     return ids
 

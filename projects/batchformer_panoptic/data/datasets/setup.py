@@ -1,12 +1,11 @@
 """What the data sets of a config decide: registrations, classes, things."""
 
-import difflib
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ...errors import UserError
+from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
 from .image_folder import CLASSIFICATION, register_image_folder
 from .instances import register_instances_dataset
@@ -103,10 +102,9 @@ def check_registered(name: str) -> None:
     """Raise UserError, with similar names and the remedy, for a name Detectron2 does not know."""
     if name in DatasetCatalog:
         return
-    matches = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
     raise UserError(
-        f"unknown data set {name!r}: {hint}Add a data set of your own to "
+        f"unknown data set {name!r}{did_you_mean(name, DatasetCatalog.list())}; add a data set of "
+        "your own to "
         + " or ".join(
             f"DATASETS.{key} as {_row_form(words)}" for key, (_, words) in _CUSTOM.items()
         )

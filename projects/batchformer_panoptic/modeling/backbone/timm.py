@@ -5,7 +5,6 @@ Creating models of timm by name: what can go wrong, as one line each.
 Creating timm models that return feature maps.
 """
 
-import difflib
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UserError
+from ...errors import UserError, did_you_mean, one_line
 
 _TOLERANCE = 0.01  # of pixel statistics that should be equal, in grey levels
 
@@ -52,9 +51,8 @@ def create_timm_model(name: str, *, node: str, pretrained: bool, **arguments: An
     """
     timm = import_timm()
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"timm has no model {name!r}; {hint}")
+        hint = did_you_mean(name, timm.list_models()) or "; see timm.list_models()"
+        raise UserError(f"timm has no model {name!r}{hint}")
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, AttributeError):
@@ -63,7 +61,7 @@ def create_timm_model(name: str, *, node: str, pretrained: bool, **arguments: An
     except Exception as error:
         if not pretrained:
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error, first_line_only=True)
         raise UserError(
             f"{node}.PRETRAINED: timm has no weights of {name} here and cannot download "
             f"them ({type(error).__name__}: {reason}); set it to False and MODEL.WEIGHTS to a "
@@ -221,7 +219,7 @@ def _check_maps(name: str, features: TimmFeatures) -> None:
         with torch.no_grad():
             maps = try_out(features.net, largest)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = one_line(error, first_line_only=True)
         raise UserError(
             f"timm's {name} takes images of one size only, and this model all sizes ({reason}); "
             f"take another one, such as {', '.join(TESTED_TIMM_MODELS[:4])}"
