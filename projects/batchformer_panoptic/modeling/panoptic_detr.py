@@ -233,7 +233,9 @@ class PanopticDETR(nn.Module):
         first = 0 if self.training and self.deep_supervision else -1
         references = output.reference_points
         logits, boxes = self.box_head(
-            output.hidden_states[first:], None if references is None else references[first:]
+            output.hidden_states[first:],
+            None if references is None else references[first:],
+            None if output.box_logits is None else output.box_logits[first:],
         )
         return Predictions(logits, boxes, output)
 

@@ -107,18 +107,19 @@ def test_refinement_starts_where_the_layer_before_ended_and_stops_gradients():
     assert all(p.grad.any() for p in last.parameters())
 
 
-def test_refinement_leaves_gradients_on_for_the_heads(monkeypatch):
-    """Autocast of older torch caches weights cast without gradients: the losses would get those."""
-    model, modes = make(**REFINE).train(), []
-    predict = LayerwiseBoxHead.predict_layer
+def test_heads_run_once_per_layer_where_boxes_are_refined(monkeypatch):
+    model, calls = make(**REFINE).train(), []
+    for name in ("classify", "predict_boxes"):
+        original = getattr(LayerwiseBoxHead, name)
 
-    def watched(self, *arguments):
-        modes.append(torch.is_grad_enabled())
-        return predict(self, *arguments)
+        def watched(self, layer, *arguments, name=name, original=original):
+            calls.append((name, layer, torch.is_grad_enabled()))
+            return original(self, layer, *arguments)
 
-    monkeypatch.setattr(LayerwiseBoxHead, "predict_layer", watched)
+        monkeypatch.setattr(LayerwiseBoxHead, name, watched)
     predictions(model)
-    assert modes == [True] * 3  # one refinement, two layers of predictions
+    expected = [(name, layer, True) for name in ("classify", "predict_boxes") for layer in (0, 1)]
+    assert sorted(calls) == expected
 
 
 def test_without_refinement_all_layers_start_from_the_same_points():
@@ -206,7 +207,8 @@ def test_layerwise_head_counts_layers_from_the_end():
     states, references = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 4)
     logits, boxes = head(states, references)
     for layer in range(2):
-        expected, box_logits = heads[layer].predict_layer(0, states[layer], references[layer])
+        expected = heads[layer].classify(0, states[layer])
+        box_logits = heads[layer].predict_boxes(0, states[layer], references[layer])
         torch.testing.assert_close(logits[layer], expected)
         torch.testing.assert_close(boxes[layer], box_logits.sigmoid())
     last = head(states[-1:], references[-1:])

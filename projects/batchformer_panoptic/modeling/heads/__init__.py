@@ -1,7 +1,7 @@
 """Heads: query states in, raw predictions out."""
 
-from .box import BoxHead, LayerwiseBoxHead
+from .box import BoxHead, ClassHead, LayerwiseBoxHead
 from .mask import MaskHead
 from .semantic import SemanticAuxHead
 
-__all__ = ["BoxHead", "LayerwiseBoxHead", "MaskHead", "SemanticAuxHead"]
+__all__ = ["BoxHead", "ClassHead", "LayerwiseBoxHead", "MaskHead", "SemanticAuxHead"]

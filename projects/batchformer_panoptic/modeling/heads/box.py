@@ -1,4 +1,7 @@
-"""Classes and boxes from query states."""
+"""Heads that predict classes, and boxes where the model has them, from query states.
+
+Shapes: B' = streams * B entries, L decoder layers, Q queries, C channels, K class logits.
+"""
 
 from collections.abc import Sequence
 
@@ -9,13 +12,16 @@ from ...layers import MLP
 
 
 class BoxHead(nn.Module):
-    """One linear layer for classes, a three-layer perceptron for boxes (DETR, section 3.2).
+    """A linear layer for classes and a three-layer perceptron for boxes (DETR, section 3.2).
+
+    All decoder layers share the weights.
 
     Args:
         embed_dim: channels C of the query states.
-        num_class_outputs: logits of a query; what it includes is up to the scoring.
-        class_bias: initial bias of the class logits.
-        box_bias: box logits (4 numbers) that every query starts from; None: the layer's default.
+        num_class_outputs: class logits K of a query, as the scoring defines them.
+        class_bias: initial bias of the class logits; None keeps the initialisation of the layer.
+        box_bias: initial bias of the four box logits, whose weights then start at zero; None keeps
+            the initialisation of the layer.
     """
 
     def __init__(
@@ -39,38 +45,47 @@ class BoxHead(nn.Module):
                 last.bias.copy_(torch.tensor(box_bias))
 
     def forward(
-        self, hidden_states: Tensor, reference_points: Tensor | None
+        self,
+        hidden_states: Tensor,
+        reference_points: Tensor | None,
+        box_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict for every decoder layer.
 
         Args:
             hidden_states: (L, B', Q, C).
-            reference_points: None, or (L, B', Q, 2 or 4) logits that the first 2 or 4 box
-                coordinates are offsets from.
+            reference_points: None, or (L, B', Q, 2 or 4) logits to which the first 2 or 4 box
+                coordinates are offsets.
+            box_logits: (L, B', Q, 4) from a decoder that has refined boxes with this head; they are
+                not computed again.
 
         Returns:
             Class logits (L, B', Q, K) and boxes (L, B', Q, 4) float32 as cxcywh in 0 to 1.
         """
-        logits, box_logits = self.predict_layer(-1, hidden_states, reference_points)
-        return logits, box_logits.sigmoid()
+        if box_logits is None:
+            box_logits = self.predict_boxes(-1, hidden_states, reference_points)
+        return self.class_embed(hidden_states), box_logits.sigmoid()
 
-    def predict_layer(
-        self, layer: int, states: Tensor, reference_points: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Class and box logits of one layer (all share their weights); see ``BoxPredictor``."""
-        boxes = self.bbox_embed(states).float()
-        if reference_points is not None:
-            known = reference_points.shape[-1]
-            boxes = torch.cat([boxes[..., :known] + reference_points, boxes[..., known:]], -1)
-        return self.class_embed(states), boxes
+    def classify(self, layer: int, states: Tensor) -> Tensor:
+        """Class logits (B', Q, K) of one decoder layer; see ``BoxPredictor``."""
+        logits: Tensor = self.class_embed(states)
+        return logits
+
+    def predict_boxes(self, layer: int, states: Tensor, reference_points: Tensor | None) -> Tensor:
+        """Box logits (B', Q, 4) float32 of one decoder layer; see ``BoxPredictor``."""
+        boxes: Tensor = self.bbox_embed(states).float()
+        if reference_points is None:
+            return boxes
+        known = reference_points.shape[-1]
+        return torch.cat([boxes[..., :known] + reference_points, boxes[..., known:]], -1)
 
 
 class LayerwiseBoxHead(nn.Module):
-    """A :class:`BoxHead` of its own for each decoder layer, for boxes refined layer by layer.
+    """One :class:`BoxHead` per decoder layer, for boxes that are refined from layer to layer.
 
     Args:
-        heads: one for each decoder layer, then perhaps one for the encoder's proposals.
-        num_layers: decoder layers.
+        heads: one per decoder layer, optionally followed by one for the encoder's proposals.
+        num_layers: number of decoder layers.
     """
 
     def __init__(self, heads: Sequence[BoxHead], *, num_layers: int) -> None:
@@ -79,23 +94,60 @@ class LayerwiseBoxHead(nn.Module):
         self.num_layers = num_layers
 
     def forward(
-        self, hidden_states: Tensor, reference_points: Tensor | None
+        self,
+        hidden_states: Tensor,
+        reference_points: Tensor | None,
+        box_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict for the last L decoder layers; see :meth:`BoxHead.forward`."""
-        first = self.num_layers - len(hidden_states)
-        results = [
-            self.predict_layer(
-                first + index, states, None if reference_points is None else reference_points[index]
+        layers = range(self.num_layers - len(hidden_states), self.num_layers)
+        logits = [self.classify(i, x) for i, x in zip(layers, hidden_states, strict=True)]
+        if box_logits is None:
+            references = [None] * len(layers) if reference_points is None else reference_points
+            box_logits = torch.stack(
+                [
+                    self.predict_boxes(layer, states, points)
+                    for layer, states, points in zip(layers, hidden_states, references, strict=True)
+                ]
             )
-            for index, states in enumerate(hidden_states)
-        ]
-        logits, box_logits = (torch.stack(part) for part in zip(*results, strict=True))
-        return logits, box_logits.sigmoid()
+        return torch.stack(logits), box_logits.sigmoid()
 
-    def predict_layer(
-        self, layer: int, states: Tensor, reference_points: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Class and box logits of one layer, or of the proposals; see ``BoxPredictor``."""
+    def classify(self, layer: int, states: Tensor) -> Tensor:
+        """Class logits of one decoder layer, or of the proposals; see ``BoxPredictor``."""
+        return self._head(layer).classify(layer, states)
+
+    def predict_boxes(self, layer: int, states: Tensor, reference_points: Tensor | None) -> Tensor:
+        """Box logits of one decoder layer, or of the proposals; see ``BoxPredictor``."""
+        return self._head(layer).predict_boxes(layer, states, reference_points)
+
+    def _head(self, layer: int) -> BoxHead:
         head = self.layers[layer]
         assert isinstance(head, BoxHead)
-        return head.predict_layer(layer, states, reference_points)
+        return head
+
+
+class ClassHead(nn.Module):
+    """A linear layer for classes, for models that predict masks and no boxes.
+
+    Args:
+        embed_dim: channels C of the query states.
+        num_class_outputs: class logits K of a query, as the scoring defines them.
+        class_bias: initial bias of the class logits; None keeps the initialisation of the layer.
+    """
+
+    def __init__(
+        self, *, embed_dim: int, num_class_outputs: int, class_bias: float | None = None
+    ) -> None:
+        super().__init__()
+        self.class_embed = nn.Linear(embed_dim, num_class_outputs)
+        if class_bias is not None:
+            nn.init.constant_(self.class_embed.bias, class_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        reference_points: Tensor | None,
+        box_logits: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Class logits (L, B', Q, K) of (L, B', Q, C) states, and no boxes."""
+        return self.class_embed(hidden_states), None

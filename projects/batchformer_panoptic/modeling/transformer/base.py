@@ -64,8 +64,8 @@ use. The module is called as ``transformer(features, padding, box_head)``:
 
 * ``features``: feature maps by name, each (B, C_in, H, W);
 * ``padding``: the :class:`BatchPadding` of the batch, which also makes the masks of maps;
-* ``box_head``: a :class:`BoxPredictor`, the head that will read the result; decoders that refine
-  boxes from layer to layer ask it, the others leave it alone.
+* ``box_head``: a :class:`BoxPredictor`, the head that will read the result. Decoders that refine
+  boxes from layer to layer call it; the others ignore it.
 
 It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
 """
@@ -74,19 +74,23 @@ It returns a :class:`TransformerOutput` and names the maps it reads in ``in_feat
 class BoxPredictor(Protocol):
     """What a transformer may ask of the box head."""
 
-    def predict_layer(
-        self, layer: int, states: Tensor, reference_points: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Predict from the states of one decoder layer.
+    def classify(self, layer: int, states: Tensor) -> Tensor:
+        """Class logits (B', Q, K) from the states (B', Q, C) of one decoder layer.
 
         Args:
             layer: decoder layer, from 0; the number of decoder layers stands for the encoder's
                 proposals, where there are any.
             states: (B', Q, C).
-            reference_points: None, or (B', Q, 2 or 4) logits that boxes are offsets from.
+        """
+        ...
 
-        Returns:
-            Class logits (B', Q, K) and box logits (B', Q, 4) float32, before the sigmoid.
+    def predict_boxes(self, layer: int, states: Tensor, reference_points: Tensor | None) -> Tensor:
+        """Box logits (B', Q, 4) float32, before the sigmoid, from the states of one layer.
+
+        Args:
+            layer: see :meth:`classify`.
+            states: (B', Q, C).
+            reference_points: None, or (B', Q, 2 or 4) logits to which boxes are offsets.
         """
         ...
 
@@ -108,14 +112,16 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         hidden_states: (L, B', Q, C), normalised query states after each decoder layer.
-        reference_points: None (DETR), or (L, B', Q, 2 or 4) float32 logits: what the box head's
-            offsets are added to before the sigmoid.
+        reference_points: None (DETR), or (L, B', Q, 2 or 4) float32 logits to which the box head
+            adds its offsets before the sigmoid.
         projected_map: (B, C, H, W), the map of MODEL.DETR.IN_FEATURE brought to C channels; not
             expanded.
         memory_map: (B', C, H, W), the encoder's output at the same positions.
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
         streams: the streams along dimension 0 of everything that is B'.
         proposals: of the encoder, to be supervised as well; None where there are none.
+        box_logits: (L, B', Q, 4) float32 where the decoder has refined boxes with the box head,
+            which then has only the classes left to predict; otherwise None.
     """
 
     hidden_states: Tensor
@@ -125,6 +131,7 @@ class TransformerOutput(NamedTuple):
     padding_mask: Tensor
     streams: StreamState
     proposals: Proposals | None = None
+    box_logits: Tensor | None = None
 
 
 class Transformer(nn.Module):

@@ -69,7 +69,7 @@ class ProposalStage(nn.Module):
     Args:
         embed_dim: channels C.
         num_queries: proposals Q that go on to the decoder.
-        head_layer: what ``BoxPredictor.predict_layer`` calls the head of the proposals.
+        head_layer: the layer that stands for the proposals in ``BoxPredictor``.
     """
 
     def __init__(self, *, embed_dim: int, num_queries: int, head_layer: int) -> None:
@@ -100,7 +100,8 @@ class ProposalStage(nn.Module):
         starts, usable = token_boxes(levels)
         states = memory.masked_fill(~usable[..., None], 0.0)
         states = self.enc_output_norm(self.enc_output(states))
-        logits, boxes = box_head.predict_layer(self.head_layer, states, starts)
+        logits = box_head.classify(self.head_layer, states)
+        boxes = box_head.predict_boxes(self.head_layer, states, starts)
         best = logits[..., 0].topk(self.num_queries, dim=1).indices
         references = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
         where = sine_encoding(references.sigmoid(), 2 * memory.shape[-1])
@@ -280,7 +281,7 @@ class DeformableDecoder(nn.Module):
         memory: Tensor,
         levels: Levels,
         box_head: BoxPredictor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decode.
 
         Args:
@@ -289,27 +290,28 @@ class DeformableDecoder(nn.Module):
             references: (B', Q, 2 or 4) reference points of the first layer, as logits.
             memory: (B', N, C).
             levels: of the memory.
-            box_head: asked for boxes when they are refined.
+            box_head: predicts the boxes that are refined.
 
         Returns:
-            (layers, B', Q, C) states after each layer, and (layers, B', Q, 2 or 4) logits that
-            each layer's boxes are offsets from. Refined from points, they are boxes throughout:
-            width and height of the first layer's start from the logit 0.
+            (L, B', Q, C) states after each layer; (L, B', Q, 2 or 4) logits to which each layer's
+            boxes are offsets; and, where boxes are refined, their (L, B', Q, 4) logits. Refinement
+            that starts from points has four-number references throughout: width and height of the
+            first layer's start from the logit 0.
         """
         references = references.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-        states, starts = [], []
+        states, starts, refined = [], [], []
         for index, layer in enumerate(self.layers):
             queries = layer(queries, query_pos, references.sigmoid(), memory, levels)
             states.append(queries)
             starts.append(references)
-            if self.box_refine and index + 1 < len(self.layers):
-                # Not under no_grad: autocast of older torch would keep the head's weights, cast
-                # without gradients, and give them to the losses as well.
-                boxes = box_head.predict_layer(index, queries, references)[1].detach()
-                references = boxes.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+            if self.box_refine:
+                boxes = box_head.predict_boxes(index, queries, references)
+                refined.append(boxes)
+                references = boxes.detach().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         width = max(start.shape[-1] for start in starts)
         starts = [nn.functional.pad(start, (0, width - start.shape[-1])) for start in starts]
-        return torch.stack(states), torch.stack(starts)
+        boxes_or_none = torch.stack(refined) if refined else None
+        return torch.stack(states), torch.stack(starts), boxes_or_none
 
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
@@ -413,7 +415,9 @@ class DeformableTransformer(Transformer):
             queries, query_pos, references, proposals = self.proposal_stage(
                 memory, levels, box_head
             )
-        states, references = self.decoder(queries, query_pos, references, memory, levels, box_head)
+        states, references, box_logits = self.decoder(
+            queries, query_pos, references, memory, levels, box_head
+        )
         of_level = memory[:, levels.token_range(self.mask_level)].transpose(1, 2)
         return TransformerOutput(
             states,
@@ -423,6 +427,7 @@ class DeformableTransformer(Transformer):
             padding_mask=masks[self.mask_level],
             streams=streams,
             proposals=proposals,
+            box_logits=box_logits,
         )
 
     def describe_levels(
