@@ -110,7 +110,11 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.DETR.SCORING = "softmax"
     cfg.MODEL.DETR.NO_OBJECT_WEIGHT = 0.1  # class weight of "no object" (softmax only)
     cfg.MODEL.DETR.FOCAL_ALPHA = 0.25  # weight of the positives (focal only)
-    # Weights of the matching cost and of the losses.
+    # Terms of the matching cost and losses, by their names in COST_REGISTRY and LOSS_REGISTRY
+    # (docs/extending.md); mask_loss is left out where MODEL.MASK_ON is False.
+    cfg.MODEL.DETR.COSTS = ["class_cost", "box_l1_cost", "box_giou_cost"]
+    cfg.MODEL.DETR.LOSSES = ["class_loss", "box_l1_loss", "box_giou_loss", "mask_loss"]
+    # Their weights.
     cfg.MODEL.DETR.COST_CLASS = 1.0
     cfg.MODEL.DETR.COST_BBOX = 5.0
     cfg.MODEL.DETR.COST_GIOU = 2.0
@@ -154,8 +158,10 @@ def _add_detr_keys(cfg: CN) -> None:
     # in the padding, so that a padded image depends on its batch mates. No weight differs.
     cfg.MODEL.SMCA.SEE_PADDING = False
 
-    # The mask head (built when MODEL.MASK_ON): backbone maps it mixes in, coarse to fine.
+    # The mask head (built when MODEL.MASK_ON), by its name in MASK_HEAD_REGISTRY.
     cfg.MODEL.MASK_HEAD = CN()
+    cfg.MODEL.MASK_HEAD.NAME = "detr_mask_head"
+    # Backbone maps that it reads, coarse to fine.
     cfg.MODEL.MASK_HEAD.IN_FEATURES = ["res4", "res3", "res2"]
     # Widths of its second to fifth convolution. Empty: HIDDEN_DIM / 2, / 4, / 8, / 16 as published.
     cfg.MODEL.MASK_HEAD.CHANNELS = []
@@ -163,7 +169,9 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.MASK_HEAD.DICE_WEIGHT = 1.0
     # Mask losses at the resolution of the padded "target" (published) or of the "prediction".
     cfg.MODEL.MASK_HEAD.LOSS_RESOLUTION = "target"
-    # Train the mask head alone: everything else keeps the weights it was given.
+    # Mask losses on every decoder layer; published: on the last one only.
+    cfg.MODEL.MASK_HEAD.DEEP_SUPERVISION = False
+    # Train the mask head only: everything else keeps the weights it was given.
     cfg.MODEL.MASK_HEAD.FREEZE_DETR = False
     # Queries whose maps would take more than about this many MiB are decoded in several steps, so
     # that a crowded image cannot exhaust the memory (at 800 x 1066 a query takes 36 MiB). In

@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can correct, and the wording that its messages share."""
+"""Exceptions for problems that a user can correct, and the wording that messages share."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,19 @@ class UserError(ValueError):
     The message is one line: the offending value, and how to correct it. Commands print it without
     a traceback and exit with status 2.
     """
+
+
+class NonFiniteError(UserError):
+    """A matching cost or a loss is NaN or infinite: training has diverged.
+
+    Args:
+        message: the terms that are not finite, and of which images.
+        entries: positions in the batch that are affected, where they are known.
+    """
+
+    def __init__(self, message: str, entries: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.entries = tuple(entries)
 
 
 def one_line(error: BaseException | str, *, first_line_only: bool = False) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchformer_panoptic.engine.train_loop import NonFiniteLossError, combine_streams
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.train_loop import combine_streams
+from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 LOSSES = {
@@ -111,7 +111,7 @@ def test_non_finite_loss_names_terms_and_images_and_keeps_the_state(
     before = trained(stand_in_cfg(tmp_path / "before", "SOLVER.MAX_ITER", 2))
     trainer = PoisonedTrainer(stand_in_cfg(tmp_path / "run"))
     trainer.resume_or_load(resume=False)
-    with pytest.raises(NonFiniteLossError) as error:
+    with pytest.raises(NonFiniteError) as error:
         trainer.train()
     for word in ("iteration 2", "loss_ce/original=nan", "20 (2_0.jpg)", "21 (2_1.jpg)"):
         assert word in str(error.value)
@@ -134,12 +134,12 @@ class RefusingTrainer(StandInTrainer):
 
 
 def _refuse(module: Any, inputs: Any, outputs: Any) -> None:
-    raise FloatingPointError("matching cost is not finite")
+    raise NonFiniteError("matching cost is not finite")
 
 
 def test_model_that_refuses_counts_as_non_finite(tmp_path: Path) -> None:
     trainer = RefusingTrainer(stand_in_cfg(tmp_path))
-    with pytest.raises(NonFiniteLossError, match=r"iteration 0: matching cost .*0_0\.jpg"):
+    with pytest.raises(NonFiniteError, match=r"iteration 0: matching cost .*0_0\.jpg"):
         trainer.train()
     assert (tmp_path / "model_nonfinite.pth").is_file()
 

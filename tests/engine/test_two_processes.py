@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchformer_panoptic.engine.run import _run_and_leave, launch_processes
-from batchformer_panoptic.engine.train_loop import NonFiniteLossError
+from batchformer_panoptic.errors import NonFiniteError
 from helpers.stand_in import StandInTrainer, stand_in_cfg
 
 
@@ -26,7 +26,7 @@ class SplitTrainer(StandInTrainer):
 
 
 def _refuse(module: nn.Module, inputs: object, outputs: object) -> None:
-    raise FloatingPointError("matching cost is not finite")
+    raise NonFiniteError("matching cost is not finite")
 
 
 def _train(output_dir: Path) -> None:
@@ -40,7 +40,7 @@ def _train(output_dir: Path) -> None:
     trainer = SplitTrainer(stand_in_cfg(output_dir / "poisoned"))
     if comm.get_rank() == 1:  # the first process, which saves, has a finite loss
         trainer.model.module.register_forward_hook(_refuse)
-    with pytest.raises(NonFiniteLossError) as error:
+    with pytest.raises(NonFiniteError) as error:
         trainer.train()
     (output_dir / f"error_{comm.get_rank()}.txt").write_text(str(error.value))
 

@@ -7,6 +7,8 @@ import torch
 
 from batchformer_panoptic.batchformer import BATCHFORMER, BatchFormerHook
 from batchformer_panoptic.modeling.padding import BatchPadding
+from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
 from helpers.golden_compare import OUTPUTS, assert_losses_and_gradients, assert_matching
 from helpers.golden_deformable import deformable_model, load, namer
 from helpers.golden_models import (
@@ -119,11 +121,8 @@ def test_proposals(name):
     wanted = recorded["outputs"]["enc_outputs"]
     assert_near(proposals.logits, wanted["pred_logits"], OUTPUTS, "logits of the proposals")
     assert_near(proposals.boxes, wanted["pred_boxes"], OUTPUTS, "boxes of the proposals")
-    objects = [
-        replace(target, labels=torch.zeros_like(target.labels))
-        for target in image_targets(GOLDEN["targets"]["full"])
-    ]
-    matching = model.matcher(proposals.logits[None], proposals.boxes[None], objects)
+    objects = TargetBatch(image_targets(GOLDEN["targets"]["full"])).of_one_class()
+    matching = model.matcher(Predictions(proposals.logits[None], proposals.boxes[None]), objects)
     assert_matching(matching, {"aux": [], "final": recorded["indices"]["enc"]})
 
 
@@ -213,7 +212,7 @@ def test_training_one_stream_would_be_training_the_second_one(name):
         x.tensor_split(predictions.streams.num_streams, dim=1)[-1]
         for x in (predictions.logits, predictions.boxes)
     )
-    assert_outputs(predictions._replace(logits=logits, boxes=boxes), variant["outputs"])
+    assert_outputs(replace(predictions, logits=logits, boxes=boxes), variant["outputs"])
     losses = model.losses(predictions, features, image_targets(BASE["targets"]["full"]))
     # Both streams share one normaliser, twice the objects.
     second = {k: 2 * v for k, v in losses.items() if k.endswith(f"/{BATCHFORMER}")}

@@ -7,17 +7,19 @@ Each defect is put into one place of the package, and must be seen through toler
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from batchformer_panoptic.batchformer import BatchFormerHook, BatchFormerV2, StreamState
 from batchformer_panoptic.modeling import panoptic_detr as meta_arch
 from batchformer_panoptic.modeling.heads.mask import AttentionMap
-from batchformer_panoptic.modeling.set_prediction.criterion import SetCriterion
-from batchformer_panoptic.modeling.set_prediction.matcher import HungarianMatcher
+from batchformer_panoptic.modeling.set_prediction import matcher
+from batchformer_panoptic.modeling.set_prediction.criterion import MaskLoss
 from batchformer_panoptic.modeling.set_prediction.scoring import SoftmaxScoring
-from batchformer_panoptic.modeling.set_prediction.targets import DenseMasks, ImageTarget
+from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget
 from batchformer_panoptic.modeling.transformer.layers import DETRDecoder, DETREncoder
+from helpers.dense_masks import DenseMasks
 from helpers.golden_models import (
     assert_evaluates_as_plain,
     assert_masks,
@@ -153,10 +155,10 @@ def softmax_of_each_head(forward):
     return normalise
 
 
-def at_prediction_resolution(mask_losses):
+def at_prediction_resolution(call):
     def losses(self, *args):
-        self.mask_resolution = "prediction"
-        return mask_losses(self, *args)
+        self.resolution = "prediction"
+        return call(self, *args)
 
     return losses
 
@@ -169,15 +171,10 @@ def without_no_object_weight(loss):
     return unweighted
 
 
-def match_streams_jointly(costs):
-    def joint(self, *args):
-        return {
-            name: cost.unflatten(1, (2, -1))
-            .mean(1, keepdim=True)
-            .expand(-1, 2, -1, -1, -1)
-            .flatten(1, 2)
-            for name, cost in costs(self, *args).items()
-        }
+def match_streams_jointly(assign):
+    def joint(cost, counts):
+        streams = np.split(cost, 2, axis=1)
+        return assign(np.concatenate([sum(streams) / 2] * 2, axis=1), counts)
 
     return joint
 
@@ -246,13 +243,13 @@ DEFECTS = {
         AttentionMap, "forward", softmax_of_each_head, run_masks, "bbox_attention_map"
     ),
     "mask loss at prediction resolution": Defect(
-        SetCriterion, "mask_losses", at_prediction_resolution, run_plain, "loss_mask"
+        MaskLoss, "__call__", at_prediction_resolution, run_plain, "loss_mask"
     ),
     "no-object weight missing": Defect(
         SoftmaxScoring, "loss", without_no_object_weight, run_plain, "loss_ce"
     ),
     "streams matched jointly": Defect(
-        HungarianMatcher, "_costs", match_streams_jointly, run_two_streams, "indices"
+        matcher, "_assign", match_streams_jointly, run_two_streams, "indices"
     ),
     "original stream altered by a later block": Defect(
         BatchFormerHook,

@@ -114,7 +114,7 @@ def run_ours(model: PanopticDETR, images: Tensor, sizes: list[tuple[int, int]]) 
         batch, queries = predictions.logits.shape[1:3]
         image_index = torch.arange(batch).repeat_interleave(queries)
         query_index = torch.arange(queries).repeat(batch)
-        masks = model.predict_masks(predictions, features, image_index, query_index)
+        masks = predictions.last_masks(image_index, query_index)
         masks = masks.unflatten(0, (batch, queries))
     return Predicted(predictions.logits[-1], predictions.boxes[-1], masks)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.modeling.heads import MaskHead
 from batchformer_panoptic.modeling.padding import padding_mask
-from batchformer_panoptic.modeling.panoptic_detr import Predictions
+from batchformer_panoptic.modeling.panoptic_detr import ModelPredictions
 from batchformer_panoptic.modeling.set_prediction.matcher import Matching
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
 from batchformer_panoptic.modeling.transformer import TransformerOutput
 from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
 from helpers.golden_files import features_of, image_targets, our_name, sizes_of
@@ -53,7 +54,7 @@ def assert_padding_and_positions(
 
 
 def assert_outputs(
-    predictions: Predictions,
+    predictions: ModelPredictions,
     recorded_outputs: Mapping[str, Any],
     *,
     slack: float = 1.0,
@@ -86,7 +87,7 @@ def assert_states(
 def assert_masks(
     model: PanopticDETR,
     golden: dict[str, Any],
-    predictions: Predictions,
+    predictions: ModelPredictions,
     recorded: Tensor,
     attention_map: Tensor | None = None,
     *,
@@ -97,7 +98,7 @@ def assert_masks(
     maps: list[Tensor] = []
     handle = model.mask_head.attention.register_forward_hook(lambda *call: maps.append(call[-1]))
     everything = torch.ones(recorded.shape[:2]).nonzero(as_tuple=True)
-    masks = model.predict_masks(predictions, features_of(golden), *everything)
+    masks = predictions.last_masks(*everything)
     handle.remove()
     if attention_map is not None:
         tolerance = slack * OUTPUTS * attention_map.max().item()  # they are far below 1
@@ -192,7 +193,8 @@ def assert_training_step(
     name_in_model: Callable[[str], str] = our_name,
     *,
     slack: float = 1.0,
-) -> Predictions:
+    metrics: Sequence[str] = (),
+) -> ModelPredictions:
     """One step of training as recorded: outputs, matching, losses and gradients.
 
     Args:
@@ -202,6 +204,7 @@ def assert_training_step(
         recorded: the results; outputs and states are compared where they are recorded.
         name_in_model: official name of a parameter -> its name in the model.
         slack: multiplies the tolerances.
+        metrics: names of recorded losses that are metrics here.
 
     Returns:
         What the model predicted.
@@ -213,9 +216,11 @@ def assert_training_step(
         assert_states(predictions.transformer, recorded["intermediates"], slack=slack)
     expanded = predictions.streams.expand_list(objects)
     assert sum(map(len, expanded)) == recorded["num_targets_used"], "num_targets_used"
-    matching = model.matcher(predictions.logits, predictions.boxes, expanded)
+    matching = model.matcher(predictions, TargetBatch(expanded))
     assert_matching(matching, recorded["indices"])
     losses = model.losses(predictions, features, objects)
+    for name in metrics:
+        assert_near(losses.metrics[name], recorded["losses"][name], 1e-4, name)
     weights = golden["config"]["weight_dict"]
     assert_losses_and_gradients(model, losses, recorded, weights, name_in_model, slack=slack)
     return predictions
@@ -223,7 +228,7 @@ def assert_training_step(
 
 def assert_evaluates_as_plain(
     model: PanopticDETR, plain: PanopticDETR, golden: dict[str, Any]
-) -> Predictions:
+) -> ModelPredictions:
     """In evaluation the block does nothing: bit for bit the plain model, which is returned."""
     inputs = features_of(golden), *sizes_of(golden)
     ours, theirs = model.eval().predict(*inputs), plain.eval().predict(*inputs)

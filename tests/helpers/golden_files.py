@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from batchformer_panoptic.checkpoint.conversion.detr import official_to_ours
-from batchformer_panoptic.modeling.set_prediction.targets import DenseMasks, ImageTarget
+from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget
+from helpers.dense_masks import DenseMasks
 
 
 def golden_dir() -> Path:

@@ -13,8 +13,20 @@ from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook
 from batchformer_panoptic.modeling.heads import BoxHead, MaskHead
 from batchformer_panoptic.modeling.postprocessing.results import InferenceOptions
-from batchformer_panoptic.modeling.set_prediction.criterion import SetCriterion
-from batchformer_panoptic.modeling.set_prediction.matcher import HungarianMatcher
+from batchformer_panoptic.modeling.set_prediction.criterion import (
+    BoxGIoULoss,
+    BoxL1Loss,
+    ClassLoss,
+    LossTerm,
+    MaskLoss,
+    SetCriterion,
+)
+from batchformer_panoptic.modeling.set_prediction.matcher import (
+    BoxGIoUCost,
+    BoxL1Cost,
+    ClassCost,
+    HungarianMatcher,
+)
 from batchformer_panoptic.modeling.set_prediction.scoring import (
     FocalScoring,
     Scoring,
@@ -115,8 +127,15 @@ def assemble(
     weights = config["weight_dict"]
     mask_head = None
     if mask_features:
-        channels = [config["channels"][name] for name in mask_features]
+        channels = {name: config["channels"][name] for name in mask_features}
         mask_head = MaskHead(embed_dim=width, num_heads=config["nheads"], in_channels=channels)
+    losses: list[LossTerm] = [
+        ClassLoss(scoring, weight=weights["loss_ce"]),
+        BoxL1Loss(weight=weights["loss_bbox"]),
+        BoxGIoULoss(weight=weights["loss_giou"]),
+    ]
+    if "loss_mask" in weights:
+        losses.append(MaskLoss(focal_weight=weights["loss_mask"], dice_weight=weights["loss_dice"]))
     if box_head is None:
         box_head = BoxHead(embed_dim=width, num_class_outputs=scoring.num_outputs, class_bias=None)
     return PanopticDETR(
@@ -124,17 +143,15 @@ def assemble(
         transformer=transformer,
         box_head=box_head,
         mask_head=mask_head,
-        mask_features=tuple(mask_features),
         scoring=scoring,
-        matcher=HungarianMatcher(scoring, **config["matcher"]),
-        criterion=SetCriterion(
-            scoring,
-            weights={
-                term: weights[f"loss_{term}"]
-                for term in ("ce", "bbox", "giou", "mask", "dice")
-                if f"loss_{term}" in weights
-            },
+        matcher=HungarianMatcher(
+            [
+                ClassCost(scoring, weight=config["matcher"]["cost_class"]),
+                BoxL1Cost(weight=config["matcher"]["cost_bbox"]),
+                BoxGIoUCost(weight=config["matcher"]["cost_giou"]),
+            ]
         ),
+        criterion=SetCriterion(losses),
         inference_options=InferenceOptions(()),
         pixel_mean=[0.0] * 3,
         pixel_std=[1.0] * 3,

@@ -1,6 +1,7 @@
 """A model whose masks are the truth, in the way of the real one: resolution is all that is lost."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchformer_panoptic import PanopticDETR
-from batchformer_panoptic.modeling.panoptic_detr import Predictions
+from batchformer_panoptic.modeling.panoptic_detr import ModelPredictions
 from batchformer_panoptic.modeling.postprocessing.results import InferenceOptions
 from batchformer_panoptic.modeling.set_prediction.scoring import SoftmaxScoring
 from helpers.panoptic_sets import CATEGORIES, CONTIGUOUS, PanopticImage
@@ -49,7 +50,6 @@ class PerfectModel(PanopticDETR):
             transformer=nn.Identity(),
             box_head=nn.Identity(),
             mask_head=nn.Identity(),
-            mask_features=(),
             scoring=SoftmaxScoring(num_classes),
             matcher=None,
             criterion=None,
@@ -65,7 +65,7 @@ class PerfectModel(PanopticDETR):
         features: dict[str, Tensor],
         image_sizes: Sequence[tuple[int, int]],
         padded_size: tuple[int, int],
-    ) -> Predictions:
+    ) -> ModelPredictions:
         truth = features["truth"]
         shape = (1, len(truth), self.num_queries, self.scoring.num_outputs)
         logits = torch.full(shape, -LOGIT)
@@ -75,16 +75,13 @@ class PerfectModel(PanopticDETR):
                 if number > 0:
                     label = int(classes[numbers == number][0]) - 1
                     logits[0, index, number - 1, label] = LOGIT
-        return Predictions(logits, torch.full((*shape[:3], 4), 0.5), None)
+        boxes = torch.full((*shape[:3], 4), 0.5)
+        return ModelPredictions(logits, boxes, partial(self.draw_masks, truth), transformer=None)
 
-    def predict_masks(
-        self,
-        predictions: Predictions,
-        features: dict[str, Tensor],
-        image_index: Tensor,
-        query_index: Tensor,
+    def draw_masks(
+        self, truth: Tensor, layer_index: Tensor, image_index: Tensor, query_index: Tensor
     ) -> Tensor:
-        numbers = features["truth"][image_index, 0]
+        numbers = truth[image_index, 0]
         size = [-(-side // STRIDE) for side in numbers.shape[-2:]]
         masks = (numbers == query_index[:, None, None] + 1).float()
         share = F.interpolate(masks[:, None], size=size, mode="area")[:, 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.engine import PanopticTrainer
+from batchformer_panoptic.modeling.losses import Losses
 
 DATASET = "stand_in_set"
 CLASSES = ["ball", "grass"]
@@ -31,7 +32,6 @@ class StandIn(nn.Module):
         self.head = nn.Linear(8, 2)
         self.mask_head = nn.Linear(8, 1) if cfg.MODEL.MASK_ON else None
         self.two_streams = cfg.MODEL.BATCHFORMER.ENABLED
-        self.training_metrics: dict[str, Tensor] = {}
 
     def forward(self, batch: list[dict[str, Any]]) -> Any:
         """Losses in training; the sum of the weights as the only result in evaluation."""
@@ -49,8 +49,7 @@ class StandIn(nn.Module):
             losses[f"loss_bbox{suffix}"] = out[:, 1].square().mean() / len(streams)
             if self.mask_head is not None:
                 losses[f"loss_mask{suffix}"] = self.mask_head(stream).square().mean()
-        self.training_metrics = {"class_error": out[:, 0].detach().mean()}
-        return losses
+        return Losses(losses, {"class_error": out[:, 0].mean()})
 
 
 class WeightEvaluator(DatasetEvaluator):

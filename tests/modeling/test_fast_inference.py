@@ -35,7 +35,7 @@ def network(model, inputs):
     features = model.backbone(images.tensor)
     predictions = model.predict(features, images.image_sizes, tuple(images.tensor.shape[-2:]))
     everything = torch.ones(predictions.logits.shape[1:3]).nonzero()
-    masks = model.predict_masks(predictions, features, everything[:, 0], everything[:, 1])
+    masks = predictions.last_masks(everything[:, 0], everything[:, 1])
     return predictions.logits, predictions.boxes, masks
 
 

@@ -166,15 +166,14 @@ def test_accuracy_of_the_training_batch_is_that_of_the_original_stream():
     for i in range(3):
         inputs[i]["label"] = places[i]
     inputs[3]["label"] = (places[3] + 1) % NUM_CLASSES
-    model(inputs)
-    assert model.training_metrics["top1"].item() == 75.0
-    assert not model.training_metrics["top1"].requires_grad
+    metrics = model(inputs).metrics
+    assert metrics["top1"].item() == 75.0
+    assert not metrics["top1"].requires_grad
 
 
 def test_mixed_images_have_no_accuracy():
     model = tiny_classifier(**MIXING)
-    model(labelled_images(4))
-    assert model.training_metrics == {}
+    assert model(labelled_images(4)).metrics == {}
 
 
 def test_one_image_is_warned_about():

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from batchformer_panoptic.modeling.set_prediction.criterion import count_objects
-from batchformer_panoptic.modeling.set_prediction.targets import to_target
+from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
 from helpers.tiny_model import random_inputs, tiny_model, total
 
 
 def losses_of(model, logits, boxes, masks, targets):
-    matching = model.matcher(logits, boxes, targets)
+    def select(layer, image, query):
+        assert len(query) == len(masks)
+        return masks
+
+    predictions, batch = Predictions(logits, boxes, select), TargetBatch(targets)
+    matching = model.matcher(predictions, batch)
     count = count_objects(targets, logits.device)
-    losses = model.criterion.box_losses(logits, boxes, targets, matching, count)
-    last = matching.of_layer(-1)
-    assert len(last.query) == len(masks)
-    return losses | model.criterion.mask_losses(masks, targets, last, count), matching
+    return model.criterion(predictions, batch, matching, count), matching
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "focal"])
@@ -22,7 +25,7 @@ def losses_of(model, logits, boxes, masks, targets):
 def test_matcher_and_losses_are_those_of_float32(monkeypatch, scoring, resolution):
     model = tiny_model(MODEL__DETR__SCORING=scoring, MODEL__MASK_HEAD__LOSS_RESOLUTION=resolution)
     inputs = random_inputs([(64, 64), (48, 64)], [3, 2])
-    targets = [to_target(x, torch.device("cpu"), True) for x in inputs]
+    targets = [to_target(x, torch.device("cpu"), with_masks=True) for x in inputs]
     logits = torch.randn(2, 2, 6, model.scoring.num_outputs).bfloat16()
     boxes, masks = torch.rand(2, 2, 6, 4) * 0.4 + 0.2, torch.randn(5, 16, 16).bfloat16()
     expected, matching = losses_of(model, logits.float(), boxes, masks.float(), targets)

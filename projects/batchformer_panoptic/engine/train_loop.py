@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 from .solver import GradientClipper
 
 
@@ -220,10 +220,6 @@ def _add(values: list[Tensor]) -> Tensor:
 LOG_PERIOD = 20
 
 
-class NonFiniteLossError(UserError):
-    """The loss became infinite or NaN; the message names iteration, terms and images."""
-
-
 class StreamTrainLoop(SimpleTrainer):
     """Detectron2's simple loop with a step that knows about streams.
 
@@ -266,7 +262,6 @@ class StreamTrainLoop(SimpleTrainer):
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
-        self._core = model.module if isinstance(model, DistributedDataParallel) else model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device.type
         self._amp = amp
@@ -276,7 +271,7 @@ class StreamTrainLoop(SimpleTrainer):
         """Make one step of the optimizer, from one batch or the mean of several.
 
         Raises:
-            NonFiniteLossError: before the step that would spoil the weights.
+            NonFiniteError: before the step that would spoil the weights.
         """
         self.optimizer.zero_grad()
         data_time = 0.0
@@ -327,11 +322,11 @@ class StreamTrainLoop(SimpleTrainer):
             )
             check = FiniteCheck(total)
             if combined is None or (check.is_ready and not check.passed()):
-                raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
+                raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
-            raise NonFiniteLossError(_describe_non_finite(self.iter, losses, failure, batch))
-        return {**combined.logged, **getattr(self._core, "training_metrics", {})}
+            raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
+        return {**combined.logged, **getattr(losses, "metrics", {})}
 
     def _forward(
         self, batch: list[dict[str, Any]]
@@ -344,7 +339,7 @@ class StreamTrainLoop(SimpleTrainer):
         try:
             with self._autocast():
                 losses = self.model(batch)
-        except FloatingPointError as error:
+        except NonFiniteError as error:
             return {}, None, str(error)
         return losses, combine_streams(losses, self._stream_weights), ""
 

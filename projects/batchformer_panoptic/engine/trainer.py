@@ -26,7 +26,7 @@ from ..evaluation import build_evaluator, main_metric
 from ..modeling.fast_inference import model_for_evaluation
 from .hooks import BestCheckpointer, ConsoleWriter, LogWriter
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from .train_loop import LOG_PERIOD, NonFiniteLossError, StreamTrainLoop, WeightAverage
+from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class PanopticTrainer(DefaultTrainer):
         """Train to ``SOLVER.MAX_ITER`` and return the results of the last evaluation.
 
         Raises:
-            NonFiniteLossError: after the state before the failing step was saved as
+            NonFiniteError: after the state before the failing step was saved as
                 ``model_nonfinite.pth``.
         """
         self._trainer.start_iter, self._trainer.max_iter = self.start_iter, self.max_iter
@@ -125,7 +125,7 @@ class PanopticTrainer(DefaultTrainer):
         """Run one iteration; keep the state when its loss is not finite."""
         try:
             super().run_step()
-        except NonFiniteLossError:
+        except NonFiniteError:
             # This iteration has not happened.
             self.iter -= 1
             self.checkpointer.save("model_nonfinite", iteration=self.iter)

@@ -1,16 +1,49 @@
-"""Heads, scoring, matcher and criterion from a config."""
+"""Heads, scoring, costs and losses from a config.
 
-from collections.abc import Sequence
+Mask heads, matching costs and losses are found by name in three registries, so that a project can
+add its own without an edit here (docs/extending.md).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .heads import BoxHead, LayerwiseBoxHead, MaskHead, SemanticAuxHead
-from .set_prediction.criterion import SetCriterion
-from .set_prediction.matcher import HungarianMatcher
+from .set_prediction.criterion import (
+    BoxGIoULoss,
+    BoxL1Loss,
+    ClassLoss,
+    LossTerm,
+    MaskLoss,
+    SetCriterion,
+)
+from .set_prediction.matcher import BoxGIoUCost, BoxL1Cost, ClassCost, CostTerm, HungarianMatcher
 from .set_prediction.scoring import Scoring, build_scoring
 from .transformer.base import feature_shapes
+
+MASK_HEAD_REGISTRY = Registry("MASK_HEAD")
+MASK_HEAD_REGISTRY.__doc__ = """
+Mask heads, found by ``MODEL.MASK_HEAD.NAME``: functions ``(cfg, input_shape) -> nn.Module``.
+
+The module is called as ``mask_head(output, features, layer_index, image_index, query_index)`` with
+a :class:`TransformerOutput`, the backbone maps by name and three (K,) int64 indices. It returns the
+mask logits (K, h, w) of the chosen queries.
+"""
+
+COST_REGISTRY = Registry("COST")
+COST_REGISTRY.__doc__ = """
+Terms of the matching cost, found by ``MODEL.DETR.COSTS``: functions ``(cfg, scoring) -> CostTerm``.
+"""
+
+LOSS_REGISTRY = Registry("LOSS")
+LOSS_REGISTRY.__doc__ = """
+Losses, found by ``MODEL.DETR.LOSSES``: functions ``(cfg, scoring) -> LossTerm``.
+"""
 
 
 def build_scoring_from_config(cfg: CfgNode) -> Scoring:
@@ -21,6 +54,8 @@ def build_scoring_from_config(cfg: CfgNode) -> Scoring:
             f"MODEL.DETR.NUM_CLASSES is {node.NUM_CLASSES}; set it, or call "
             "batchformer_panoptic.data.setup_datasets(cfg) to derive it from the data sets"
         )
+    if node.SCORING not in ("softmax", "focal"):
+        raise UserError(f"MODEL.DETR.SCORING is {node.SCORING!r}; known: softmax, focal")
     return build_scoring(
         node.SCORING,
         node.NUM_CLASSES,
@@ -30,7 +65,7 @@ def build_scoring_from_config(cfg: CfgNode) -> Scoring:
 
 
 def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead | LayerwiseBoxHead:
-    """The box head for the logits that ``scoring`` wants; one a layer where boxes are refined."""
+    """The box head for the logits of ``scoring``; one per layer where boxes are refined."""
     node = cfg.MODEL.DETR
 
     def one(box_bias: Sequence[float] | None) -> BoxHead:
@@ -53,9 +88,9 @@ def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead | LayerwiseBoxHead
 
 
 def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SemanticAuxHead:
-    """The auxiliary head over ``MODEL.SEMANTIC_AUX.IN_FEATURES``; it learns from masks."""
+    """The auxiliary head over ``MODEL.SEMANTIC_AUX.IN_FEATURES``, which is trained on masks."""
     if not cfg.MODEL.MASK_ON:
-        raise UserError("MODEL.SEMANTIC_AUX.ENABLED learns from masks: set MODEL.MASK_ON")
+        raise UserError("MODEL.SEMANTIC_AUX.ENABLED needs masks: set MODEL.MASK_ON True")
     names = cfg.MODEL.SEMANTIC_AUX.IN_FEATURES
     shapes = feature_shapes("MODEL.SEMANTIC_AUX.IN_FEATURES", names, input_shape)
     return SemanticAuxHead(
@@ -64,46 +99,121 @@ def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Sema
     )
 
 
-def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
-    """The mask head over ``MODEL.MASK_HEAD.IN_FEATURES``.
+def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+    """The mask head that ``MODEL.MASK_HEAD.NAME`` names."""
+    build = _find(MASK_HEAD_REGISTRY, "MODEL.MASK_HEAD.NAME", cfg.MODEL.MASK_HEAD.NAME)
+    head: nn.Module = build(cfg, input_shape)
+    return head
+
+
+@MASK_HEAD_REGISTRY.register()
+def detr_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
+    """DETR's mask head over ``MODEL.MASK_HEAD.IN_FEATURES``.
 
     Raises:
-        UserError: a bound on memory that allows none.
+        UserError: unusable channels, maps or memory limit.
     """
-    names = cfg.MODEL.MASK_HEAD.IN_FEATURES
-    shapes = feature_shapes("MODEL.MASK_HEAD.IN_FEATURES", names, input_shape)
-    limit = cfg.MODEL.MASK_HEAD.STEP_MEMORY
-    if limit < 1:
-        raise UserError(f"MODEL.MASK_HEAD.STEP_MEMORY is {limit}; it counts MiB, from 1")
+    node = cfg.MODEL.MASK_HEAD
+    shapes = feature_shapes("MODEL.MASK_HEAD.IN_FEATURES", node.IN_FEATURES, input_shape)
+    if node.STEP_MEMORY < 1:
+        raise UserError(f"MODEL.MASK_HEAD.STEP_MEMORY is {node.STEP_MEMORY}; it counts MiB, from 1")
     return MaskHead(
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
         num_heads=cfg.MODEL.DETR.NHEADS,
-        in_channels=[shape.channels for shape in shapes],
-        channels=cfg.MODEL.MASK_HEAD.CHANNELS or None,
-        max_step_bytes=limit * 2**20,
+        in_channels={
+            name: shape.channels for name, shape in zip(node.IN_FEATURES, shapes, strict=True)
+        },
+        channels=node.CHANNELS or None,
+        max_step_bytes=node.STEP_MEMORY * 2**20,
     )
 
 
 def build_matcher(cfg: CfgNode, scoring: Scoring) -> HungarianMatcher:
-    """The matcher with the cost weights of ``MODEL.DETR``."""
-    node = cfg.MODEL.DETR
-    return HungarianMatcher(
-        scoring,
-        cost_class=node.COST_CLASS,
-        cost_bbox=node.COST_BBOX,
-        cost_giou=node.COST_GIOU,
-    )
+    """The matcher with the cost terms that ``MODEL.DETR.COSTS`` names."""
+    names = cfg.MODEL.DETR.COSTS
+    if not names:
+        raise UserError("MODEL.DETR.COSTS is empty; name at least one cost, such as class_cost")
+    costs: list[CostTerm] = _terms(COST_REGISTRY, "MODEL.DETR.COSTS", names, cfg, scoring)
+    return HungarianMatcher(costs)
 
 
 def build_criterion(cfg: CfgNode, scoring: Scoring) -> SetCriterion:
-    """The criterion with the loss weights of ``MODEL.DETR`` and ``MODEL.MASK_HEAD``."""
-    weights = {
-        "ce": cfg.MODEL.DETR.CLASS_WEIGHT,
-        "bbox": cfg.MODEL.DETR.BBOX_WEIGHT,
-        "giou": cfg.MODEL.DETR.GIOU_WEIGHT,
-        "mask": cfg.MODEL.MASK_HEAD.MASK_WEIGHT,
-        "dice": cfg.MODEL.MASK_HEAD.DICE_WEIGHT,
-    }
-    return SetCriterion(
-        scoring, weights=weights, mask_resolution=cfg.MODEL.MASK_HEAD.LOSS_RESOLUTION
+    """The criterion with the losses that ``MODEL.DETR.LOSSES`` names.
+
+    ``mask_loss`` is left out with ``MODEL.MASK_ON False``.
+    """
+    names = [name for name in cfg.MODEL.DETR.LOSSES if name != "mask_loss" or cfg.MODEL.MASK_ON]
+    losses: list[LossTerm] = _terms(LOSS_REGISTRY, "MODEL.DETR.LOSSES", names, cfg, scoring)
+    return SetCriterion(losses)
+
+
+@COST_REGISTRY.register()
+def class_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
+    """Cost of the class, weighted by ``MODEL.DETR.COST_CLASS``."""
+    return ClassCost(scoring, weight=cfg.MODEL.DETR.COST_CLASS)
+
+
+@COST_REGISTRY.register()
+def box_l1_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
+    """L1 cost of boxes, weighted by ``MODEL.DETR.COST_BBOX``."""
+    return BoxL1Cost(weight=cfg.MODEL.DETR.COST_BBOX)
+
+
+@COST_REGISTRY.register()
+def box_giou_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
+    """GIoU cost of boxes, weighted by ``MODEL.DETR.COST_GIOU``."""
+    return BoxGIoUCost(weight=cfg.MODEL.DETR.COST_GIOU)
+
+
+@LOSS_REGISTRY.register()
+def class_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
+    """Classification loss, weighted by ``MODEL.DETR.CLASS_WEIGHT``."""
+    return ClassLoss(scoring, weight=cfg.MODEL.DETR.CLASS_WEIGHT)
+
+
+@LOSS_REGISTRY.register()
+def box_l1_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
+    """L1 loss of boxes, weighted by ``MODEL.DETR.BBOX_WEIGHT``."""
+    return BoxL1Loss(weight=cfg.MODEL.DETR.BBOX_WEIGHT)
+
+
+@LOSS_REGISTRY.register()
+def box_giou_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
+    """GIoU loss of boxes, weighted by ``MODEL.DETR.GIOU_WEIGHT``."""
+    return BoxGIoULoss(weight=cfg.MODEL.DETR.GIOU_WEIGHT)
+
+
+@LOSS_REGISTRY.register()
+def mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
+    """Focal and Dice loss of masks, as ``MODEL.MASK_HEAD`` describes them."""
+    node = cfg.MODEL.MASK_HEAD
+    if node.LOSS_RESOLUTION not in ("target", "prediction"):
+        raise UserError(
+            f"MODEL.MASK_HEAD.LOSS_RESOLUTION is {node.LOSS_RESOLUTION!r}; known: target, "
+            "prediction"
+        )
+    return MaskLoss(
+        focal_weight=node.MASK_WEIGHT,
+        dice_weight=node.DICE_WEIGHT,
+        resolution=node.LOSS_RESOLUTION,
+        all_layers=node.DEEP_SUPERVISION,
     )
+
+
+def _terms(
+    registry: Registry, key: str, names: Sequence[str], cfg: CfgNode, scoring: Scoring
+) -> list[Any]:
+    repeated = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if repeated:
+        raise UserError(f"{key} names {repeated[0]!r} twice")
+    return [_find(registry, key, name)(cfg, scoring) for name in names]
+
+
+def _find(registry: Registry, key: str, name: str) -> Callable[..., Any]:
+    if name not in registry:
+        known = sorted(known for known, _ in registry)
+        raise UserError(
+            f"{key}: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+        )
+    build: Callable[..., Any] = registry.get(name)
+    return build

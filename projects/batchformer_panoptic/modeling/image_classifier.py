@@ -23,6 +23,7 @@ from ..batchformer import BatchFormerHook, IdentityHook, StreamState
 from ..batchformer.batchformer import SINGLE
 from ..errors import UserError, one_line
 from .backbone.timm import check_pixel_statistics, create_timm_model, import_timm
+from .losses import Losses
 from .transformer.base import build_hook
 
 
@@ -153,9 +154,6 @@ class ImageClassifier(nn.Module):
     With a BatchFormerV2 hook it trains in two streams that share the targets; in evaluation the
     hook does nothing and the model is the plain one.
 
-    Attributes:
-        training_metrics: detached 0-d tensors of the last training step that are no losses.
-
     Args:
         vit: images to logits.
         mixing: mixup and CutMix in training, or None.
@@ -183,7 +181,6 @@ class ImageClassifier(nn.Module):
         self.mixing = mixing
         self.label_smoothing = label_smoothing
         self.image_size = image_size
-        self.training_metrics: dict[str, Tensor] = {}
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer(
@@ -247,7 +244,7 @@ class ImageClassifier(nn.Module):
         images = torch.stack([inputs["image"] for inputs in batched_inputs])
         return (images.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
 
-    def losses(self, logits: Tensor, streams: StreamState, targets: Tensor) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, streams: StreamState, targets: Tensor) -> Losses:
         """Cross-entropy of all streams against the same targets.
 
         Args:
@@ -256,7 +253,8 @@ class ImageClassifier(nn.Module):
             targets: of the B images: (B,) int64 labels, or (B, K) float32 shares of the classes.
 
         Returns:
-            ``loss_class``, or one for each stream; their sum is the mean over B'.
+            ``loss_class``, or one for each stream; their sum is the mean over B'. ``metrics`` has
+            the top-1 accuracy of the original stream, unless labels are mixed.
         """
         logits = logits.float()
         each = F.cross_entropy(
@@ -265,10 +263,11 @@ class ImageClassifier(nn.Module):
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        if targets.dim() == 1:  # a mixed image has no one class to be right about
+        metrics: dict[str, Tensor] = {}
+        if targets.dim() == 1:  # a mixed image has no single class
             correct = streams.split(logits)[0].argmax(dim=-1) == targets
-            self.training_metrics = {"top1": 100.0 * correct.float().mean()}
-        return streams.sum_losses({"loss_class": each / len(logits)})
+            metrics["top1"] = 100.0 * correct.float().mean()
+        return Losses(streams.sum_losses({"loss_class": each / len(logits)}), metrics)
 
     @torch.no_grad()
     def inference(self, images: Tensor) -> list[dict[str, Tensor]]:

@@ -5,20 +5,36 @@ import torch
 from torch.nn import functional as F
 
 from batchformer_panoptic.layers import cxcywh_to_xyxy, generalized_box_iou
-from batchformer_panoptic.modeling.set_prediction.criterion import SetCriterion, count_objects
-from batchformer_panoptic.modeling.set_prediction.mask_losses import pixel_class_loss
-from batchformer_panoptic.modeling.set_prediction.matcher import HungarianMatcher
+from batchformer_panoptic.modeling.set_prediction.criterion import (
+    BoxGIoULoss,
+    BoxL1Loss,
+    ClassLoss,
+    MaskLoss,
+    SetCriterion,
+    count_objects,
+    matching_metrics,
+)
+from batchformer_panoptic.modeling.set_prediction.mask_losses import (
+    mask_dice_loss,
+    pixel_class_loss,
+)
+from batchformer_panoptic.modeling.set_prediction.matcher import (
+    BoxGIoUCost,
+    BoxL1Cost,
+    ClassCost,
+    HungarianMatcher,
+)
+from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
 from batchformer_panoptic.modeling.set_prediction.scoring import FocalScoring, SoftmaxScoring
 from batchformer_panoptic.modeling.set_prediction.targets import (
-    DenseMasks,
     ImageTarget,
     SegmentMap,
+    TargetBatch,
     class_maps,
-    gather_masks,
 )
+from helpers.dense_masks import DenseMasks
 
 NUM_CLASSES = 3
-WEIGHTS = {"ce": 1.0, "bbox": 5.0, "giou": 2.0, "mask": 1.0, "dice": 1.0}
 SCORINGS = [SoftmaxScoring(NUM_CLASSES, no_object_weight=0.1), FocalScoring(NUM_CLASSES)]
 
 
@@ -37,16 +53,39 @@ def make_targets(counts, seed=0, size=(8, 12)):
     return targets
 
 
-def make_parts(scoring):
-    matcher = HungarianMatcher(scoring, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0)
-    return matcher, SetCriterion(scoring, weights=WEIGHTS)
+def make_matcher(scoring):
+    return HungarianMatcher(
+        [ClassCost(scoring, weight=1.0), BoxL1Cost(weight=5.0), BoxGIoUCost(weight=2.0)]
+    )
 
 
 def box_losses(scoring, logits, boxes, targets):
-    matcher, criterion = make_parts(scoring)
-    matching = matcher(logits, boxes, targets)
+    predictions, batch = Predictions(logits, boxes), TargetBatch(targets)
+    matching = make_matcher(scoring)(predictions, batch)
     count = count_objects(targets, logits.device)
-    return criterion.box_losses(logits, boxes, targets, matching, count), matching
+    terms = [ClassLoss(scoring, weight=1.0), BoxL1Loss(weight=5.0), BoxGIoULoss(weight=2.0)]
+    return SetCriterion(terms)(predictions, batch, matching, count), matching
+
+
+def mask_losses(mask_logits, targets, num_objects, *, num_layers=1, **options):
+    """Losses of chosen masks, and their pairs; predictions of classes and boxes are random."""
+    chosen = []
+
+    def select(layer, image, query):
+        chosen.append((layer, image, query))
+        return mask_logits
+
+    shape = (num_layers, len(targets), 5)
+    predictions = Predictions(torch.randn(*shape, 4), torch.rand(*shape, 4), select)
+    batch = TargetBatch(targets)
+    matching = make_matcher(SCORINGS[0])(predictions, batch)
+    criterion = SetCriterion([MaskLoss(focal_weight=1.0, dice_weight=1.0, **options)])
+    losses = criterion(predictions, batch, matching, torch.tensor(num_objects))
+    pairs = matching if options.get("all_layers") else matching.of_layer(-1)
+    (indices,) = chosen
+    for ours, theirs in zip(indices, (pairs.layer, pairs.image, pairs.query), strict=True):
+        assert torch.equal(ours, theirs)
+    return losses, pairs
 
 
 def slow_box_losses(scoring, logits, boxes, targets, matching, layer):
@@ -141,15 +180,12 @@ def test_perfect_boxes_cost_nothing():
 
 def test_mask_losses_equal_the_formulas():
     targets = make_targets([3, 2])
-    matcher, criterion = make_parts(SCORINGS[0])
-    logits, boxes = torch.randn(1, 2, 5, 4), torch.rand(1, 2, 5, 4)
-    matching = matcher(logits, boxes, targets).of_layer(-1)
-    mask_logits = torch.randn(len(matching.query), 4, 6)
-    losses = criterion.mask_losses(mask_logits, targets, matching, torch.tensor(5.0))
+    mask_logits = torch.randn(5, 4, 6)
+    losses, matching = mask_losses(mask_logits, targets, 5.0)
     expected = {"loss_mask": torch.zeros(2), "loss_dice": torch.zeros(2)}
     large = F.interpolate(mask_logits[:, None], size=(8, 12), mode="bilinear")[:, 0]
     for x, image, k in zip(large, matching.image, matching.local_target, strict=True):
-        wanted = (targets[image].masks.index_map == k).float()
+        wanted = (targets[image].masks.segment_map == k).float()
         p = x.sigmoid()
         pt = torch.where(wanted > 0, p, 1 - p)
         alpha = torch.where(wanted > 0, 0.25, 0.75)
@@ -162,21 +198,52 @@ def test_mask_losses_equal_the_formulas():
 
 def test_mask_losses_at_the_resolution_of_the_prediction():
     (target,) = make_targets([3])
-    matcher, _ = make_parts(SCORINGS[0])
-    criterion = SetCriterion(SCORINGS[0], weights=WEIGHTS, mask_resolution="prediction")
-    logits, boxes = torch.randn(1, 1, 5, 4), torch.rand(1, 1, 5, 4)
-    matching = matcher(logits, boxes, [target]).of_layer(-1)
     mask_logits = torch.randn(3, 4, 6)
-    losses = criterion.mask_losses(mask_logits, [target], matching, torch.tensor(3.0))
+    losses, matching = mask_losses(mask_logits, [target], 3.0, resolution="prediction")
     dice = 0.0
     for x, k in zip(mask_logits, matching.local_target, strict=True):
-        inside = (target.masks.index_map == k).float()
+        inside = (target.masks.segment_map == k).float()
         share = inside.view(4, 2, 6, 2).mean(dim=(1, 3))  # of each cell of the 8 x 12 target
         p = x.sigmoid()
         dice += 1 - (2 * (p * share).sum() + 1) / (p.sum() + share.sum() + 1)
     torch.testing.assert_close(losses["loss_dice"], (dice / 3)[None])
     with pytest.raises(ValueError, match="'fine'; known: target, prediction"):
-        SetCriterion(SCORINGS[0], weights=WEIGHTS, mask_resolution="fine")
+        MaskLoss(focal_weight=1.0, dice_weight=1.0, resolution="fine")
+
+
+def test_mask_losses_of_every_layer():
+    targets = make_targets([2, 1])
+    mask_logits = torch.randn(6, 4, 6)  # three pairs in each of two layers
+    losses, pairs = mask_losses(mask_logits, targets, 3.0, num_layers=2, all_layers=True)
+    assert set(losses) == {"loss_mask", "loss_dice", "loss_mask_0", "loss_dice_0"}
+    wanted = TargetBatch(targets).masks.gather(pairs.image, pairs.local_target).flatten(1)
+    large = F.interpolate(mask_logits[:, None], size=(8, 12), mode="bilinear").flatten(1)
+    each = mask_dice_loss(large, wanted.float()) / 3
+    for layer, name in enumerate(("loss_dice_0", "loss_dice")):
+        here = pairs.layer == layer
+        expected = torch.zeros(2).index_add(0, pairs.image[here], each[here])
+        torch.testing.assert_close(losses[name], expected)
+
+
+def test_losses_of_one_name_are_refused():
+    logits = torch.randn(1, 1, 5, 4)
+    predictions, batch = Predictions(logits), TargetBatch(make_targets([0]))
+    matching = HungarianMatcher([ClassCost(SCORINGS[0], weight=1.0)])(predictions, batch)
+    terms = [ClassLoss(SCORINGS[0], weight=1.0)] * 2
+    with pytest.raises(ValueError, match="two loss terms are called 'loss_ce'"):
+        SetCriterion(terms)(predictions, batch, matching, torch.tensor(1.0))
+
+
+def test_classes_alone_are_matched_and_trained_without_boxes():
+    targets = [ImageTarget(torch.tensor([2, 0])), ImageTarget(torch.tensor([1]))]
+    logits = torch.randn(2, 2, 5, 4, requires_grad=True)
+    predictions, batch = Predictions(logits), TargetBatch(targets)
+    matching = HungarianMatcher([ClassCost(SCORINGS[0], weight=1.0)])(predictions, batch)
+    criterion = SetCriterion([ClassLoss(SCORINGS[0], weight=2.0)])
+    losses = criterion(predictions, batch, matching, torch.tensor(3.0))
+    assert set(losses) == {"loss_ce", "loss_ce_0"}
+    torch.stack([value.sum() for value in losses.values()]).sum().backward()
+    assert logits.grad.abs().amax() > 0
 
 
 def test_segment_maps_and_dense_masks_are_the_same_masks():
@@ -185,12 +252,12 @@ def test_segment_maps_and_dense_masks_are_the_same_masks():
         ImageTarget(
             t.labels,
             t.boxes_cxcywh,
-            DenseMasks(t.masks.index_map == torch.arange(len(t))[:, None, None]),
+            DenseMasks(t.masks.segment_map == torch.arange(len(t))[:, None, None]),
         )
         for t in maps
     ]
     image, local = torch.tensor([0, 2, 1, 0]), torch.tensor([2, 0, 1, 0])
-    a, b = gather_masks(maps, image, local), gather_masks(dense, image, local)
+    a, b = (TargetBatch(targets).masks.gather(image, local) for targets in (maps, dense))
     assert a.shape == (4, 10, 12)
     assert a.any(dim=(1, 2)).all()
     assert torch.equal(a, b)
@@ -213,8 +280,9 @@ def test_metrics_by_hand():
     logits[..., -1] = 5.0  # everybody says "no object" ...
     logits[0, 0, 0, target.labels[0]] = 10.0  # ... but the first query, which is right
     boxes = torch.cat([target.boxes_cxcywh, torch.zeros(2, 4)])[None, None]
-    matcher, criterion = make_parts(SCORINGS[0])
-    metrics = criterion.metrics(logits, [target], matcher(logits, boxes, [target]))
+    predictions, batch = Predictions(logits, boxes), TargetBatch([target])
+    matching = make_matcher(SCORINGS[0])(predictions, batch)
+    metrics = matching_metrics(SCORINGS[0], predictions, batch, matching)
     assert metrics["class_error"].item() == 50.0
     assert metrics["cardinality_error"].item() == 1.0
 

@@ -3,16 +3,26 @@ import itertools
 import pytest
 import torch
 
+from batchformer_panoptic.errors import NonFiniteError
 from batchformer_panoptic.layers import cxcywh_to_xyxy, generalized_box_iou
 from batchformer_panoptic.modeling.set_prediction.matcher import (
+    BoxGIoUCost,
+    BoxL1Cost,
+    ClassCost,
     HungarianMatcher,
-    NonFiniteCostError,
 )
+from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
 from batchformer_panoptic.modeling.set_prediction.scoring import FocalScoring, SoftmaxScoring
-from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget
+from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget, TargetBatch
 
 NUM_CLASSES = 3
-WEIGHTS = {"cost_class": 1.0, "cost_bbox": 5.0, "cost_giou": 2.0}
+
+
+def match(scoring, logits, boxes, targets):
+    matcher = HungarianMatcher(
+        [ClassCost(scoring, weight=1.0), BoxL1Cost(weight=5.0), BoxGIoUCost(weight=2.0)]
+    )
+    return matcher(Predictions(logits, boxes), TargetBatch(targets))
 
 
 def make_target(count: int, seed: int = 0) -> ImageTarget:
@@ -56,7 +66,7 @@ def brute_force(scoring, logits, boxes, target):
 def test_equals_brute_force_in_every_layer_and_image(scoring):
     targets = [make_target(3, 1), make_target(0), make_target(2, 2)]
     logits, boxes = make_predictions(scoring, 2, 3, 5)
-    matching = HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, targets)
+    matching = match(scoring, logits, boxes, targets)
     first = [0, 3, 3]
     for layer, image in itertools.product(range(2), range(3)):
         here = (matching.layer == layer) & (matching.image == image)
@@ -73,11 +83,11 @@ def test_of_layer_takes_that_layer():
     scoring = SoftmaxScoring(NUM_CLASSES)
     targets = [make_target(3), make_target(1)]
     logits, boxes = make_predictions(scoring, 3, 2, 5)
-    matching = HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, targets)
+    matching = match(scoring, logits, boxes, targets)
     last = matching.of_layer(-1)
     assert last.layer.tolist() == [2] * 4
     assert torch.equal(last.query, matching.query[matching.layer == 2])
-    alone = HungarianMatcher(scoring, **WEIGHTS)(logits[2:], boxes[2:], targets)
+    alone = match(scoring, logits[2:], boxes[2:], targets)
     assert torch.equal(last.query, alone.query)
     assert torch.equal(last.local_target, alone.local_target)
 
@@ -85,7 +95,7 @@ def test_of_layer_takes_that_layer():
 def test_more_objects_than_queries_match_every_query_once():
     scoring = SoftmaxScoring(NUM_CLASSES)
     logits, boxes = make_predictions(scoring, 1, 1, 3)
-    matching = HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, [make_target(5)])
+    matching = match(scoring, logits, boxes, [make_target(5)])
     assert matching.query.tolist() == [0, 1, 2]
     assert len(set(matching.local_target.tolist())) == 3
 
@@ -93,7 +103,7 @@ def test_more_objects_than_queries_match_every_query_once():
 def test_no_objects_at_all():
     scoring = SoftmaxScoring(NUM_CLASSES)
     logits, boxes = make_predictions(scoring, 2, 2, 3)
-    matching = HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, [make_target(0)] * 2)
+    matching = match(scoring, logits, boxes, [make_target(0)] * 2)
     assert matching.query.shape == (0,)
     assert matching.of_layer(-1).layer_starts == (0, 0)
 
@@ -102,14 +112,14 @@ def test_non_finite_cost_names_image_and_term():
     scoring = SoftmaxScoring(NUM_CLASSES)
     logits, boxes = make_predictions(scoring, 1, 2, 3)
     logits[0, 1, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteCostError, match=r"terms class, batch entries \[1\]") as caught:
-        HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, [make_target(2), make_target(2)])
-    assert caught.value.images == [1]
+    with pytest.raises(NonFiniteError, match=r"cost is not finite \(terms: class\)") as caught:
+        match(scoring, logits, boxes, [make_target(2), make_target(2)])
+    assert caught.value.entries == (1,)
 
 
 def test_non_finite_values_of_an_image_without_objects_cost_nothing():
     scoring = SoftmaxScoring(NUM_CLASSES)
     logits, boxes = make_predictions(scoring, 1, 2, 3)
     logits[0, 1] = float("nan")
-    matching = HungarianMatcher(scoring, **WEIGHTS)(logits, boxes, [make_target(2), make_target(0)])
+    matching = match(scoring, logits, boxes, [make_target(2), make_target(0)])
     assert matching.image.tolist() == [0, 0]

@@ -7,8 +7,7 @@ from torch.nn import functional as F
 from batchformer_panoptic.modeling.set_prediction.targets import (
     ImageTarget,
     SegmentMap,
-    gather_mask_shares,
-    gather_masks,
+    TargetBatch,
 )
 from helpers.commands import load_script
 
@@ -39,12 +38,12 @@ def pairs(number):
 def test_masks_are_those_of_a_comparison_with_every_index(number):
     targets = crowded_targets((40, 60), (56, 48))
     image, local = pairs(number)
-    masks = gather_masks(targets, image, local)
+    masks = TargetBatch(targets).masks.gather(image, local)
     assert masks.shape == (number, 56, 60)
     assert masks.dtype == torch.bool
     expected = torch.zeros(number, 56, 60, dtype=torch.bool)
     for k, (i, j) in enumerate(zip(image.tolist(), local.tolist(), strict=True)):
-        index_map = targets[i].masks.index_map
+        index_map = targets[i].masks.segment_map
         expected[k, : index_map.shape[0], : index_map.shape[1]] = index_map == j
     assert torch.equal(masks, expected)
     assert number == 0 or masks.any()
@@ -55,8 +54,8 @@ def test_masks_are_those_of_a_comparison_with_every_index(number):
 def test_shares_are_those_of_the_masks_at_full_size(number, size):
     targets = crowded_targets((40, 60), (56, 48))
     image, local = pairs(number)
-    shares = gather_mask_shares(targets, image, local, size)
-    masks = gather_masks(targets, image, local)[:, None].float()
+    shares = TargetBatch(targets).masks.gather_shares(image, local, size)
+    masks = TargetBatch(targets).masks.gather(image, local)[:, None].float()
     assert torch.equal(shares, F.interpolate(masks, size=size, mode="area")[:, 0])
 
 
@@ -65,7 +64,7 @@ def test_little_memory_beside_the_result():
     image, local = pairs(200)
     peak_bytes = load_script("benchmarks/measure.py").peak_bytes
     pixels = 120 * 160
-    of_masks = peak_bytes(lambda: gather_masks(targets, image, local))
+    of_masks = peak_bytes(lambda: TargetBatch(targets).masks.gather(image, local))
     assert 200 * pixels <= of_masks < 250 * pixels
-    of_shares = peak_bytes(lambda: gather_mask_shares(targets, image, local, (30, 40)))
+    of_shares = peak_bytes(lambda: TargetBatch(targets).masks.gather_shares(image, local, (30, 40)))
     assert of_shares < 170 * pixels  # one float32 mask for each pair would be 800

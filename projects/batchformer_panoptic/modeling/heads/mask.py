@@ -4,7 +4,7 @@ Shapes: K queries of interest gathered from all images, B' = streams * B, h head
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -82,7 +82,7 @@ class MaskHead(nn.Module):
     Args:
         embed_dim: channels C of memory and queries; a multiple of 16.
         num_heads: attention maps of a query.
-        in_channels: channels of the three backbone maps, coarse to fine.
+        in_channels: names and channels of the three backbone maps that are read, coarse to fine.
         channels: output channels of the second to the fifth convolution. None: C / 2, C / 4, C / 8,
             C / 16, as published.
         max_step_bytes: decode so many queries at a time that their maps take about this much
@@ -97,7 +97,7 @@ class MaskHead(nn.Module):
         *,
         embed_dim: int,
         num_heads: int,
-        in_channels: Sequence[int],
+        in_channels: Mapping[str, int],
         channels: Sequence[int] | None = None,
         max_step_bytes: int = 2**33,
     ) -> None:
@@ -112,6 +112,7 @@ class MaskHead(nn.Module):
             raise ValueError(f"the mask head reads three backbone maps, not {len(in_channels)}")
         first = embed_dim + num_heads
         widths = [first, first, *channels]
+        self.in_features = tuple(in_channels)
         self.embed_dim = embed_dim
         self.max_step_bytes = max_step_bytes
         self.attention = AttentionMap(embed_dim=embed_dim, num_heads=num_heads)
@@ -121,7 +122,7 @@ class MaskHead(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, n), n) for n in widths[1:])
         self.adapters = nn.ModuleList(
             nn.Conv2d(n_in, n_out, kernel_size=1)
-            for n_in, n_out in zip(in_channels, widths[2:5], strict=True)
+            for n_in, n_out in zip(in_channels.values(), widths[2:5], strict=True)
         )
         self.predictor = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
         for conv in [*self.convs, *self.adapters, self.predictor]:
@@ -131,15 +132,17 @@ class MaskHead(nn.Module):
     def forward(
         self,
         output: TransformerOutput,
-        backbone_maps: Sequence[Tensor],
+        features: Mapping[str, Tensor],
+        layer_index: Tensor,
         image_index: Tensor,
         query_index: Tensor,
     ) -> Tensor:
-        """Masks of chosen queries of the last decoder layer.
+        """Masks of chosen queries.
 
         Args:
-            output: what the transformer returned.
-            backbone_maps: three maps (B, C_i, H_i, W_i), coarse to fine, not expanded.
+            output: of the transformer.
+            features: backbone maps (B, C_i, H_i, W_i) by name, not expanded.
+            layer_index: (K,) int64, layers of ``output``; negative ones count from the last.
             image_index: (K,) int64 in [0, B').
             query_index: (K,) int64 in [0, Q).
 
@@ -147,12 +150,13 @@ class MaskHead(nn.Module):
             (K, H_3, W_3) mask logits; K may be 0.
         """
         streams = output.streams
-        queries = output.hidden_states[-1][image_index, query_index]
+        queries = output.hidden_states[layer_index, image_index, query_index]
         attention = self.attention(
             queries, output.memory_map, streams.expand(output.padding_mask), image_index
         )
         source_index = streams.image_of(image_index, output.projected_map.shape[0])
-        of_image = self._image_parts(output.projected_map, backbone_maps)
+        maps = [features[name] for name in self.in_features]
+        of_image = self._image_parts(output.projected_map, maps)
         step = self.queries_per_step(of_image)
         decode = partial(self._decode, of_image)
         if len(queries) > step and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 from ...errors import UserError
@@ -214,7 +214,7 @@ def to_result(
     chosen: ChosenQueries,
     scores: Tensor,
     labels: Tensor,
-    boxes: Tensor,
+    boxes: Tensor | None,
     mask_logits: Tensor | None,
     *,
     padded_size: tuple[int, int],
@@ -228,7 +228,7 @@ def to_result(
         chosen: its queries by use, on the host, see :func:`on_host`.
         scores: (Q,) class probabilities, on the host.
         labels: (Q,) int64 contiguous class ids, on the host.
-        boxes: (Q, 4) cxcywh in 0 to 1.
+        boxes: (Q, 4) cxcywh in 0 to 1, or None: boxes are then those of the masks.
         mask_logits: (K, h, w) of the queries in ``chosen.any_use``, in order, or None.
         padded_size: (height, width) of the padded batch.
         image_size: (height, width) of the image before padding.
@@ -245,22 +245,12 @@ def to_result(
             mask_logits, padded_size=padded_size, image_size=image_size, output_size=output_size
         )
     if masks is None or options.instances:
-        found = chosen.detections
-        query = found.query.to(boxes.device, non_blocking=True)
-        instances = Instances(output_size)
-        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
-        instances.scores = found.scores.to(boxes.device, non_blocking=True)
-        instances.pred_classes = found.labels.to(boxes.device, non_blocking=True)
-        if masks is not None:
-            place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
-            where = place[found.query].to(boxes.device, non_blocking=True)
-            instances.pred_masks = (masks.at_output_size() > 0)[where]
-        result["instances"] = instances
+        result["instances"] = _instances(chosen, boxes, masks, output_size)
     if masks is not None:
         panoptic = chosen.panoptic
-        where = panoptic[chosen.any_use].nonzero()[:, 0].to(boxes.device, non_blocking=True)
+        where = panoptic[chosen.any_use].nonzero()[:, 0]
         result["panoptic_seg"] = merge_panoptic(
-            masks[where],
+            masks[where.to(masks.logits.device, non_blocking=True)],
             scores[panoptic],
             labels[panoptic],
             merge=options.merge,
@@ -268,3 +258,28 @@ def to_result(
             options=options.panoptic,
         )
     return result
+
+
+def _instances(
+    chosen: ChosenQueries,
+    boxes: Tensor | None,
+    masks: ImageMasks | None,
+    output_size: tuple[int, int],
+) -> Instances:
+    """The detections of one image, with the masks of its queries and boxes, or boxes of masks."""
+    found = chosen.detections
+    source = boxes if masks is None else masks.logits
+    assert source is not None, "a model predicts boxes or masks"
+    instances = Instances(output_size)
+    instances.scores = found.scores.to(source.device, non_blocking=True)
+    instances.pred_classes = found.labels.to(source.device, non_blocking=True)
+    if masks is not None:
+        place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
+        where = place[found.query].to(source.device, non_blocking=True)
+        instances.pred_masks = (masks.at_output_size() > 0)[where]
+    if boxes is None:
+        instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+    else:
+        query = found.query.to(source.device, non_blocking=True)
+        instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
+    return instances

@@ -1,9 +1,15 @@
-"""The set-prediction losses of DETR (section 3.1), as contributions of each image.
+"""The losses of matched queries (DETR, section 3.1), from a list of loss terms.
 
-Shapes: L decoder layers, B' streams * images, Q queries, M matched pairs of all layers.
+Every term returns its loss as contributions of the batch entries, so that the caller can tell the
+streams apart. The normaliser of boxes and masks is the number of objects of all B' entries,
+averaged over processes and at least 1. As each image is in the batch once per stream, the sum over
+the entries is the mean over the streams.
+
+Shapes: L decoder layers, B' = streams * B batch entries, Q queries, M matched pairs of all layers.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,149 +19,253 @@ from torch.nn import functional as F
 from ...layers import cxcywh_to_xyxy, generalized_box_iou
 from .mask_losses import mask_dice_loss, mask_focal_loss, upsampled_mask_losses
 from .matcher import Matching
+from .predictions import Predictions
 from .scoring import Scoring
-from .targets import ImageTarget, TargetMasks, gather_mask_shares
+from .targets import ImageTarget, TargetBatch
 
 
-class SetCriterion:
-    """Losses of matched queries: classes, boxes and masks, for the last and the aux layers.
+class LossTerm(Protocol):
+    """One supervised quantity.
 
-    Every loss comes back as (B',) contributions whose sum is the published loss times its weight,
-    so that whoever knows what the entries of the batch are can tell their shares apart. The
-    normaliser of boxes and masks is the number of objects of the whole batch of B' entries,
-    averaged over processes and at least 1; with each image in the batch once for every stream, the
-    sum is therefore the mean over the streams, not their total.
-
-    Args:
-        scoring: gives the classification loss.
-        weights: of the terms "ce", "bbox", "giou", "mask", "dice".
-        mask_resolution: where mask losses are taken. "target" (published): predictions are brought
-            to the size of the padded targets. "prediction": targets are averaged over the cells
-            of the predicted map, which costs a sixteenth of that at stride 4.
+    Attributes:
+        of_proposals: whether the term also supervises the encoder's proposals, which have classes
+            and boxes but no masks.
     """
 
-    def __init__(
-        self, scoring: Scoring, *, weights: dict[str, float], mask_resolution: str = "target"
-    ) -> None:
-        if mask_resolution not in ("target", "prediction"):
-            raise ValueError(
-                f"MODEL.MASK_HEAD.LOSS_RESOLUTION is {mask_resolution!r}; known: target, prediction"
-            )
+    of_proposals: bool
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """Compute weighted losses.
+
+        Args:
+            predictions: of L layers and B' entries.
+            targets: of the same entries.
+            matching: the assignment in every layer.
+            num_objects: 0-d, from :func:`count_objects`.
+
+        Returns:
+            Contributions (L', B') by name. L' is L, or 1 for a term of the last layer only.
+        """
+
+
+class ClassLoss:
+    """Classification of all queries, ``loss_ce``, as the scoring defines it."""
+
+    of_proposals = True
+
+    def __init__(self, scoring: Scoring, *, weight: float) -> None:
         self.scoring = scoring
-        self.weights = weights
-        self.mask_resolution = mask_resolution
+        self.weight = weight
 
-    def box_losses(
+    def __call__(
         self,
-        logits: Tensor,
-        boxes: Tensor,
-        targets: Sequence[ImageTarget],
-        matching: Matching,
-        num_objects: Tensor,
-        *,
-        suffix: str = "",
-    ) -> dict[str, Tensor]:
-        """Losses of classes and boxes in every layer.
-
-        Args:
-            logits: (L, B', Q, num_outputs).
-            boxes: (L, B', Q, 4) cxcywh in 0 to 1.
-            targets: B' image targets.
-            matching: their assignment.
-            num_objects: 0-d, from :func:`count_objects`.
-            suffix: added to every name.
-
-        Returns:
-            ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer and ``loss_ce_0`` ... of
-            the layers before it, each (B',), weighted.
-        """
-        classes = self.matched_classes(logits, targets, matching)
-        target_boxes = torch.cat([t.boxes_cxcywh for t in targets])[matching.global_target]
-        matched_boxes = boxes.float()[matching.layer, matching.image, matching.query]
-        giou = generalized_box_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(target_boxes))
-        l1 = F.l1_loss(matched_boxes, target_boxes, reduction="none").sum(-1)
-        terms = {
-            "ce": self.scoring.loss(logits.float(), classes, num_objects),
-            "bbox": _sum_by_image(l1, matching, logits.shape[:2]) / num_objects,
-            "giou": _sum_by_image(1 - giou, matching, logits.shape[:2]) / num_objects,
-        }
-        return {
-            _loss_name(name, layer, logits.shape[0]) + suffix: self.weights[name] * term[layer]
-            for name, term in terms.items()
-            for layer in range(logits.shape[0])
-        }
-
-    def mask_losses(
-        self,
-        mask_logits: Tensor,
-        targets: Sequence[ImageTarget],
+        predictions: Predictions,
+        targets: TargetBatch,
         matching: Matching,
         num_objects: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the masks of the last layer.
-
-        Padding counts as outside of every mask, as published.
-
-        Args:
-            mask_logits: (M, h, w), the masks of the matched queries in the order of ``matching``.
-            targets: B' image targets with masks.
-            matching: the pairs of the last layer alone.
-            num_objects: 0-d, from :func:`count_objects`.
-
-        Returns:
-            ``loss_mask`` and ``loss_dice``, each (B',), weighted.
-        """
-        logits = mask_logits.float()
-        image, local = matching.image, matching.local_target
-        if self.mask_resolution == "target":
-            masks = TargetMasks(targets)
-            focal, dice = upsampled_mask_losses(
-                logits, masks.size, lambda part: masks.gather(image[part], local[part])
-            )
-        else:
-            size = (logits.shape[-2], logits.shape[-1])
-            shares = gather_mask_shares(targets, image, local, size).flatten(1)
-            focal = mask_focal_loss(logits.flatten(1), shares)
-            dice = mask_dice_loss(logits.flatten(1), shares)
-        each = {"mask": focal, "dice": dice}
-        return {
-            f"loss_{name}": self.weights[name]
-            * logits.new_zeros(len(targets)).index_add(0, matching.image, value)
-            / num_objects
-            for name, value in each.items()
-        }
-
-    @torch.no_grad()
-    def metrics(
-        self, logits: Tensor, targets: Sequence[ImageTarget], matching: Matching
-    ) -> dict[str, Tensor]:
-        """What is watched and not trained, of the last layer: 0-d tensors.
-
-        ``class_error``: percentage of matched queries with another best class;
-        ``cardinality_error``: mean over images of how far the number of queries that are not "no
-        object" is from the number of objects.
-        """
-        last = matching.of_layer(-1)
-        wanted = torch.cat([t.labels for t in targets])[last.global_target]
-        decoded = self.scoring.decode(logits[-1])
-        # A query that prefers "no object" is wrong as well.
-        labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
-        correct = (labels == wanted).float().sum() / max(len(wanted), 1)
-        counts = torch.tensor([float(len(t)) for t in targets])
-        counts = counts.to(logits.device, non_blocking=True)
-        cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
-        return {"class_error": 100 - 100 * correct, "cardinality_error": cardinality}
-
-    def matched_classes(
-        self, logits: Tensor, targets: Sequence[ImageTarget], matching: Matching
-    ) -> Tensor:
-        """(L, B', Q) int64: the class each query is to predict, ``num_classes`` where unmatched."""
+        """See :class:`LossTerm`."""
+        logits = predictions.logits
+        # (L, B', Q): the class each query should predict, ``num_classes`` where unmatched.
         classes = torch.full(
             logits.shape[:3], self.scoring.num_classes, dtype=torch.int64, device=logits.device
         )
-        labels = torch.cat([t.labels for t in targets])[matching.global_target]
+        labels = targets.labels[matching.global_target]
         classes[matching.layer, matching.image, matching.query] = labels
-        return classes
+        return {"loss_ce": self.weight * self.scoring.loss(logits.float(), classes, num_objects)}
+
+
+class BoxL1Loss:
+    """L1 distance of matched boxes as cxcywh, ``loss_bbox``."""
+
+    of_proposals = True
+
+    def __init__(self, *, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """See :class:`LossTerm`."""
+        boxes, target_boxes = _matched_boxes(predictions, targets, matching)
+        distance = F.l1_loss(boxes, target_boxes, reduction="none").sum(-1)
+        sums = _sum_by_entry(distance, matching, predictions.logits.shape[:2])
+        return {"loss_bbox": self.weight * (sums / num_objects)}
+
+
+class BoxGIoULoss:
+    """One minus the generalised IoU of matched boxes, ``loss_giou``."""
+
+    of_proposals = True
+
+    def __init__(self, *, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """See :class:`LossTerm`."""
+        boxes, target_boxes = _matched_boxes(predictions, targets, matching)
+        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        sums = _sum_by_entry(1 - giou, matching, predictions.logits.shape[:2])
+        return {"loss_giou": self.weight * (sums / num_objects)}
+
+
+class MaskLoss:
+    """Focal and Dice loss of matched masks, ``loss_mask`` and ``loss_dice``.
+
+    Padding counts as outside of every mask, as published.
+
+    Args:
+        focal_weight: factor of the focal loss.
+        dice_weight: factor of the Dice loss.
+        resolution: where the losses are taken. "target" (published): predictions are resized to
+            the padded targets. "prediction": targets are averaged over the cells of the predicted
+            map, which costs a sixteenth of that at stride 4.
+        all_layers: supervise the masks of every decoder layer; published: of the last only.
+    """
+
+    of_proposals = False
+
+    def __init__(
+        self,
+        *,
+        focal_weight: float,
+        dice_weight: float,
+        resolution: str = "target",
+        all_layers: bool = False,
+    ) -> None:
+        if resolution not in ("target", "prediction"):
+            raise ValueError(f"resolution is {resolution!r}; known: target, prediction")
+        self.focal_weight = focal_weight
+        self.dice_weight = dice_weight
+        self.resolution = resolution
+        self.all_layers = all_layers
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """See :class:`LossTerm`."""
+        assert predictions.masks is not None, "the model predicts no masks"
+        num_layers = predictions.logits.shape[0] if self.all_layers else 1
+        pairs = matching if self.all_layers else matching.of_layer(-1)
+        logits = predictions.masks(pairs.layer, pairs.image, pairs.query).float()
+        focal, dice = self._losses(logits, targets, pairs)
+        # Pairs of the last layer only are numbered from 0 like the layer itself.
+        pairs = pairs if self.all_layers else pairs._replace(layer=torch.zeros_like(pairs.layer))
+        shape = (num_layers, len(targets))
+        return {
+            "loss_mask": self.focal_weight * _sum_by_entry(focal, pairs, shape) / num_objects,
+            "loss_dice": self.dice_weight * _sum_by_entry(dice, pairs, shape) / num_objects,
+        }
+
+    def _losses(
+        self, logits: Tensor, targets: TargetBatch, pairs: Matching
+    ) -> tuple[Tensor, Tensor]:
+        """Focal and Dice losses (M,) of (M, h, w) mask logits."""
+        image, local = pairs.image, pairs.local_target
+        if self.resolution == "target":
+            return upsampled_mask_losses(
+                logits,
+                targets.masks.size,
+                lambda part: targets.masks.gather(image[part], local[part]),
+            )
+        size = (logits.shape[-2], logits.shape[-1])
+        shares = targets.masks.gather_shares(image, local, size).flatten(1)
+        flat = logits.flatten(1)
+        return mask_focal_loss(flat, shares), mask_dice_loss(flat, shares)
+
+
+class SetCriterion:
+    """Adds up loss terms by name, for the last and the earlier decoder layers.
+
+    Args:
+        terms: the losses; no two of them may share a name.
+    """
+
+    def __init__(self, terms: Sequence[LossTerm]) -> None:
+        self.terms = tuple(terms)
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses (B',) by name: ``loss_x`` of the last layer, ``loss_x_0`` ... of those before."""
+        return self._losses(self.terms, predictions, targets, matching, num_objects)
+
+    def of_proposals(
+        self,
+        proposals: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses (B',) of the encoder's proposals, ``loss_x_enc``, from the terms they have."""
+        terms = [term for term in self.terms if term.of_proposals]
+        losses = self._losses(terms, proposals, targets, matching, num_objects)
+        return {f"{name}_enc": value for name, value in losses.items()}
+
+    def _losses(
+        self,
+        terms: Sequence[LossTerm],
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+    ) -> dict[str, Tensor]:
+        num_layers = predictions.logits.shape[0]
+        losses: dict[str, Tensor] = {}
+        for term in terms:
+            for name, value in term(predictions, targets, matching, num_objects).items():
+                first = num_layers - len(value)
+                for layer, contributions in enumerate(value, first):
+                    key = name if layer == num_layers - 1 else f"{name}_{layer}"
+                    if key in losses:
+                        raise ValueError(f"two loss terms are called {key!r}")
+                    losses[key] = contributions
+        return losses
+
+
+@torch.no_grad()
+def matching_metrics(
+    scoring: Scoring, predictions: Predictions, targets: TargetBatch, matching: Matching
+) -> dict[str, Tensor]:
+    """0-d metrics of the last layer that are logged but not trained.
+
+    ``class_error``: percentage of matched queries whose best class is wrong; preferring "no object"
+    counts as wrong. ``cardinality_error``: difference between the number of queries that are not
+    "no object" and the number of objects, as a mean over the entries.
+    """
+    last = matching.of_layer(-1)
+    wanted = targets.labels[last.global_target]
+    decoded = scoring.decode(predictions.logits[-1])
+    labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
+    correct = (labels == wanted).float().sum() / max(len(wanted), 1)
+    counts = torch.tensor([float(count) for count in targets.counts])
+    counts = counts.to(wanted.device, non_blocking=True)
+    cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
+    return {"class_error": 100 - 100 * correct, "cardinality_error": cardinality}
 
 
 def count_objects(targets: Sequence[ImageTarget], device: torch.device) -> Tensor:
@@ -168,13 +278,18 @@ def count_objects(targets: Sequence[ImageTarget], device: torch.device) -> Tenso
     return count.clamp(min=1.0)
 
 
-def _sum_by_image(values: Tensor, matching: Matching, shape: tuple[int, ...]) -> Tensor:
+def _matched_boxes(
+    predictions: Predictions, targets: TargetBatch, matching: Matching
+) -> tuple[Tensor, Tensor]:
+    """Predicted and true boxes (M, 4) of the matched pairs."""
+    assert predictions.boxes is not None, "the model predicts no boxes"
+    predicted = predictions.boxes.float()[matching.layer, matching.image, matching.query]
+    return predicted, targets.boxes_cxcywh[matching.global_target]
+
+
+def _sum_by_entry(values: Tensor, matching: Matching, shape: Sequence[int]) -> Tensor:
     """(M,) values of pairs -> (L, B') sums."""
-    num_layers, num_images = shape
-    flat = values.new_zeros(num_layers * num_images)
-    flat = flat.index_add(0, matching.layer * num_images + matching.image, values)
-    return flat.view(num_layers, num_images)
-
-
-def _loss_name(term: str, layer: int, num_layers: int) -> str:
-    return f"loss_{term}" if layer == num_layers - 1 else f"loss_{term}_{layer}"
+    num_layers, num_entries = shape
+    flat = values.new_zeros(num_layers * num_entries)
+    flat = flat.index_add(0, matching.layer * num_entries + matching.image, values)
+    return flat.view(num_layers, num_entries)

@@ -1,29 +1,32 @@
-"""One-to-one assignment of queries to objects (DETR, section 3.1).
+"""One-to-one assignment of queries to objects (DETR, section 3.1), from a list of cost terms.
 
-Shapes: L decoder layers, B' streams * images, Q queries, T objects of an image, T_max the most.
+Shapes: L decoder layers, B' = streams * B batch entries, Q queries, T_max objects of the entry
+with the most.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ...errors import NonFiniteError
 from ...layers import cxcywh_to_xyxy, generalized_box_iou
+from .predictions import Predictions
 from .scoring import Scoring
-from .targets import ImageTarget
+from .targets import TargetBatch
 
 
 class Matching(NamedTuple):
-    """Matched pairs of all decoder layers, ordered by layer, then image, then query.
+    """Matched pairs of all decoder layers, ordered by layer, then batch entry, then query.
 
     Attributes:
         layer: (M,) int64, decoder layer of a pair.
-        image: (M,) int64 in [0, B').
+        image: (M,) int64 in [0, B'), batch entry.
         query: (M,) int64 in [0, Q).
-        local_target: (M,) int64, index of the object within its image.
+        local_target: (M,) int64, index of the object within its entry.
         global_target: (M,) int64, index of the object within all objects of the batch.
         layer_starts: L + 1 numbers; pairs of layer l are [layer_starts[l], layer_starts[l + 1]).
     """
@@ -49,80 +52,110 @@ class Matching(NamedTuple):
         )
 
 
-class NonFiniteCostError(FloatingPointError):
-    """The matching cost holds NaN or infinity: training has diverged.
+class CostTerm(Protocol):
+    """One term of the matching cost.
 
     Attributes:
-        images: entries of the batch whose cost is not finite.
-        terms: names of the cost terms that are not finite.
+        name: of the term, for messages.
+        weight: factor of the term in the total cost.
     """
 
-    def __init__(self, images: list[int], terms: list[str]) -> None:
-        super().__init__(
-            f"matching cost is not finite: terms {', '.join(terms)}, batch entries {images}"
+    name: str
+    weight: float
+
+    def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
+        """Cost (L, B', Q, T_max) float32; values past an entry's own objects are ignored."""
+
+
+class ClassCost:
+    """Cost of the object's class, as the scoring defines it."""
+
+    name = "class"
+
+    def __init__(self, scoring: Scoring, *, weight: float) -> None:
+        self.scoring = scoring
+        self.weight = weight
+
+    def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
+        """See :class:`CostTerm`."""
+        labels = targets.padded_labels.expand(predictions.logits.shape[0], -1, -1)
+        return self.scoring.cost(predictions.logits.float(), labels)
+
+
+class BoxL1Cost:
+    """L1 distance of boxes as cxcywh."""
+
+    name = "bbox"
+
+    def __init__(self, *, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
+        """See :class:`CostTerm`."""
+        boxes = _boxes_of(predictions)
+        return torch.cdist(boxes, targets.padded_boxes_cxcywh.expand(len(boxes), -1, -1, -1), p=1)
+
+
+class BoxGIoUCost:
+    """Negative generalised IoU of boxes."""
+
+    name = "giou"
+
+    def __init__(self, *, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
+        """See :class:`CostTerm`."""
+        return -generalized_box_iou(
+            cxcywh_to_xyxy(_boxes_of(predictions))[..., :, None, :],
+            cxcywh_to_xyxy(targets.padded_boxes_cxcywh)[..., None, :, :],
         )
-        self.images = images
-        self.terms = terms
 
 
 class HungarianMatcher:
-    """Minimises the weighted sum of class, L1 box and generalised IoU costs, in float32.
+    """Finds the assignment with the least weighted sum of costs, in float32.
 
     Args:
-        scoring: gives the class cost.
-        cost_class: weight of the class cost.
-        cost_bbox: weight of the L1 distance of boxes as cxcywh.
-        cost_giou: weight of the negative generalised IoU.
+        costs: the terms of the cost, at least one.
     """
 
-    def __init__(
-        self, scoring: Scoring, *, cost_class: float, cost_bbox: float, cost_giou: float
-    ) -> None:
-        self.scoring = scoring
-        self.weights = {"class": cost_class, "bbox": cost_bbox, "giou": cost_giou}
+    def __init__(self, costs: Sequence[CostTerm]) -> None:
+        self.costs = tuple(costs)
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes: Tensor, targets: Sequence[ImageTarget]) -> Matching:
-        """Match all layers at once; a training step waits for the device here and nowhere else.
+    def __call__(self, predictions: Predictions, targets: TargetBatch) -> Matching:
+        """Match all layers at once.
+
+        A training step waits for the device here and nowhere else.
 
         Args:
-            logits: (L, B', Q, num_outputs).
-            boxes: (L, B', Q, 4) cxcywh in 0 to 1.
-            targets: B' image targets.
+            predictions: of L layers.
+            targets: of the same B' entries.
 
         Returns:
-            min(Q, T) pairs for each layer and image.
+            min(Q, T) pairs for each layer and entry with T objects.
 
         Raises:
-            NonFiniteCostError: a cost is NaN or infinite.
+            NonFiniteError: a cost is NaN or infinite.
         """
-        counts = [len(target) for target in targets]
-        costs = self._costs(logits.float(), boxes.float(), targets)
-        total = sum(self.weights[name] * cost for name, cost in costs.items())
-        on_host = torch.as_tensor(total).cpu().numpy()
-        real = np.arange(on_host.shape[-1]) < np.asarray(counts)[:, None]  # (B', T_max)
-        bad = ~np.isfinite(on_host).all(axis=(0, 2)) & real
+        terms = {term.name: term(predictions, targets) for term in self.costs}
+        total = sum(term.weight * terms[term.name] for term in self.costs)
+        cost = torch.as_tensor(total).cpu().numpy()
+        counts = targets.counts
+        real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # (B', T_max)
+        bad = ~np.isfinite(cost).all(axis=(0, 2)) & real
         if bad.any():
-            terms = [name for name, cost in costs.items() if not cost.isfinite().all()]
-            raise NonFiniteCostError(np.flatnonzero(bad.any(axis=1)).tolist(), terms)
-        return _to_matching(_assign(on_host, counts), counts, logits.device)
+            names = [name for name, value in terms.items() if not value.isfinite().all()]
+            raise NonFiniteError(
+                f"the matching cost is not finite (terms: {', '.join(names)})",
+                np.flatnonzero(bad.any(axis=1)).tolist(),
+            )
+        return _to_matching(_assign(cost, counts), counts, predictions.logits.device)
 
-    def _costs(
-        self, logits: Tensor, boxes: Tensor, targets: Sequence[ImageTarget]
-    ) -> dict[str, Tensor]:
-        """Cost terms (L, B', Q, T_max); columns past an image's own objects mean nothing."""
-        labels = torch.nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
-        target_boxes = torch.nn.utils.rnn.pad_sequence(
-            [t.boxes_cxcywh for t in targets], batch_first=True
-        )
-        return {
-            "class": self.scoring.cost(logits, labels.expand(logits.shape[0], -1, -1)),
-            "bbox": torch.cdist(boxes, target_boxes.expand(boxes.shape[0], -1, -1, -1), p=1),
-            "giou": -generalized_box_iou(
-                cxcywh_to_xyxy(boxes)[..., :, None, :],
-                cxcywh_to_xyxy(target_boxes)[..., None, :, :],
-            ),
-        }
+
+def _boxes_of(predictions: Predictions) -> Tensor:
+    assert predictions.boxes is not None, "the model predicts no boxes"
+    return predictions.boxes.float()
 
 
 def _assign(cost: np.ndarray, counts: list[int]) -> list[list[tuple[np.ndarray, np.ndarray]]]:

@@ -140,7 +140,7 @@ def build_scoring(
         return SoftmaxScoring(num_classes, no_object_weight=no_object_weight)
     if name == "focal":
         return FocalScoring(num_classes, alpha=focal_alpha)
-    raise ValueError(f"MODEL.DETR.SCORING is {name!r}; known: softmax, focal")
+    raise ValueError(f"unknown scoring {name!r}; known: softmax, focal")
 
 
 def _gather_classes(probabilities: Tensor, labels: Tensor) -> Tensor:

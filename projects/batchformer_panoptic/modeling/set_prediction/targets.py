@@ -1,8 +1,12 @@
-"""What the criterion is given for each image: classes, boxes and, for panoptic, masks."""
+"""Targets of set prediction: classes and, where the model predicts them, boxes and masks.
 
-from collections.abc import Sequence
+Shapes: B' = streams * B batch entries, T objects of one image, K chosen objects.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,31 +14,46 @@ from torch.nn import functional as F
 
 from ...layers import xyxy_to_cxcywh
 
-# Maps that are copied while their masks are made.
+# Full-size maps that are copied at a time while masks are made from them.
 _MASKS_AT_ONCE = 16
+
+MaskLookup = Callable[[Tensor, Tensor], Tensor]
+"""(K,) int64 positions of an image's masks and (K,) int64 objects -> (K, H, W) bool."""
+
+
+class ObjectMasks(Protocol):
+    """The masks of the objects of one image, in pixels of the image before padding."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+
+    @staticmethod
+    def lookup(masks: Sequence[Any], size: tuple[int, int]) -> MaskLookup:
+        """Prepare the masks of several images of one kind, padded to ``size`` with False."""
 
 
 @dataclass(frozen=True)
 class SegmentMap:
-    """Masks that do not overlap, as one map: lossless, and free of charge for 1000 segments.
+    """Masks that do not overlap, stored as one map whatever their number.
 
     Attributes:
-        index_map: (H, W) int of a signed type that can count the targets, k at the pixels of
-            target k, negative elsewhere.
+        segment_map: (H, W) int of a signed type: k at the pixels of object k, negative elsewhere.
     """
 
-    index_map: Tensor
+    segment_map: Tensor
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        height, width = self.segment_map.shape
+        return height, width
 
-@dataclass(frozen=True)
-class DenseMasks:
-    """Masks that may overlap.
-
-    Attributes:
-        masks: (T, H, W) bool.
-    """
-
-    masks: Tensor
+    @staticmethod
+    def lookup(masks: Sequence["SegmentMap"], size: tuple[int, int]) -> MaskLookup:
+        """See :class:`ObjectMasks`."""
+        maps = _pad_and_stack((m.segment_map for m in masks), size, value=-1)
+        return lambda position, index: _compare(maps, position, index)
 
 
 @dataclass(frozen=True)
@@ -43,123 +62,148 @@ class ImageTarget:
 
     Attributes:
         labels: (T,) int64, contiguous class ids.
-        boxes_cxcywh: (T, 4) float32, normalised by the image's size before padding.
-        masks: the objects' masks in pixels of the image before padding, or None for boxes alone.
+        boxes_cxcywh: (T, 4) float32, normalised by the image's size before padding, or None for
+            models without boxes.
+        masks: the objects' masks, or None for models without masks.
     """
 
     labels: Tensor
-    boxes_cxcywh: Tensor
-    masks: SegmentMap | DenseMasks | None = None
+    boxes_cxcywh: Tensor | None = None
+    masks: ObjectMasks | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
 
-def to_target(inputs: dict[str, Any], device: torch.device, with_masks: bool) -> ImageTarget:
-    """What an input dict in Detectron2's format says of its image.
+def to_target(
+    inputs: dict[str, Any], device: torch.device, *, with_boxes: bool = True, with_masks: bool
+) -> ImageTarget:
+    """Read the target of one image from an input dict in Detectron2's format.
 
     Args:
-        inputs: ``instances`` with ``gt_classes`` and ``gt_boxes``, and ``segment_map`` for masks.
-        device: where the target is to be.
-        with_masks: whether masks are wanted.
+        inputs: ``instances`` with ``gt_classes``; with ``gt_boxes`` for boxes; and ``segment_map``
+            (H, W) for masks.
+        device: where the target is moved to.
+        with_boxes: whether boxes are read.
+        with_masks: whether masks are read.
     """
     instances = inputs["instances"]
-    height, width = instances.image_size
-    boxes = instances.gt_boxes.tensor
-    boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-    masks = None
+    boxes, masks = None, None
+    if with_boxes:
+        height, width = instances.image_size
+        boxes = instances.gt_boxes.tensor
+        boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
+        boxes = boxes.to(device, non_blocking=True)
     if with_masks:
         masks = SegmentMap(inputs["segment_map"].to(device, non_blocking=True))
-    return ImageTarget(
-        instances.gt_classes.to(device, non_blocking=True),
-        boxes.to(device, non_blocking=True),
-        masks,
-    )
+    return ImageTarget(instances.gt_classes.to(device, non_blocking=True), boxes, masks)
 
 
-def of_one_class(targets: Sequence[ImageTarget]) -> list[ImageTarget]:
-    """The same objects, all of class 0: what proposals are matched with."""
-    return [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
-
-
-class TargetMasks:
-    """The masks of a batch, made a few at a time from what is stored once for each image.
-
-    Entries of the batch may share their masks, as those of several streams do.
-
-    Attributes:
-        size: the largest height and width of the batch, which masks are padded to.
+class TargetBatch:
+    """The targets of all B' entries of a batch, in the forms that costs and losses read.
 
     Args:
-        targets: of all B' entries of the batch, each with masks of the same kind.
+        targets: one target per entry.
+
+    Attributes:
+        counts: objects of each entry.
     """
 
     def __init__(self, targets: Sequence[ImageTarget]) -> None:
-        kept = list({id(t.masks): t.masks for t in targets}.values())
-        self._maps: Tensor | None = None
-        maps = [m.index_map for m in kept if isinstance(m, SegmentMap)]
-        dense = [m.masks for m in kept if isinstance(m, DenseMasks)]
-        assert len(kept) in (len(maps), len(dense)), "the masks of a batch are of one kind"
-        stored = maps or dense
-        self.size = (max(m.shape[-2] for m in stored), max(m.shape[-1] for m in stored))
-        device = stored[0].device
-        if maps:
-            self._maps = torch.stack([_pad_to(m, *self.size, value=-1) for m in maps])
-        else:
-            self._dense = torch.cat([_pad_to(m, *self.size, value=0) for m in dense])
-        counts = torch.tensor([len(m) for m in dense] or [0])
-        position = {id(m): i for i, m in enumerate(kept)}
-        entry = torch.tensor([position[id(t.masks)] for t in targets])
-        self._entry = entry.to(device, non_blocking=True)
-        self._first = (counts.cumsum(0) - counts).to(device, non_blocking=True)
+        self.targets = tuple(targets)
+        self.counts = [len(target) for target in self.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(sum of counts,) int64: the classes of all objects, entry after entry."""
+        return torch.cat([target.labels for target in self.targets])
+
+    @cached_property
+    def boxes_cxcywh(self) -> Tensor:
+        """(sum of counts, 4) float32: the boxes of all objects, entry after entry."""
+        return torch.cat(self._boxes())
+
+    @cached_property
+    def padded_labels(self) -> Tensor:
+        """(B', largest count) int64, meaningless past an entry's own objects."""
+        labels = [target.labels for target in self.targets]
+        return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
+
+    @cached_property
+    def padded_boxes_cxcywh(self) -> Tensor:
+        """(B', largest count, 4) float32, meaningless past an entry's own objects."""
+        return torch.nn.utils.rnn.pad_sequence(self._boxes(), batch_first=True)
+
+    @cached_property
+    def masks(self) -> "BatchMasks":
+        """The masks of all objects."""
+        return BatchMasks(self.targets)
+
+    def of_one_class(self) -> "TargetBatch":
+        """The same objects with class 0, which is how proposals are supervised."""
+        return TargetBatch([replace(t, labels=torch.zeros_like(t.labels)) for t in self.targets])
+
+    def _boxes(self) -> list[Tensor]:
+        boxes = [target.boxes_cxcywh for target in self.targets if target.boxes_cxcywh is not None]
+        assert len(boxes) == len(self.targets), "a target has no boxes"
+        return boxes
+
+
+class BatchMasks:
+    """The masks of a batch, made on demand from what is stored once per image.
+
+    Entries of the batch may share their masks, as the entries of several streams do.
+
+    Attributes:
+        size: the largest height and width of the batch, to which masks are padded.
+
+    Args:
+        targets: of all B' entries, each with masks, all of one kind.
+    """
+
+    def __init__(self, targets: Sequence[ImageTarget]) -> None:
+        masks = [target.masks for target in targets if target.masks is not None]
+        assert len(masks) == len(targets), "a target has no masks"
+        stored = list({id(m): m for m in masks}.values())
+        assert len({type(m) for m in stored}) == 1, "the masks of a batch are of one kind"
+        self.size = (max(m.size[0] for m in stored), max(m.size[1] for m in stored))
+        self._lookup = type(stored[0]).lookup(stored, self.size)
+        position = {id(m): i for i, m in enumerate(stored)}
+        self._position = torch.tensor([position[id(m)] for m in masks])
+        self._position = self._position.to(targets[0].labels.device, non_blocking=True)
 
     def gather(self, image_index: Tensor, local_index: Tensor) -> Tensor:
-        """(K,) entries of the batch and (K,) objects of theirs -> (K, H, W) bool masks."""
-        entry = self._entry[image_index]
-        if self._maps is not None:
-            return _compare(self._maps, entry, local_index)
-        return self._dense[self._first[entry] + local_index]
+        """(K, H, W) bool masks of chosen objects, padded with False.
 
+        Args:
+            image_index: (K,) int64, entries of the batch.
+            local_index: (K,) int64, objects of these entries.
+        """
+        return self._lookup(self._position[image_index], local_index)
 
-def gather_masks(
-    targets: Sequence[ImageTarget], image_index: Tensor, local_index: Tensor
-) -> Tensor:
-    """Masks of chosen objects, padded with False to the largest height and width of the batch.
+    def gather_shares(
+        self, image_index: Tensor, local_index: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """(K, h, w) float32 in 0 to 1: the share of each cell of a small map that a mask covers.
 
-    Args:
-        targets: of all B' entries of the batch, each with masks of the same kind.
-        image_index: (K,) int64, which entry of ``targets``.
-        local_index: (K,) int64, which object of that image.
+        Only a few masks exist at full size at a time.
 
-    Returns:
-        (K, H, W) bool.
-    """
-    return TargetMasks(targets).gather(image_index, local_index)
-
-
-def gather_mask_shares(
-    targets: Sequence[ImageTarget], image_index: Tensor, local_index: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """The masks of :func:`gather_masks` averaged over the cells of a smaller map.
-
-    Never more than a few masks exist at full size.
-
-    Args:
-        targets: see :func:`gather_masks`.
-        image_index: (K,) int64.
-        local_index: (K,) int64.
-        size: (h, w) wanted.
-
-    Returns:
-        (K, h, w) float32 in 0 to 1: how much of each cell the mask covers.
-    """
-    parts = zip(image_index.split(_MASKS_AT_ONCE), local_index.split(_MASKS_AT_ONCE), strict=True)
-    masks = TargetMasks(targets)
-    shares = [
-        F.interpolate(masks.gather(image, local)[:, None].float(), size=size, mode="area")
-        for image, local in parts
-    ]
-    return torch.cat(shares)[:, 0]
+        Args:
+            image_index: (K,) int64, entries of the batch.
+            local_index: (K,) int64, objects of these entries.
+            size: (h, w) of the small map.
+        """
+        parts = zip(
+            image_index.split(_MASKS_AT_ONCE), local_index.split(_MASKS_AT_ONCE), strict=True
+        )
+        shares = [
+            F.interpolate(self.gather(image, local)[:, None].float(), size=size, mode="area")
+            for image, local in parts
+        ]
+        return torch.cat(shares)[:, 0]
 
 
 def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
@@ -174,29 +218,28 @@ def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
     maps = []
     for target in targets:
         assert isinstance(target.masks, SegmentMap)
-        index = target.masks.index_map.long()
+        index = target.masks.segment_map.long()
         if len(target) > 0:
             index = target.labels[index.clamp(min=0)].masked_fill(index < 0, -1)
         maps.append(index)
-    return _pad_and_stack(maps, value=-1)
+    size = (max(m.shape[0] for m in maps), max(m.shape[1] for m in maps))
+    return _pad_and_stack(maps, size, value=-1)
 
 
-def _compare(maps: Tensor, image_index: Tensor, local_index: Tensor) -> Tensor:
-    """(B', H, W) and K pairs of indices -> (K, H, W) bool, with next to nothing beside it."""
-    # In the type of the maps: with two integer types PyTorch copies all of the smaller to int64.
+def _compare(maps: Tensor, map_index: Tensor, local_index: Tensor) -> Tensor:
+    """(M, H, W) maps and K pairs of indices -> (K, H, W) bool, with little memory besides."""
+    # Compared in the type of the maps: with two integer types PyTorch would first copy the
+    # smaller one to int64 as a whole.
     wanted = local_index.to(maps.dtype)[:, None, None]
-    masks = torch.empty((len(image_index), *maps.shape[-2:]), dtype=torch.bool, device=maps.device)
-    parts = (x.split(_MASKS_AT_ONCE) for x in (image_index, wanted, masks))
+    masks = torch.empty((len(map_index), *maps.shape[-2:]), dtype=torch.bool, device=maps.device)
+    parts = (x.split(_MASKS_AT_ONCE) for x in (map_index, wanted, masks))
     for images, numbers, out in zip(*parts, strict=True):
         torch.eq(maps[images], numbers, out=out)
     return masks
 
 
-def _pad_and_stack(maps: list[Tensor], value: int) -> Tensor:
-    height = max(m.shape[-2] for m in maps)
-    width = max(m.shape[-1] for m in maps)
-    return torch.stack([_pad_to(m, height, width, value) for m in maps])
-
-
-def _pad_to(x: Tensor, height: int, width: int, value: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
+def _pad_and_stack(maps: Iterable[Tensor], size: tuple[int, int], value: int) -> Tensor:
+    height, width = size
+    return torch.stack(
+        [F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=value) for m in maps]
+    )

@@ -133,6 +133,15 @@ class TransformerOutput(NamedTuple):
     proposals: Proposals | None = None
     box_logits: Tensor | None = None
 
+    def from_layer(self, first: int) -> "TransformerOutput":
+        """The same output with the decoder layers from ``first`` on; -1 keeps the last only."""
+        points, boxes = self.reference_points, self.box_logits
+        return self._replace(
+            hidden_states=self.hidden_states[first:],
+            reference_points=None if points is None else points[first:],
+            box_logits=None if boxes is None else boxes[first:],
+        )
+
 
 class Transformer(nn.Module):
     """Base of all transformers; see :data:`TRANSFORMER_REGISTRY`.

@@ -1,0 +1,28 @@
+"""Targets whose masks may overlap, as golden files record them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchformer_panoptic.modeling.set_prediction.targets import MaskLookup
+
+
+@dataclass(frozen=True)
+class DenseMasks:
+    """One bool mask (T, H, W) per object; an ``ObjectMasks``."""
+
+    masks: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.masks.shape[-2], self.masks.shape[-1]
+
+    @staticmethod
+    def lookup(masks: Sequence["DenseMasks"], size: tuple[int, int]) -> MaskLookup:
+        padded = [F.pad(m.masks, (0, size[1] - m.size[1], 0, size[0] - m.size[0])) for m in masks]
+        together = torch.cat(padded)
+        first = torch.tensor([0, *(len(m) for m in padded)]).cumsum(0)
+        return lambda position, index: together[first[position] + index]
