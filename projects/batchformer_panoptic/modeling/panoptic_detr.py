@@ -26,7 +26,6 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
-from .cpu import convolution_format, in_format
 from .losses import Losses
 from .padding import BatchPadding
 from .postprocessing.results import InferenceOptions, on_host, select_queries, to_result
@@ -116,7 +115,6 @@ class PanopticDETR(nn.Module):
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
         self.checkpoint_masks = checkpoint_masks
-        self.cpu_format = convolution_format(backbone)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer(
@@ -218,7 +216,6 @@ class PanopticDETR(nn.Module):
             [(image - self.pixel_mean) / self.pixel_std for image in images],
             self.backbone.size_divisibility,
         )
-        batch.tensor = in_format(batch.tensor, self.cpu_format)
         return batch
 
     def predict(

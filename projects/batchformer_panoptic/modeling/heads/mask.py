@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from ...layers import TokenLinear, conv_upsampled
 from ..transformer import TransformerOutput
 
-# Values of the largest map of the queries that a CPU decodes at a time. What its caches do not hold
-# costs more for each query, and tensors above 32 MiB are taken from the system anew each time.
+# Values of the largest map of the queries that are decoded at a time on a CPU: maps that stay in
+# its cache are faster.
 _CACHED_VALUES = 1 << 20
 
 
 class AttentionMap(nn.Module):
-    """Attention of each query over the memory, one map a head, without values.
+    """Attention of each query over the memory, one map per head, without values.
 
     The softmax runs over heads and positions together, as published
     (``MHAttentionMap`` of facebookresearch/detr).
@@ -46,7 +46,7 @@ class AttentionMap(nn.Module):
             queries: (K, C).
             memory_map: (B', C, H, W).
             padding_mask: (B', H, W) bool, True where a cell is padding.
-            image_index: (K,) int64, the entry of the batch that a query belongs to.
+            image_index: (K,) int64, the batch entry of each query.
 
         Returns:
             (K, heads, H, W), non-negative; sums to 1 over heads and valid cells.
@@ -59,7 +59,7 @@ class AttentionMap(nn.Module):
         key = _of_entries(key, image_index)  # (K, H * W, heads, C / heads)
         scores = torch.einsum("khc,knhc->khn", query, key)
         ignored = _of_entries(padding_mask.flatten(1), image_index)[:, None]
-        # A softmax over thousands of cells wants more digits than half precision has.
+        # Half precision is too coarse for a softmax over thousands of cells.
         precise = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.masked_fill(ignored, -math.inf).flatten(1).softmax(dim=1, dtype=precise)
         return weights.view(-1, self.num_heads, height, width).to(scores.dtype)
@@ -68,16 +68,18 @@ class AttentionMap(nn.Module):
 class MaskHead(nn.Module):
     """Masks of chosen queries at the resolution of the finest backbone map.
 
-    DETR, section 4.4 (``MaskHeadSmallConv``): projected map and attention maps are mixed by
-    convolutions and brought up through three backbone maps. Queries do not see each other, so
-    masks of a subset are the masks of all, restricted. Four of the five convolutions read a sum or
-    a concatenation of what depends on the query and what depends on the image alone (projected map,
-    adapted backbone maps). Convolutions are linear: the image's part of their results is computed
-    once for each image, for all its queries and both streams, and the query's part of an enlarged
-    map from the small one (:func:`conv_upsampled`).
+    DETR, section 4.4 (``MaskHeadSmallConv``): convolutions combine the projected map with the
+    attention maps, and upsample them through three backbone maps. Queries are independent, so
+    the masks of some queries can be computed without the others.
 
-    Group norm uses 8 groups as published wherever 8 divides the channels, else their greatest
-    common divisor, so that any width is possible.
+    Four of the five convolutions read a sum or a concatenation of a part that depends on the query
+    and a part that depends on the image only (projected map, adapted backbone maps). Since
+    convolutions are linear, the image part is computed once per image, for all queries and both
+    streams, and the query part of an upsampled map is computed from the small map
+    (:func:`conv_upsampled`).
+
+    Group norm uses 8 groups as published where 8 divides the channels, and otherwise their greatest
+    common divisor.
 
     Args:
         embed_dim: channels C of memory and queries; a multiple of 16.
@@ -85,11 +87,11 @@ class MaskHead(nn.Module):
         in_channels: names and channels of the three backbone maps that are read, coarse to fine.
         channels: output channels of the second to the fifth convolution. None: C / 2, C / 4, C / 8,
             C / 16, as published.
-        max_step_bytes: decode so many queries at a time that their maps take about this much
-            memory. It changes no result but by rounding.
+        max_step_bytes: approximate memory limit for the maps of the queries that are decoded at a
+            time. Results differ by rounding only.
 
     Raises:
-        ValueError: channels that cannot be built.
+        ValueError: an unusable number of channels or maps.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class MaskHead(nn.Module):
         step = self.queries_per_step(of_image)
         decode = partial(self._decode, of_image)
         if len(queries) > step and torch.is_grad_enabled():
-            # What a step computed is not kept but computed once more in the backward pass.
+            # The maps of a step are not kept but computed again in the backward pass.
             decode = partial(checkpoint, decode, use_reentrant=False)
         if attention.device.type == "cpu":
             step = min(step, max(1, _CACHED_VALUES // of_image[-1][0].numel()))
@@ -170,10 +172,10 @@ class MaskHead(nn.Module):
         return torch.cat([decode(*part) for part in parts])
 
     def queries_per_step(self, of_image: Sequence[Tensor]) -> int:
-        """How many queries the bound on memory allows at a time; at least one."""
-        # Convolution, norm and one more (a sum, a gradient) of each enlarged level.
+        """The number of queries that the memory limit allows at a time; at least one."""
+        # The outputs of convolution and norm and one temporary of each upsampled level.
         values = 3 * sum(part[0].numel() for part in of_image[1:])
-        # Under autocast group norms give float32, whatever goes in.
+        # Under autocast group norms return float32.
         return max(1, self.max_step_bytes // (values * max(4, of_image[0].element_size())))
 
     def _decode(
@@ -181,7 +183,7 @@ class MaskHead(nn.Module):
     ) -> Tensor:
         """(K, H_3, W_3) masks of (K, heads, H_0, W_0) attention maps on the (K,) images.
 
-        ``of_image`` are the image's parts of the first and of the last three convolutions.
+        ``of_image`` holds the image parts of the first and of the last three convolutions.
         """
         x = F.conv2d(attention, self._first_weights()[1], padding=1)
         x = F.relu_(self.norms[0](x.add_(_of_entries(of_image[0], source_index))))
@@ -194,7 +196,7 @@ class MaskHead(nn.Module):
     def _image_parts(
         self, projected_map: Tensor, backbone_maps: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Of the first and of the last three convolutions: (B, C_i, H_i, W_i) each, with bias."""
+        """Image parts (B, C_i, H_i, W_i) of the first and the last three convolutions, with bias."""
         weight, bias = self._first_weights()[0], self.convs[0].get_parameter("bias")
         parts = [F.conv2d(projected_map, weight, bias, padding=1)]
         for conv, adapter, backbone_map in zip(
@@ -204,14 +206,14 @@ class MaskHead(nn.Module):
         return tuple(parts)
 
     def _first_weights(self) -> tuple[Tensor, Tensor]:
-        """The first convolution's weights for the projected map and for the attention maps."""
+        """Weights of the first convolution for the projected map and for the attention maps."""
         weight = self.convs[0].get_parameter("weight")
         of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
         return of_image, of_attention
 
 
 def _of_entries(per_entry: Tensor, index: Tensor) -> Tensor:
-    """(E, ...) -> (K, ...), the entry of each query; a view, and no copies, where there is one."""
+    """(E, ...) -> (K, ...): the entry of each query; a view if there is only one entry."""
     if per_entry.shape[0] == 1:
         return per_entry.expand(len(index), *per_entry.shape[1:])
     return per_entry.index_select(0, index)

@@ -1,4 +1,4 @@
-"""An auxiliary head for training: the class of every pixel, from backbone maps."""
+"""An auxiliary training head: the class of every pixel from backbone maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 class SemanticAuxHead(nn.Module):
     """One 1x1 convolution on each of some backbone maps.
 
-    Not part of DETR. A set loss reaches a backbone that starts from nothing only through a few
-    matched queries; classifying its pixels as well teaches it what things and stuff look like
-    within a few hundred steps. It is used in training alone.
+    Not part of DETR, and used in training only. A set loss reaches a randomly initialised backbone
+    only through a few matched queries. Classifying every pixel as well gives it a dense signal
+    from the first step.
 
     Args:
-        in_channels: channels of the backbone maps that are read, by name.
+        in_channels: channels of the backbone maps to read, by name.
         num_classes: things and stuff together.
     """
 
@@ -25,5 +25,5 @@ class SemanticAuxHead(nn.Module):
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """Class logits (B, num_classes, H_i, W_i) of each map that is read."""
+        """Class logits (B, num_classes, H_i, W_i) of each map."""
         return [self.classifiers[name](features[name]) for name in self.in_features]

@@ -1,4 +1,4 @@
-"""Boxes, masks and maps of segments at the size that is wanted: pure functions of tensors.
+"""Masks, boxes and label maps at the size of the output image.
 
 Shapes: K queries of one image, (h, w) the mask head's map, (H, W) the output image.
 """
@@ -13,15 +13,15 @@ from ...layers import cxcywh_to_xyxy
 
 
 class ImageMasks:
-    """Mask logits of some queries of one image, and the sizes that lead to the output.
+    """Mask logits of some queries of one image, and the sizes on their way to the output.
 
-    Merges differ in where they resize, so they get this and ask for what they need.
+    Rules of panoptic inference differ in where they resize, so each resizes as it needs.
 
     Attributes:
-        logits: (K, h, w) as the mask head returned them.
-        padded_size: (height, width) that the images of the batch were padded to.
-        image_size: (height, width) of the image as the network saw it, before padding.
-        output_size: (height, width) wanted.
+        logits: (K, h, w) from the mask head.
+        padded_size: (height, width) to which the images of the batch were padded.
+        image_size: (height, width) of the network's input before padding.
+        output_size: (height, width) of the result.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class ImageMasks:
         return chosen
 
     def at_image_size(self) -> Tensor:
-        """(K, *image_size) float32 logits: what the network saw, without the batch padding.
+        """(K, *image_size) float32 logits at the size of the network's input, without padding.
 
-        The map covers the padded batch, so it is brought to that size first and then cropped.
+        The maps cover the padded batch, so they are resized to its size and then cropped.
         """
         masks = _resize(self.logits.float()[:, None], self.padded_size)[:, 0]
         return masks[..., : self.image_size[0], : self.image_size[1]]
@@ -78,14 +78,14 @@ def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tenso
 
 
 def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a map of numbers by the nearest neighbour, to the pixel as Pillow does.
+    """Resize a label map by the nearest neighbour, exactly as Pillow does.
 
-    Published panoptic code resizes its maps of ids with Pillow. PyTorch's "nearest-exact" means the
-    same but rounds otherwise where a sampling point falls between two pixels.
+    The published panoptic code resizes its label maps with Pillow. PyTorch's "nearest-exact"
+    follows the same rule but rounds differently where a sampling point falls between two pixels.
 
     Args:
         values: (H, W) of any type.
-        size: (height, width) wanted.
+        size: (height, width) of the result.
     """
     rows = _nearest(values.shape[0], size[0]).to(values.device, non_blocking=True)
     columns = _nearest(values.shape[1], size[1]).to(values.device, non_blocking=True)
@@ -93,10 +93,10 @@ def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _nearest(length: int, new_length: int) -> Tensor:
-    """(new_length,) int64 positions to read from, for one axis."""
+    """(new_length,) int64 source positions along one axis."""
     if length == new_length:
         return torch.arange(length)
-    # Pillow walks along the axis in steps of this length, and its rounding errors add up.
+    # Pillow accumulates the step along the axis, rounding errors included.
     step = length / new_length
     points = accumulate([step] * (new_length - 1), initial=0.5 * step)
     return torch.tensor([min(int(point), length - 1) for point in points])

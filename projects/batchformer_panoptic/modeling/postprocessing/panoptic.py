@@ -1,8 +1,4 @@
-"""From masks of queries to the segments of an image: the panoptic merges, pure functions.
-
-Shapes: K kept queries, (H, W) the output image.
-
-What every panoptic merge takes and returns, and how it lists its segments.
+"""Panoptic inference: from the masks of queries to the segments of an image, as pure functions.
 
 Shapes: K kept queries, (H, W) the output image.
 """
@@ -18,7 +14,7 @@ from .masks import ImageMasks, resize_map
 
 
 class SegmentInfo(TypedDict):
-    """One segment of a panoptic map, in Detectron2's words.
+    """One segment of a label map, in Detectron2's format.
 
     ``category_id`` is contiguous, ``area`` counts pixels, ``score`` is in 0 to 1.
     """
@@ -31,14 +27,14 @@ class SegmentInfo(TypedDict):
 
 
 class PanopticOptions(NamedTuple):
-    """Thresholds of the merges; see ``MODEL.PANOPTIC`` in the config.
+    """Thresholds of panoptic inference; see ``MODEL.PANOPTIC`` in the config.
 
     Attributes:
         score_threshold: queries must score more than this to be kept at all (0 to 1).
-        min_area: segments of no more pixels are dropped ("strongest" and "published").
-        mask_threshold: least probability of a mask that takes a pixel ("strongest").
-        duplicate_iou: of things that overlap by more than this the best stays (any merge).
-        overlap_threshold: least share of its own mask that a query must win ("mask2former").
+        min_area: segments with at most this many pixels are dropped ("strongest", "published").
+        mask_threshold: minimum mask probability of a pixel that is not void ("strongest").
+        duplicate_iou: of things whose IoU is larger, only the best is kept (all merges).
+        overlap_threshold: minimum share of its own mask that a query must win ("mask2former").
     """
 
     score_threshold: float = 0.85
@@ -52,9 +48,10 @@ PanopticSeg = tuple[Tensor, list[SegmentInfo]]
 
 
 class Merge(Protocol):
-    """A way to give pixels to queries.
+    """A panoptic inference: a rule that assigns pixels to queries.
 
-    It returns an (H, W) int32 map, in which 0 is void, and its segments in ascending order of id.
+    It returns an (H, W) int32 label map, in which 0 is void, and its segments in ascending order of
+    id.
     """
 
     def __call__(
@@ -69,10 +66,10 @@ class Merge(Protocol):
         """Merge the kept queries of one image.
 
         Args:
-            masks: of the K kept queries.
+            masks: the masks of the K kept queries.
             scores: (K,) class probabilities, on any device.
             labels: (K,) int64 contiguous class ids, on any device.
-            thing_class_ids: classes whose every query is a segment of its own.
+            thing_class_ids: classes whose queries are separate segments.
             options: thresholds.
         """
 
@@ -80,7 +77,10 @@ class Merge(Protocol):
 def segments_of_queries(
     labels: Sequence[int], thing_class_ids: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Segment of each query, and the class of each segment: stuff queries of a class share one."""
+    """The segment of each query, and the class of each segment.
+
+    Queries of one stuff class share a segment; each thing query has its own.
+    """
     things = set(thing_class_ids)
     segment_of_query: list[int] = []
     classes: list[int] = []
@@ -111,7 +111,7 @@ def describe_segments(
     scores: Sequence[float],
     thing_class_ids: Sequence[int],
 ) -> list[SegmentInfo]:
-    """Segments with the ids 1, 2, ... from what is known of each."""
+    """List segments with the ids 1, 2, ... in order."""
     return [
         SegmentInfo(
             id=segment_id,
@@ -135,10 +135,10 @@ def merge_panoptic(
     thing_class_ids: Sequence[int],
     options: PanopticOptions,
 ) -> PanopticSeg:
-    """Drop duplicates if asked to, then merge; arguments and result as in :class:`Merge`.
+    """Run panoptic inference, after dropping duplicates if the options ask for it.
 
-    What is decided query by query is decided on the host: scores and labels that are there already
-    spare a wait for the device.
+    Arguments and result are those of :class:`Merge`. Decisions per query are made on the host;
+    scores and labels that are on the host already save a wait for the device.
     """
     if options.duplicate_iou < 1:
         things = set(thing_class_ids)
@@ -158,18 +158,20 @@ def merge_strongest(
     thing_class_ids: Sequence[int],
     options: PanopticOptions,
 ) -> PanopticSeg:
-    """Give each pixel to the kept query whose mask is strongest there.
+    """Assign each pixel to the kept query with the largest mask logit.
 
-    As published (see :func:`merge_published`) the class scores play no part in that choice. Unlike
-    there, queries of one stuff class form one segment together, so that none of its pixels leak
-    to others, and masks and not maps of ids are resized to the output. The next best mask takes
-    the pixels of a segment that is too small; a pixel whose best mask is below
+    As in :func:`merge_published`, class scores play no part in the choice. Unlike there, the
+    queries of one stuff class form one segment from the start, so that none of its pixels leak to
+    other segments, and masks are resized to the output instead of label maps. The pixels of a
+    segment that is too small go to the next best mask. A pixel whose best mask is below
     ``mask_threshold`` is void.
     """
     logits = masks.at_output_size()
     segment_of_query, classes = segments_of_queries(labels.tolist(), thing_class_ids)
     alive = torch.ones(len(classes), dtype=torch.bool)
     query_segment = torch.tensor(segment_of_query, dtype=torch.int64)
+    # The pixels of dropped segments go to the next best ones, which can then be large enough or
+    # still too small: repeat until none is.
     while True:
         segment_map = _strongest(logits, query_segment, alive, options.mask_threshold)
         areas = torch.bincount(segment_map.flatten(), minlength=len(classes) + 1)[1:].cpu()
@@ -201,30 +203,32 @@ def merge_published(
     thing_class_ids: Sequence[int],
     options: PanopticOptions,
 ) -> PanopticSeg:
-    """The segments of ``PostProcessPanoptic`` of facebookresearch/detr at one image a batch.
+    """Reproduce ``PostProcessPanoptic`` of facebookresearch/detr at one image per batch.
 
-    Each pixel of the image as the network saw it goes to the kept query with the largest softmax
-    over the queries; the map of queries is then resized by the nearest neighbour. Known defects
-    are kept: queries of a stuff class after its first hand over their pixels in the first round
-    alone, are then dropped for having none, and in the next round their pixels go to whatever
-    mask is next best; areas are compared at the output size; no pixel is void as long as there
-    is a segment.
+    Each pixel of the network's input goes to the kept query with the largest softmax over the
+    queries; the map of queries is then resized by the nearest neighbour. Known defects are kept:
 
-    Two things differ. Ids are one more than the published ones, for 0 is void in Detectron2. And
-    the batch padding is cropped, so that the result is that of one image a batch in every batch.
+    * The pixels of the second and later queries of a stuff class are merged into its first query
+      in the first round only. These queries are then dropped as empty, and in the next round their
+      pixels go to the next best mask instead.
+    * Areas are compared at the output size.
+    * No pixel is void as long as there is a segment.
+
+    Two things differ. Ids are larger by one, because 0 is void in Detectron2. The batch padding is
+    cropped, so that the result does not depend on the batch.
     """
     logits = masks.at_image_size()
     label_list, score_list = labels.tolist(), scores.tolist()
     segment_of_query, _ = segments_of_queries(label_list, thing_class_ids)
-    # Position, among the living, of the query that gets the pixels of each living query.
+    # For each remaining query, the position of the query that receives its pixels.
     owner = [segment_of_query.index(segment) for segment in segment_of_query]
     living = list(range(len(label_list)))
     while living:
         query = torch.tensor(living, device=logits.device)
         winner = logits[query].softmax(dim=0).argmax(dim=0)
         position = torch.tensor(owner, device=logits.device)[winner]
-        id_map = resize_map(position, masks.output_size)
-        areas = torch.bincount(id_map.flatten(), minlength=len(living)).tolist()
+        segment_map = resize_map(position, masks.output_size)
+        areas = torch.bincount(segment_map.flatten(), minlength=len(living)).tolist()
         large = [position for position, area in enumerate(areas) if area > options.min_area]
         if len(large) == len(living):
             segments = describe_segments(
@@ -233,7 +237,7 @@ def merge_published(
                 [score_list[query] for query in living],
                 thing_class_ids,
             )
-            return (id_map + 1).int(), segments
+            return (segment_map + 1).int(), segments
         living = [living[position] for position in large]
         owner = list(range(len(living)))
     return torch.zeros(masks.output_size, dtype=torch.int32, device=logits.device), []
@@ -247,12 +251,12 @@ def merge_mask2former(
     thing_class_ids: Sequence[int],
     options: PanopticOptions,
 ) -> PanopticSeg:
-    """The segments of ``panoptic_inference`` of facebookresearch/Mask2Former.
+    """Reproduce ``panoptic_inference`` of facebookresearch/Mask2Former.
 
-    Each pixel goes to the query with the largest score x mask probability and is void if that
-    probability is below one half. A query that wins less than ``overlap_threshold`` of the pixels
-    where its own mask is at least one half is dropped, and its pixels become void. Queries of one
-    stuff class are one segment. There is no smallest area.
+    Each pixel goes to the query with the largest product of score and mask probability, and is void
+    if that mask probability is below one half. A query that wins less than ``overlap_threshold`` of
+    the pixels where its own mask is at least one half is dropped, and its pixels become void.
+    Queries of one stuff class form one segment. There is no minimum area.
     """
     probabilities = masks.at_output_size().sigmoid()
     if len(probabilities) == 0:
@@ -261,6 +265,7 @@ def merge_mask2former(
     winner = (weights[:, None, None] * probabilities).argmax(dim=0)
     claims = probabilities >= 0.5
     claimed = claims.gather(0, winner[None])[0]
+    # Per query: pixels won, pixels of its own mask, pixels won inside its own mask. One transfer.
     counts = torch.stack(
         [
             torch.bincount(winner.flatten(), minlength=len(claims)),
@@ -296,10 +301,10 @@ MERGES: dict[str, Merge] = {
 
 
 def find_merge(name: str) -> Merge:
-    """The merge called ``name``.
+    """Return the merge called ``name``.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the name is unknown.
     """
     if name not in MERGES:
         raise UserError(f"MODEL.PANOPTIC.MERGE_TEST is {name!r}; known: {', '.join(MERGES)}")
@@ -309,16 +314,16 @@ def find_merge(name: str) -> Merge:
 def without_duplicates(
     mask_logits: Tensor, scores: Tensor, is_thing: Tensor, max_iou: float
 ) -> Tensor:
-    """Queries to keep when two things on one object shall not split it (not in DETR).
+    """Suppress things that overlap a better one, greedily by mask IoU (not in DETR).
 
-    Set prediction learns late to give an object to one query alone; a model that was trained
-    briefly still has two or three on some. Greedy suppression by the overlap of the masks.
+    A model that was trained briefly often predicts one object with two or three queries, which
+    would then share its pixels.
 
     Args:
         mask_logits: (K, H, W).
         scores: (K,).
-        is_thing: (K,) bool; other queries are kept.
-        max_iou: a thing is dropped when it overlaps a better one, of whatever class, by more.
+        is_thing: (K,) bool; stuff is always kept.
+        max_iou: a thing is dropped when its IoU with a better one of any class is larger.
 
     Returns:
         Indices of the queries to keep, ascending, int64, on the device of ``scores``.
@@ -340,9 +345,9 @@ def without_duplicates(
 def _strongest(
     mask_logits: Tensor, query_segment: Tensor, alive: Tensor, threshold: float
 ) -> Tensor:
-    """(H, W) int64: 1 + the living segment with the strongest mask, 0 for none.
+    """(H, W) int64: 1 + the remaining segment with the largest mask logit, 0 for none.
 
-    ``query_segment`` and ``alive`` are on the host, so that nothing waits for the device.
+    ``query_segment`` and ``alive`` are on the host, so that no step waits for the device.
     """
     living = alive[query_segment].nonzero()[:, 0]
     device = mask_logits.device

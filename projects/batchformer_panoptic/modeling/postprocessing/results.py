@@ -1,10 +1,6 @@
-"""Which queries matter in evaluation, and the result of one image in Detectron2's format.
+"""From predictions to the results of evaluation: which queries are used, and Detectron2's format.
 
-Shapes: B images, Q queries, K queries of one image that are used for anything.
-
-From class scores to the detections of an image, as the published evaluations choose them.
-
-Shapes: B images, Q queries, K classes, M detections at the most.
+Shapes: B images, Q queries, K queries of one image that are used for anything, M detections.
 """
 
 from collections.abc import Sequence
@@ -22,10 +18,10 @@ from .panoptic import Merge, PanopticOptions, find_merge, merge_panoptic, merge_
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, (B, M), or of one image, (M,), best first.
+    """Detections of a batch (B, M) or of one image (M,), best first.
 
     Attributes:
-        query: int64, the query whose box and mask the detection has; may occur several times.
+        query: int64, the query whose box and mask the detection uses; may occur several times.
         labels: int64 contiguous class ids.
         scores: 0 to 1.
         valid: bool, False where there are fewer than M detections.
@@ -37,7 +33,7 @@ class Detections(NamedTuple):
     valid: Tensor
 
     def used_queries(self, num_queries: int) -> Tensor:
-        """(B, Q) bool: queries that are a detection of anything."""
+        """(B, Q) bool: queries with at least one detection."""
         used = self.valid.new_zeros(*self.query.shape[:-1], num_queries, dtype=torch.int64)
         return used.scatter_add(-1, self.query, self.valid.long()) > 0
 
@@ -54,17 +50,17 @@ def best_detections(
     max_detections: int,
     score_threshold: float = 0.0,
 ) -> Detections:
-    """Rank all pairs of query and class and keep the best of each image.
+    """Rank all pairs of query and class, and keep the best of each image.
 
-    With the scores of the focal detectors that is their published top 100 over queries times
-    classes: an unsure query is a detection of two classes. With those of DETR, where all but a
-    query's best class score 0, it is one detection a query.
+    For sigmoid scores this is the published top 100 over queries times classes, where one query may
+    be a detection of two classes. For softmax scores all classes but a query's best score 0, which
+    leaves one detection per query.
 
     Args:
         scores: (B, Q, K), ``Decoded.class_scores``.
-        class_ids: classes that can be detected, the things of the data sets.
-        max_detections: of an image; 100 as published.
-        score_threshold: a detection scores more than this, and more than 0.
+        class_ids: classes to detect, which are the things of the data sets.
+        max_detections: maximum number per image; published: 100.
+        score_threshold: detections must score more than this, and more than 0.
     """
     num_classes = scores.shape[-1]
     wanted = set(class_ids)
@@ -80,21 +76,21 @@ def best_detections(
     )
 
 
-# The least mask probability that a merge can work with; 0.0 is the default of the config.
+# Values of MODEL.PANOPTIC.MASK_THRESHOLD_TEST that a merge supports; 0.0 is the default.
 _MASK_THRESHOLDS = {"published": (0.0,), "mask2former": (0.0, 0.5)}
 
 
 class InferenceOptions(NamedTuple):
-    """What evaluation returns.
+    """The results that evaluation returns.
 
     Attributes:
         thing_class_ids: contiguous ids of the classes that are things.
-        panoptic: thresholds of the panoptic merge.
-        merge: the panoptic merge itself.
-        instances: whether to return instances beside the panoptic map.
+        panoptic: thresholds of panoptic inference.
+        merge: the rule of panoptic inference.
+        instances: whether to return instances in addition to the label map.
         instance_score_threshold: instances must score more than this.
-        max_instances: instances of an image at the most, best first.
-        pad_images: pad images of different sizes to one, instead of running them in turn.
+        max_instances: maximum number of instances per image, best first.
+        pad_images: pad images of different sizes to one size instead of running them in turn.
     """
 
     thing_class_ids: tuple[int, ...]
@@ -110,7 +106,7 @@ class InferenceOptions(NamedTuple):
         """Read ``MODEL.PANOPTIC`` and Detectron2's ``TEST.DETECTIONS_PER_IMAGE``.
 
         Raises:
-            UserError: an unknown merge, or a threshold that the merge cannot keep to.
+            UserError: an unknown merge, or a threshold that the merge does not support.
         """
         node = cfg.MODEL.PANOPTIC
         merge = find_merge(node.MERGE_TEST)
@@ -118,8 +114,8 @@ class InferenceOptions(NamedTuple):
         if node.MASK_THRESHOLD_TEST not in possible:
             raise UserError(
                 f"MODEL.PANOPTIC.MASK_THRESHOLD_TEST is {node.MASK_THRESHOLD_TEST}, which "
-                f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not know: set it to 0.0, or the "
-                "merge to strongest"
+                f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not support: set it to 0.0, or "
+                "the merge to strongest"
             )
         _check_ranges(node)
         return cls(
@@ -156,11 +152,11 @@ def _check_ranges(node: CfgNode) -> None:
 
 
 class ChosenQueries(NamedTuple):
-    """Queries by use, of a batch or of one image.
+    """Queries by their use, of a batch or of one image.
 
     Attributes:
-        panoptic: (B, Q) or (Q,) bool, become segments.
-        detections: (B, M) or (M,), become instances.
+        panoptic: (B, Q) or (Q,) bool, True for queries that become segments.
+        detections: (B, M) or (M,), the detections.
     """
 
     panoptic: Tensor
@@ -168,7 +164,7 @@ class ChosenQueries(NamedTuple):
 
     @property
     def any_use(self) -> Tensor:
-        """Queries whose mask is needed; of the shape of ``panoptic``."""
+        """Queries whose mask is needed, in the shape of ``panoptic``."""
         return self.panoptic | self.detections.used_queries(self.panoptic.shape[-1])
 
     def of_image(self, index: int) -> "ChosenQueries":
@@ -177,7 +173,7 @@ class ChosenQueries(NamedTuple):
 
 
 def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool) -> ChosenQueries:
-    """Choose the queries of a batch that are worth a mask or a box."""
+    """Choose the queries of a batch that become segments or detections."""
     panoptic = decoded.is_object & (decoded.scores > options.panoptic.score_threshold)
     if not has_masks:
         panoptic = torch.zeros_like(panoptic)
@@ -193,7 +189,7 @@ def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool)
 def on_host(
     chosen: ChosenQueries, scores: Tensor, labels: Tensor
 ) -> tuple[ChosenQueries, Tensor, Tensor]:
-    """Copy to the host what the results of a batch are put together by: one wait for the device.
+    """Copy chosen queries, scores and labels of a batch to the host, with one wait for the device.
 
     Args:
         chosen: queries of the batch by use.
@@ -201,7 +197,7 @@ def on_host(
         labels: (B, Q) int64.
     """
     fields = [chosen.panoptic, *chosen.detections, scores, labels]
-    # Numbers of queries and classes are small: float32 holds them exactly.
+    # One tensor, one transfer. float32 is exact for indices of queries and classes.
     packed = torch.cat([field.to(torch.float32) for field in fields], dim=1).cpu()
     parts = packed.split([field.shape[1] for field in fields], dim=1)
     panoptic, *detections, scores, labels = (
@@ -225,7 +221,7 @@ def to_result(
     """The result of one image.
 
     Args:
-        chosen: its queries by use, on the host, see :func:`on_host`.
+        chosen: its queries by use, on the host; see :func:`on_host`.
         scores: (Q,) class probabilities, on the host.
         labels: (Q,) int64 contiguous class ids, on the host.
         boxes: (Q, 4) cxcywh in 0 to 1, or None: boxes are then those of the masks.
@@ -233,10 +229,10 @@ def to_result(
         padded_size: (height, width) of the padded batch.
         image_size: (height, width) of the image before padding.
         output_size: (height, width) of the result.
-        options: what to return.
+        options: the results to return.
 
     Returns:
-        ``panoptic_seg`` when there are masks, and ``instances`` unless the options leave them out.
+        ``panoptic_seg`` if there are masks, and ``instances`` unless the options exclude them.
     """
     result: dict[str, Any] = {}
     masks = None

@@ -28,11 +28,10 @@ class LossTerm(Protocol):
     """One supervised quantity.
 
     Attributes:
-        of_proposals: whether the term also supervises the encoder's proposals, which have classes
-            and boxes but no masks.
+        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``.
     """
 
-    of_proposals: bool
+    needs: frozenset[str]
 
     def __call__(
         self,
@@ -57,7 +56,7 @@ class LossTerm(Protocol):
 class ClassLoss:
     """Classification of all queries, ``loss_ce``, as the scoring defines it."""
 
-    of_proposals = True
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, scoring: Scoring, *, weight: float) -> None:
         self.scoring = scoring
@@ -84,7 +83,7 @@ class ClassLoss:
 class BoxL1Loss:
     """L1 distance of matched boxes as cxcywh, ``loss_bbox``."""
 
-    of_proposals = True
+    needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
         self.weight = weight
@@ -106,7 +105,7 @@ class BoxL1Loss:
 class BoxGIoULoss:
     """One minus the generalised IoU of matched boxes, ``loss_giou``."""
 
-    of_proposals = True
+    needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
         self.weight = weight
@@ -139,7 +138,7 @@ class MaskLoss:
         all_layers: supervise the masks of every decoder layer; published: of the last only.
     """
 
-    of_proposals = False
+    needs = frozenset({"masks"})
 
     def __init__(
         self,
@@ -221,8 +220,8 @@ class SetCriterion:
         matching: Matching,
         num_objects: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses (B',) of the encoder's proposals, ``loss_x_enc``, from the terms they have."""
-        terms = [term for term in self.terms if term.of_proposals]
+        """Losses (B',) of the encoder's proposals, ``loss_x_enc``; they have no masks."""
+        terms = [term for term in self.terms if term.needs <= {"boxes"}]
         losses = self._losses(terms, proposals, targets, matching, num_objects)
         return {f"{name}_enc": value for name, value in losses.items()}
 

@@ -47,10 +47,10 @@ def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def pixel_class_loss(logits: Tensor, class_map: Tensor) -> Tensor:
-    """Cross entropy averaged over the pixels that have a class; 0 when none has.
+    """Cross entropy averaged over the pixels that have a class; 0 if there are none.
 
     Args:
-        logits: (B, K, h, w), brought to the size of ``class_map`` bilinearly.
+        logits: (B, K, h, w), resized to ``class_map`` bilinearly.
         class_map: (B, H, W) int64 in [0, K), negative where a pixel has no class.
 
     Returns:

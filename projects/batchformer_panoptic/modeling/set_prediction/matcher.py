@@ -58,10 +58,12 @@ class CostTerm(Protocol):
     Attributes:
         name: of the term, for messages.
         weight: factor of the term in the total cost.
+        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``.
     """
 
     name: str
     weight: float
+    needs: frozenset[str]
 
     def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
         """Cost (L, B', Q, T_max) float32; values past an entry's own objects are ignored."""
@@ -71,6 +73,7 @@ class ClassCost:
     """Cost of the object's class, as the scoring defines it."""
 
     name = "class"
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, scoring: Scoring, *, weight: float) -> None:
         self.scoring = scoring
@@ -86,6 +89,7 @@ class BoxL1Cost:
     """L1 distance of boxes as cxcywh."""
 
     name = "bbox"
+    needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
         self.weight = weight
@@ -100,6 +104,7 @@ class BoxGIoUCost:
     """Negative generalised IoU of boxes."""
 
     name = "giou"
+    needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
         self.weight = weight

@@ -1,4 +1,4 @@
-"""How class logits are read: width, initial bias, matching cost, loss and decoding together.
+"""The meaning of class logits: their number, initial bias, matching cost, loss and decoding.
 
 Shapes: L decoder layers, B' streams * images, Q queries, K classes, T objects.
 """
@@ -14,14 +14,14 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 class Decoded(NamedTuple):
-    """What queries stand for.
+    """Classes and scores decoded from class logits.
 
     Attributes:
         scores: (...) in 0 to 1, probability of the best class.
-        labels: (...) int64, that class.
-        is_object: (...) bool, whether the query prefers a class to "no object".
-        class_scores: (..., num_classes) in 0 to 1, what a query is worth as a detection of each
-            class (see ``best_detections``); 0 where it cannot stand for the class.
+        labels: (...) int64, the best class.
+        is_object: (...) bool, whether the best class is more likely than "no object".
+        class_scores: (..., num_classes) in 0 to 1, score of the query as a detection of each class
+            (see ``best_detections``); 0 for classes it is no detection of.
     """
 
     scores: Tensor
@@ -31,12 +31,12 @@ class Decoded(NamedTuple):
 
 
 class Scoring(ABC):
-    """Meaning of the class logits.
+    """The meaning of class logits.
 
     Attributes:
         num_classes: classes K without "no object".
-        num_outputs: logits of a query.
-        initial_bias: bias that the class layer starts from, or None for the layer's default.
+        num_outputs: number of class logits per query.
+        initial_bias: initial bias of the class layer, or None for the default of the layer.
     """
 
     num_classes: int
@@ -53,8 +53,8 @@ class Scoring(ABC):
 
         Args:
             logits: (L, B', Q, num_outputs).
-            classes: (L, B', Q) int64, the class a query is to predict; ``num_classes`` for none.
-            num_objects: 0-d, the normaliser of box losses.
+            classes: (L, B', Q) int64, the target class of each query; ``num_classes`` for none.
+            num_objects: 0-d, the normaliser of the box losses.
         """
 
     @abstractmethod
@@ -84,9 +84,9 @@ class SoftmaxScoring(Scoring):
         return each.view(classes.shape).sum(-1) / total_weight[:, None]
 
     def decode(self, logits: Tensor) -> Decoded:
-        """Scores of the classes alone; "no object" only decides ``is_object``.
+        """Scores of the classes; "no object" only decides ``is_object``.
 
-        A query is a detection of its best class alone (``PostProcess`` of facebookresearch/detr).
+        A query is a detection of its best class only (``PostProcess`` of facebookresearch/detr).
         """
         probabilities = logits.softmax(-1)
         scores, labels = probabilities[..., :-1].max(-1)
@@ -96,7 +96,7 @@ class SoftmaxScoring(Scoring):
 
 
 class FocalScoring(Scoring):
-    """One sigmoid a class, trained with the focal loss (Deformable-DETR and its relatives)."""
+    """One sigmoid per class, trained with the focal loss (Deformable-DETR and related models)."""
 
     _GAMMA = 2.0
     _PRIOR = 0.01
@@ -109,11 +109,11 @@ class FocalScoring(Scoring):
         self.alpha = alpha
 
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Focal loss of saying "yes" minus that of saying "no", for the object's class."""
+        """Focal loss of a positive minus that of a negative, for the object's class."""
         p = _gather_classes(logits.sigmoid(), labels)
-        yes = self.alpha * (1 - p) ** self._GAMMA * -(p + self._EPS).log()
-        no = (1 - self.alpha) * p**self._GAMMA * -(1 - p + self._EPS).log()
-        return yes - no
+        positive = self.alpha * (1 - p) ** self._GAMMA * -(p + self._EPS).log()
+        negative = (1 - self.alpha) * p**self._GAMMA * -(1 - p + self._EPS).log()
+        return positive - negative
 
     def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
         """Focal loss summed over queries and classes, divided by the number of objects."""
@@ -124,7 +124,7 @@ class FocalScoring(Scoring):
     def decode(self, logits: Tensor) -> Decoded:
         """Best class by its sigmoid; every query counts as an object.
 
-        Classes do not exclude each other: a query may be a detection of several of them
+        Classes are independent, so a query may be a detection of several of them
         (``PostProcess`` of fundamentalvision/Deformable-DETR, Conditional-DETR and SMCA-DETR).
         """
         class_scores = logits.sigmoid()
@@ -135,7 +135,7 @@ class FocalScoring(Scoring):
 def build_scoring(
     name: str, num_classes: int, *, no_object_weight: float, focal_alpha: float
 ) -> Scoring:
-    """The scoring called ``name``: "softmax" or "focal"."""
+    """Build the scoring called ``name``: "softmax" or "focal"."""
     if name == "softmax":
         return SoftmaxScoring(num_classes, no_object_weight=no_object_weight)
     if name == "focal":
