@@ -5,7 +5,6 @@ from torch.nn import functional as F
 from batchformer_panoptic.batchformer.batchformer import SINGLE, TWO_STREAMS
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.heads import MaskHead
-from batchformer_panoptic.modeling.heads import mask as mask_module
 from batchformer_panoptic.modeling.transformer import TransformerOutput
 from helpers.tiny_model import tiny_model
 
@@ -120,24 +119,6 @@ def test_steps_of_a_few_queries_change_nothing(streams, num_images):
     with torch.no_grad():
         torch.testing.assert_close(masks_of(head, output, maps, entries, queries), expected)
     assert calls[3:] == [1] * 7, "one query at a time is the least"
-
-
-def test_a_cpu_decodes_what_its_caches_hold_at_a_time(monkeypatch):
-    head = make_head()
-    output, maps = make_inputs()
-    entries, queries = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([2, 4, 0, 3, 0])
-    expected = masks_of(head, output, maps, entries, queries)
-    calls = []
-    head.convs[1].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    for values, steps in ((2, [2, 2, 1]), (0, [1] * 5)):
-        monkeypatch.setattr(
-            mask_module, "_CACHED_VALUES", values * head.convs[-1].out_channels * 12 * 14
-        )
-        masks = masks_of(head, output, maps, entries, queries)
-        masks.sum().backward()
-        assert calls == steps, "nothing is computed a second time"
-        torch.testing.assert_close(masks, expected)
-        calls.clear()
 
 
 def bytes_of_a_query(head: MaskHead, maps) -> int:

@@ -16,10 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from ...layers import TokenLinear, conv_upsampled
 from ..transformer import TransformerOutput
 
-# Values of the largest map of the queries that are decoded at a time on a CPU: maps that stay in
-# its cache are faster.
-_CACHED_VALUES = 1 << 20
-
 
 class AttentionMap(nn.Module):
     """Attention of each query over the memory, one map per head, without values.
@@ -164,8 +160,6 @@ class MaskHead(nn.Module):
         if len(queries) > step and torch.is_grad_enabled():
             # The maps of a step are not kept but computed again in the backward pass.
             decode = partial(checkpoint, decode, use_reentrant=False)
-        if attention.device.type == "cpu":
-            step = min(step, max(1, _CACHED_VALUES // of_image[-1][0].numel()))
         if len(queries) <= step:
             return decode(attention, source_index)
         parts = zip(attention.split(step), source_index.split(step), strict=True)
