@@ -190,7 +190,7 @@ class MaskHead(nn.Module):
     def _image_parts(
         self, projected_map: Tensor, backbone_maps: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Image parts (B, C_i, H_i, W_i) of the first and the last three convolutions, with bias."""
+        """Image parts (B, C_i, H_i, W_i) of the first and the last three convolutions."""
         weight, bias = self._first_weights()[0], self.convs[0].get_parameter("bias")
         parts = [F.conv2d(projected_map, weight, bias, padding=1)]
         for conv, adapter, backbone_map in zip(
