@@ -22,24 +22,32 @@ from batchformer_panoptic.errors import UserError, one_line
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "docs" / "results", ROOT / "MODEL_ZOO.md"
 KINDS = ("panoptic", "classification", "converted", "published")
-NOT_MEASURED = "–"
+NOT_MEASURED = "-"
 
 INTRODUCTION = """\
 # Model zoo
 
-Written by `python tools/make_model_zoo.py` from the files in [docs/results](docs/results); edit those, not this page.
+Written by `python tools/make_model_zoo.py` from the files in [docs/results](docs/results); edit
+those, not this page.
 
-The three parts are never mixed: models trained here, weights of other code bases that the converter reads, and numbers quoted
-from papers. The project ships no weights.
+Three kinds of numbers are kept apart: models trained here, weights of other code bases that the
+converter reads, and numbers quoted from papers. The project ships no weights.
 
 ## How to read the columns
 
-- **PQ, SQ, RQ**: panoptic, segmentation and recognition quality in percent, after the stated number of steps.
-- **BatchFormerV2**: whether the model was trained with the block. In evaluation the two models have the same operations.
-- **partner**: the same run without the block (or with it). Only a pair measured with equal data, steps and seed is a comparison.
-- **steps**: optimiser steps taken, and those of the schedule if training was stopped earlier.
-- **s/it, memory**: seconds for one training step and peak memory.
-- **–**: not measured. One seed unless a spread is given.
+- **PQ, SQ, RQ**: panoptic, segmentation and recognition quality in percent.
+- **BatchFormerV2**: whether training used the block. Evaluation is the same either way.
+- **partner**: the same run without (or with) the block, on equal data, steps and seed. A row
+  without a partner says nothing about the block.
+- **steps**: optimiser steps taken, of those of the schedule if training was stopped earlier.
+- **s/it, memory**: seconds per training step and peak memory.
+- **-**: not measured. One seed unless a spread is given.
+"""
+
+CONVERTED = """\
+`tools/convert_checkpoint.py SRC DST --source NAME` reads these weights. The named test gives the
+weights of the original to this project's model, through the converter's tables, and compares the
+two. The models are tiny and random unless stated otherwise.
 """
 
 
@@ -93,8 +101,7 @@ def rendered(results: dict[str, list[dict[str, Any]]]) -> str:
         *trained_panoptic(results["panoptic"]),
         *(part for result in results["classification"] for part in trained_classifier(result)),
         "## Converted from other code bases\n",
-        "Weights are read by `tools/convert_checkpoint.py SRC DST --source NAME`. Each row names the test that compares a converted "
-        "model with the original (tiny models with random weights unless stated otherwise).\n",
+        CONVERTED,
         *(part for result in results["converted"] for part in converted(result)),
         "## Quoted from papers\n",
         "Published by the authors of each system, not measured here.\n",
