@@ -121,7 +121,7 @@ def entered_files(folder: Path) -> Iterator[set[str]]:
         yield entered
     finally:
         sys.setprofile(previous)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
 
 
 def files_of_training_step() -> list[str]:

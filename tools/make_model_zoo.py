@@ -38,7 +38,7 @@ converter reads, and numbers quoted from papers. The project ships no weights.
 - **PQ, SQ, RQ**: panoptic, segmentation and recognition quality in percent.
 - **BatchFormerV2**: whether training used the block. Evaluation is the same either way.
 - **partner**: the same run without (or with) the block, on equal data, steps and seed. A row
-  without a partner says nothing about the block.
+  without a partner does not measure the effect of the block.
 - **steps**: optimiser steps taken, of those of the schedule if training was stopped earlier.
 - **s/it, memory**: seconds per training step and peak memory.
 - **-**: not measured. One seed unless a spread is given.
