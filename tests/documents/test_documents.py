@@ -1,5 +1,6 @@
-"""The documents: links lead somewhere, and every command in them works."""
+"""Links, file names, module paths and commands in the documents are valid."""
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,9 @@ DOCUMENTS = sorted(
     p for folder in ("", "datasets", "docs") for p in (REPO_ROOT / folder).glob("*.md")
 )
 FENCE = re.compile(r"```bash\n(.*?)```", re.S)
+FENCE_OF_ANY_KIND = re.compile(r"```.*?```", re.S)
 
-# The commands as documented, on less data and for fewer steps.
+# Replacements that run the documented commands on less data.
 SMALLER = {
     "--num-train 4000": "--num-train 12",
     "--num-val 200": "--num-val 4",
@@ -24,16 +26,41 @@ SHORT_TRAINING = "SOLVER.MAX_ITER 3 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0
 
 
 def commands(document: Path) -> list[str]:
-    """Lines that start with ``python`` in the document's shell blocks, continued lines joined."""
+    """Lines that start with ``python`` in the document's shell blocks; continued lines joined."""
     text = "\n".join(FENCE.findall(document.read_text())).replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
-def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), target
+def test_links_are_valid(document):
+    for target in re.findall(r"\]\(([^)]+)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), target
+
+
+def anchors(document: Path) -> set[str]:
+    """Anchors of the headings, as GitHub derives them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE_OF_ANY_KIND.sub("", document.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_new_module_paths_of_the_changelog_exist():
+    text = (REPO_ROOT / "CHANGELOG.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) > 5
+    for before, now in rows:
+        first, *others = re.findall(r"`([\w.]+)`", now)
+        parent = first.rpartition(".")[0]
+        for path in [first, *(parent + other for other in others)]:
+            assert pkgutil.resolve_name(path) is not None
+        old_name = re.findall(r"`([\w.]+)`", before)[0]
+        with pytest.raises((ImportError, AttributeError)):
+            pkgutil.resolve_name(old_name)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

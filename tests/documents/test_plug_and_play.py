@@ -1,4 +1,4 @@
-"""The Python of docs/plug_and_play.md and README.md runs as it is printed."""
+"""The Python code of docs/plug_and_play.md and README.md runs as printed."""
 
 import re
 from typing import Any
@@ -29,7 +29,8 @@ def test_three_lines(document):
         "criterion": F.cross_entropy,
         "metric": lambda logits, targets: (logits.argmax(1) == targets).float().mean(),
     }
-    exec(blocks(document)[0], names)
+    (block,) = [text for text in blocks(document) if re.search(r"attach\(\s*model", text)]
+    exec(block, names)
     assert names["loss"].isfinite()
     assert 0 <= names.get("accuracy", 0) <= 1
     assert len(model(names["images"])) == 4

@@ -1,16 +1,20 @@
-"""docs/recipes.md against the configs: every value in its tables, and every schedule."""
+"""docs/recipes.md: every value in its tables and every schedule equals that of the configs."""
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data.transforms import ResizeShortestEdge
 
 from batchformer_panoptic import add_batchformer_panoptic_config
+from batchformer_panoptic.engine.solver import build_lr_scheduler
 from helpers.commands import REPO_ROOT
 
 DOCUMENT = REPO_ROOT / "docs" / "recipes.md"
@@ -64,8 +68,8 @@ def values() -> list[Row]:
     for line in DOCUMENT.read_text().splitlines():
         if found := re.match(r"Config: \[(\S+)\]", line):
             config = found[1]
-        if line.startswith("| what |"):
-            assert cells(line) == ["what", "public code", "key", "value", ""]
+        if line.startswith("| setting |"):
+            assert cells(line) == ["setting", "public code", "key", "value", "comparison"]
             columns = 5
         elif not line.startswith("|"):
             columns = 0
@@ -93,7 +97,7 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def test_the_document_is_understood() -> None:
+def test_the_document_is_parsed() -> None:
     rows = values()
     assert len(rows) > 70
     assert {row.config for row in rows} >= {
@@ -110,7 +114,7 @@ def test_documented_value(row: Row) -> None:
     for name in row.key.split("."):
         node = node[name]
     assert plain(node) == yaml.safe_load(row.value)
-    assert row.verdict, "same, or what differs and why"
+    assert row.verdict, "same, or the difference and its reason"
 
 
 @pytest.mark.parametrize("schedule", schedules(), ids=lambda schedule: schedule.config)
@@ -154,12 +158,12 @@ def test_every_recipe_has_a_documented_schedule(path: Path) -> None:
     [p for p in [*RECIPES, *CLASSIFIERS] if p.stem.startswith("batchformer_")],
     ids=lambda path: path.stem,
 )
-def test_the_block_is_the_one_difference_of_the_model(path: Path) -> None:
+def test_the_block_is_the_only_difference_of_the_model(path: Path) -> None:
     mine, twin = load(path), load(path.with_name(path.name.removeprefix("batchformer_")))
     assert mine.MODEL.BATCHFORMER.ENABLED
     assert not twin.MODEL.BATCHFORMER.ENABLED
     mine.MODEL.BATCHFORMER.ENABLED = False
-    if "masks" in path.stem:  # on top of the boxes with the block
+    if "masks" in path.stem:  # starts from the boxes trained with the block
         assert twin.MODEL.WEIGHTS.replace("detr_", "batchformer_detr_") == mine.MODEL.WEIGHTS
         mine.MODEL.WEIGHTS = twin.MODEL.WEIGHTS
     for section in ("MODEL", "DATASETS", "INPUT", "DATALOADER"):
@@ -167,7 +171,7 @@ def test_the_block_is_the_one_difference_of_the_model(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_names_say_what_is_inside(path: Path) -> None:
+def test_names_describe_the_config(path: Path) -> None:
     cfg = load(path)
     name = path.stem.removeprefix("batchformer_")
     transformer = cfg.MODEL.DETR.TRANSFORMER_NAME
@@ -191,3 +195,67 @@ def test_the_factors_give_the_published_rates() -> None:
     assert rate * deformable.MODEL.DEFORMABLE.LR_FACTOR == pytest.approx(2e-5)
     detr = load(COCO / "detection" / "detr_R50_50ep.yaml")
     assert pytest.approx(1e-5) == detr.SOLVER.BASE_LR * detr.SOLVER.BACKBONE_MULTIPLIER
+
+
+def deviation(subject: str) -> list[str]:
+    (row,) = [r for r in map(cells, DOCUMENT.read_text().splitlines()) if r[0] == subject]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "early"),
+    [
+        ("detr_R50_300ep", 2),
+        ("detr_R50_DC5_300ep", 4),
+        ("detr_R50_50ep", 0),
+        ("conditional_detr_R50_DC5_50ep", 0),
+        ("deformable_detr_R50_50ep", 0),
+    ],
+)
+def test_the_drop_of_the_rate_is_as_early_as_documented(name: str, early: int) -> None:
+    assert "2 iterations earlier" in deviation("learning rate drop")[2]
+    assert "(4 with 1 image per GPU)" in deviation("learning rate drop")[2]
+    cfg = load(COCO / "detection" / f"{name}.yaml")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_lr_scheduler(cfg, optimizer)
+    (drop,) = cfg.SOLVER.STEPS
+
+    def rate(iteration: int) -> float:
+        schedule.last_epoch = iteration
+        return schedule.get_lr()[0]
+
+    before = next(i for i in range(drop + 1, 0, -1) if rate(i) == 1.0)
+    assert drop - (before + 1) == early
+
+
+def published_size(height: int, width: int, short: int, limit: int) -> tuple[int, int]:
+    """Size of a resized image in the public code: the longer side is truncated to an integer."""
+    smaller, larger = sorted((height, width))
+    if larger / smaller * short > limit:
+        short = round(limit * smaller / larger)
+    longer = int(short * larger / smaller)
+    return (short, longer) if height <= width else (longer, short)
+
+
+def test_sizes_differ_from_the_public_ones_by_as_much_as_documented() -> None:
+    limit = 1333
+    largest = {"free": 0, "limited": 0}
+    for height, width in itertools.product(range(200, 641, 12), repeat=2):
+        for short in (480, 608, 800):
+            ours = ResizeShortestEdge.get_output_shape(height, width, short, limit)
+            theirs = published_size(height, width, short, limit)
+            difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+            is_limited = max(height, width) / min(height, width) * short > limit
+            case = "limited" if is_limited else "free"
+            largest[case] = max(largest[case], difference)
+    (row,) = [row for row in values() if row.key == "INPUT.MAX_SIZE_TRAIN"]
+    assert "up to 1 pixel, and by up to 2" in row.verdict
+    assert largest == {"free": 1, "limited": 2}
+
+
+def test_the_class_token_starts_as_documented() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    token = timm.create_model("deit_tiny_patch16_224").cls_token
+    assert deviation("class token of ViT and DeiT")[2].startswith("1e-6")
+    assert 5e-7 < token.std().item() < 2e-6

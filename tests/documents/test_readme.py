@@ -1,0 +1,81 @@
+"""README.md: the code for prediction runs as printed, and its tables hold the recorded numbers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchformer_panoptic.data import load_dataset_dicts
+from batchformer_panoptic.visualization import read_image, write_image
+from helpers.commands import REPO_ROOT, load_script
+from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.trained_files import write_run
+
+PACKAGE = REPO_ROOT / "projects" / "batchformer_panoptic"
+README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_prediction_runs_as_printed(
+    tmp_path: Path,
+    tiny_panoptic_dataset: TinyPanopticDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_run(tmp_path / "output" / "quickstart", tiny_panoptic_dataset)
+    monkeypatch.chdir(tmp_path)
+    dicts = load_dataset_dicts([tiny_panoptic_dataset.name], filter_empty=False)
+    image = read_image(dicts[0]["file_name"])
+    write_image(tmp_path / "image.png", image[:, :, ::-1])
+    (block,) = re.findall(r"```python\n(.*?)```", section("Quick start"), re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["segment_map"].shape == image.shape[:2]
+    ids = {segment["id"] for segment in names["segments"]}
+    assert ids
+    assert ids == set(names["segment_map"].unique().tolist()) - {0}
+    assert {"category_id", "score"} <= set(names["segments"][0])
+
+
+def test_digits_are_those_of_the_benchmark() -> None:
+    zoo = load_script("tools/make_model_zoo.py")
+    runs = json.loads((REPO_ROOT / "benchmarks" / "results" / "digits.json").read_text())
+    expected = [
+        [
+            f"handwritten digits, {row['labels']} labels per class",
+            "top-1",
+            zoo.spread(row["plain_top1"]),
+            zoo.spread(row["block_top1"]),
+        ]
+        for row in runs["rows"]
+    ]
+    assert rows(section("Does the block help?")) == expected
+
+
+def test_quickstart_is_that_of_its_result_file() -> None:
+    path = REPO_ROOT / "docs" / "results" / "quickstart_conditional.json"
+    result = json.loads(path.read_text())
+    expected = [
+        [str(result[metric][group]) for metric in ("PQ", "SQ", "RQ")]
+        for group in ("all", "things", "stuff")
+    ]
+    assert [row[1:] for row in rows(section("Results"))] == expected
+
+
+def test_the_first_minute_stays_short() -> None:
+    assert section("Features").count("\n- ") <= 6
+    (tree,) = re.findall(r"```\n(.*?)```", section("Repository map"), re.S)
+    assert len(tree.splitlines()) <= 20
+    folders = (REPO_ROOT, PACKAGE, PACKAGE / "modeling")
+    for line in tree.splitlines():
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            assert any((folder / name).exists() for folder in folders), name
