@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batchformer import StreamState
-from .backbone import recompute_stages
+from .backbone import checkpoint_stages
 from .build import (
     build_box_head,
     build_criterion,
@@ -135,7 +135,7 @@ class PanopticDETR(nn.Module):
         """Build the parts that the config names."""
         backbone = build_backbone(cfg)
         if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
-            recompute_stages(backbone)
+            checkpoint_stages(backbone)
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         return {
