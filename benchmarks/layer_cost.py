@@ -1,4 +1,4 @@
-"""Layers that take another way than usual on a CPU: linear layers, convolutions of enlarged maps.
+"""Convolutions of upsampled maps: the direct computation against upsampling first.
 
 Results and gradients are asserted equal in the same run.
 """
@@ -12,7 +12,7 @@ from measure import compared, table_of_compared
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchformer_panoptic.layers import TokenLinear, conv_upsampled
+from batchformer_panoptic.layers import conv_upsampled
 
 
 class Case(NamedTuple):
@@ -37,15 +37,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": args.rounds, "rows": rows}
 
 
-def linear(images: int, tokens: int, channels: int, out: int) -> Case:
-    layer = TokenLinear(channels, out, bias=False)
-
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"weight": weight}, (x,))
-
-    return Case(ours, F.linear, ((images, tokens, channels), (out, channels)))
-
-
 def enlarged(maps: int, channels: int, out: int, small: tuple[int, int], odd: int) -> Case:
     size = (2 * small[0] - odd, 2 * small[1] - odd)
 
@@ -59,9 +50,6 @@ def enlarged(maps: int, channels: int, out: int, small: tuple[int, int], odd: in
 
 
 CASES = {
-    "linear, 2 x 192 tokens, 256 to 2048 (DETR, 384 x 512)": linear(2, 192, 256, 2048),
-    "linear, 2 x 4080 tokens, 256 to 1024 (Deformable-DETR, 384 x 512)": linear(2, 4080, 256, 1024),
-    "linear, 4 x 300 queries, 256 to 256": linear(4, 300, 256, 256),
     "enlarged to 24 x 32, 8 queries, 128 to 64": enlarged(8, 128, 64, (12, 16), 0),
     "enlarged to 96 x 128, 8 queries, 32 to 16": enlarged(8, 32, 16, (48, 64), 0),
     "enlarged to 95 x 127, 8 queries, 32 to 16": enlarged(8, 32, 16, (48, 64), 1),

@@ -220,6 +220,31 @@ def test_context_in_nested_arguments_and_by_position():
     torch.testing.assert_close(handle.original(model(x)), 3 * x)
 
 
+def test_named_tuples_among_the_context_stay_named_tuples():
+    class Images(NamedTuple):
+        tensors: Tensor
+        mask: Tensor | None
+
+    class Reader(nn.Module):
+        def forward(self, x: Tensor, images: Images) -> Tensor:
+            return x + images.tensors
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Identity(), Reader()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x), Images(x, None))
+
+    model = Pair()
+    handle = attach(
+        model, after=["first"], layout="BNC", embed_dim=CHANNELS, context={"second": {"images": 0}}
+    )
+    x = torch.randn(SHAPES["BNC"])
+    torch.testing.assert_close(handle.original(model(x)), 2 * x)
+
+
 def test_targets_and_outputs():
     _, handle = make()
     labels = torch.tensor([4, 5, 6])

@@ -1,9 +1,10 @@
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook
+from batchformer_panoptic.batchformer import BatchFormerHook, IdentityHook, encode
 from batchformer_panoptic.batchformer.batchformer import SINGLE, TWO_STREAMS
 
 
@@ -12,11 +13,10 @@ def make_hook(**kwargs) -> BatchFormerHook:
 
 
 def run(hook, tokens, num_layers=3, mask=None):
-    streams = SINGLE
-    for index in range(num_layers):
-        layer_mask = None if mask is None else streams.expand(mask)
-        tokens, streams = hook.after_layer(index, tokens, streams, layer_mask)
-    return tokens, streams
+    """The encoder loop over layers that change nothing."""
+    layers = [lambda tokens: tokens] * num_layers
+    encoded, streams, _ = encode(layers, hook, tokens, key_padding_mask=mask)
+    return encoded, streams
 
 
 def test_first_insertion_keeps_the_batch_and_adds_the_block_output():
@@ -28,7 +28,7 @@ def test_first_insertion_keeps_the_batch_and_adds_the_block_output():
     assert torch.equal(batchformer, hook.blocks["1"](tokens))
 
 
-def test_later_insertions_touch_the_second_stream_alone():
+def test_later_insertions_change_the_second_stream_only():
     hook, tokens = make_hook(insert_layers=[0, 2]), torch.randn(3, 4, 16)
     original, batchformer = TWO_STREAMS.split(run(hook, tokens)[0])
     assert torch.equal(original, tokens)
@@ -88,3 +88,44 @@ def test_every_parameter_gets_a_gradient_and_copies_are_independent():
     for name, parameter in hook.named_parameters():
         assert parameter.grad is not None, name
     assert all(parameter.grad is None for parameter in twin.parameters())
+
+
+class Place(NamedTuple):
+    """A nested argument of a layer, as the levels of Deformable-DETR."""
+
+    sizes: tuple[int, ...]
+    pos: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+def test_the_loop_expands_per_image_arguments_when_the_streams_part(layers):
+    hook = make_hook(insert_layers=layers)
+    tokens, pos = torch.randn(3, 4, 16), torch.randn(3, 4, 16)
+    calls = []
+
+    def layer(tokens, pos, place):
+        calls.append((len(tokens), pos, place))
+        return tokens + pos
+
+    out, streams, (out_pos, place) = encode([layer] * 3, hook, tokens, pos, Place((7,), pos, None))
+    assert streams == TWO_STREAMS
+    assert [len_tokens for len_tokens, *_ in calls] == [3, 6 if layers[0] == 0 else 3, 6]
+    for num_tokens, seen, nested in calls:
+        assert isinstance(nested, Place)
+        assert nested.sizes == (7,)
+        assert nested.mask is None
+        assert torch.equal(seen, torch.cat([pos] * (num_tokens // 3)))
+        assert torch.equal(nested.pos, seen)
+    assert torch.equal(out_pos, torch.cat([pos, pos]))
+    assert torch.equal(place.pos, out_pos)
+    assert torch.equal(streams.split(out)[0], tokens + pos + pos + pos)
+
+
+def test_the_loop_of_one_stream_passes_its_arguments_on():
+    pos = torch.randn(2, 3, 16)
+    _, streams, (passed,) = encode(
+        [lambda tokens, pos: tokens + pos], IdentityHook(), torch.zeros(2, 3, 16), pos
+    )
+    assert streams == SINGLE
+    assert passed is pos

@@ -33,10 +33,12 @@ from batchformer_panoptic.modeling.set_prediction.scoring import (
     SoftmaxScoring,
 )
 from batchformer_panoptic.modeling.transformer import Transformer
-from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
-from batchformer_panoptic.modeling.transformer.layers import (
+from batchformer_panoptic.modeling.transformer.conditional import (
     ConditionalDecoder,
     ConditionalDecoderLayer,
+)
+from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
+from batchformer_panoptic.modeling.transformer.layers import (
     Decoder,
     DecoderLayer,
     DETRDecoder,

@@ -16,7 +16,7 @@ from batchformer_panoptic.modeling.set_prediction.matcher import Matching
 from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
 from batchformer_panoptic.modeling.set_prediction.scoring import Scoring
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
-from batchformer_panoptic.modeling.transformer import (
+from batchformer_panoptic.modeling.transformer.base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
     Transformer,

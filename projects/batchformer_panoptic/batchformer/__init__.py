@@ -1,4 +1,4 @@
-"""BatchFormerV2 (arXiv 2204.01254): attention over the batch axis. Needs torch alone."""
+"""BatchFormerV2 (arXiv 2204.01254): attention over the batch axis. Depends on torch only."""
 
 from .attach import AttachedBatchFormer, attach
 from .batchformer import (
@@ -8,6 +8,7 @@ from .batchformer import (
     BatchFormerV2,
     IdentityHook,
     StreamState,
+    encode,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "IdentityHook",
     "StreamState",
     "attach",
+    "encode",
 ]

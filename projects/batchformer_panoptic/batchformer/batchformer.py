@@ -1,17 +1,17 @@
-"""Where the block sits in an encoder: opens the second stream, and vanishes in evaluation.
+"""BatchFormerV2 (arXiv 2204.01254) in one file: the streams, the block, the hook, the encoder loop.
 
-Which copies of the batch ("streams") a tensor carries, stated and never guessed.
-
-The BatchFormerV2 block: a Transformer encoder layer along the batch axis.
+Shapes: B images, S streams, B' = S * B entries, N tokens of an image, C channels.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# --- streams: the copies of the batch that a tensor holds ----------------------------------------
 
 ORIGINAL = "original"
 BATCHFORMER = "batchformer"
@@ -21,11 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StreamState:
-    """The number and order of the streams along dimension 0 of a batch.
+    """The number and the order of the streams along dimension 0 of a batch.
 
     A batch of B images with S streams has B' = S * B entries along dimension 0, stream after
-    stream: all images of the original stream first. Everything that is per image and not yet
-    expanded (B entries) is brought to B' entries by :meth:`expand`.
+    stream, the original stream first. Everything that has one entry per image (B entries) is
+    brought to B' entries by :meth:`expand`. The number of streams is always stated, and never
+    inferred from the length of a tensor.
     """
 
     names: tuple[str, ...] = (ORIGINAL,)
@@ -40,7 +41,7 @@ class StreamState:
 
         Args:
             per_image: any tensor.
-            dim: which of its dimensions is the batch.
+            dim: its batch dimension.
         """
         if self.num_streams == 1:
             return per_image
@@ -58,7 +59,7 @@ class StreamState:
         """(S * B, ...) -> S views of (B, ...), in the order of ``names``.
 
         Raises:
-            ValueError: dimension 0 is no multiple of the number of streams.
+            ValueError: the length of dimension 0 is not a multiple of the number of streams.
         """
         if batch.shape[0] % self.num_streams:
             raise ValueError(
@@ -91,6 +92,30 @@ SINGLE = StreamState()
 TWO_STREAMS = StreamState((ORIGINAL, BATCHFORMER))
 
 
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to a tensor, or to every tensor in lists, tuples and mappings.
+
+    Lists, tuples and named tuples keep their type, mappings become dicts, and all other values are
+    returned unchanged.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return sequence_like(value, [map_tensors(item, change) for item in value])
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
+def sequence_like(sequence: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    """A list, tuple or named tuple of the type of ``sequence``, with other items."""
+    kind = type(sequence)
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)
+
+
+# --- the block: attention over the images of the batch (section 3.2) -----------------------------
+
+
 class BatchFormerV2(nn.TransformerEncoderLayer):
     """Lets every token attend to the tokens at the same position of the other images.
 
@@ -106,6 +131,9 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
         num_heads: attention heads; must divide ``embed_dim``.
         dim_feedforward: hidden width of the feed-forward layer. None: ``embed_dim``.
         dropout: probability for attention weights, feed-forward and residual branches.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``.
     """
 
     def __init__(
@@ -123,7 +151,7 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             nhead=num_heads,
             dim_feedforward=dim_feedforward or embed_dim,
             dropout=dropout,
-            batch_first=False,  # dimension 0, here the images, is the sequence
+            batch_first=False,  # dimension 0, which is the batch here, is the sequence
         )
 
     # The base class names its arguments after sequences; here they are images and tokens.
@@ -133,11 +161,14 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
         Args:
             tokens: (B, N, C).
             key_padding_mask: (B, N) bool, True where a token is padding and must not be attended
-                to, or None as published. Positions that are padding in every image are attended
-                to all the same: there is nothing else, and nobody reads them.
+                to, or None as published. A position that is padding in every image keeps its
+                attention (a fully masked softmax is NaN); its output is not used.
 
         Returns:
             (B, N, C), a new tensor.
+
+        Raises:
+            ValueError: the tokens or the mask have another shape.
         """
         if tokens.dim() != 3:
             raise ValueError(f"tokens must be (B, N, C), not of shape {tuple(tokens.shape)}")
@@ -152,13 +183,16 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
         return super().forward(tokens, src_key_padding_mask=ignored)
 
 
+# --- the hook: where the block acts in an encoder (section 3.3) ----------------------------------
+
+
 class IdentityHook(nn.Module):
-    """The hook of an encoder without BatchFormerV2: one stream, nothing done."""
+    """The hook of an encoder without BatchFormerV2: one stream, and no change."""
 
     def after_layer(
         self, index: int, tokens: Tensor, streams: StreamState, key_padding_mask: Tensor | None
     ) -> tuple[Tensor, StreamState]:
-        """Return ``tokens`` and ``streams`` as they are."""
+        """Return ``tokens`` and ``streams`` unchanged."""
         return tokens, streams
 
 
@@ -167,9 +201,9 @@ class BatchFormerHook(nn.Module):
 
     The first insertion keeps the batch as the original stream and adds the block's output as the
     batchformer stream. Later insertions send the batchformer stream through their block and leave
-    the original stream as it is. In evaluation mode nothing happens: same tensors, one stream.
+    the original stream unchanged. In evaluation mode the hook returns its inputs.
 
-    The blocks sit under ``blocks.<layer>``, or under ``blocks.shared`` when one serves all.
+    The blocks are ``blocks.<layer>``, or ``blocks.shared`` when one block serves all insertions.
 
     Args:
         embed_dim: channels of a token.
@@ -178,11 +212,11 @@ class BatchFormerHook(nn.Module):
         dim_feedforward: hidden width of a block's feed-forward layer. None: ``embed_dim``.
         dropout: dropout of a block.
         shared: use one block for all insertions.
-        mask_padding: keep padding out of the batch attention. Published: False, padding positions
+        mask_padding: exclude padding from the batch attention. Published: False, padded positions
             take part.
 
     Raises:
-        ValueError: ``insert_layers`` is empty, negative or repeats itself.
+        ValueError: ``insert_layers`` is empty, or has negative or repeated entries.
     """
 
     def __init__(
@@ -224,21 +258,19 @@ class BatchFormerHook(nn.Module):
 
         Args:
             index: the encoder layer that has just run.
-            tokens: (B', N, C) its output, B' = B times the number of streams.
-            streams: the streams that ``tokens`` carries.
-            key_padding_mask: (B', N) bool, True where a token is padding, or None if none is.
+            tokens: (B', N, C), its output.
+            streams: the streams of ``tokens``.
+            key_padding_mask: (B, N) bool, True where a token is padding, or None if there is no
+                padding. It is per image: both streams share it.
 
         Returns:
-            The tokens and the streams they carry now. Whatever is per image must be expanded by
-            the caller when the streams have changed.
+            The tokens, and the streams that they have now. The caller expands what is per image
+            when the streams have changed; :func:`encode` does.
         """
         if not self.training or index not in self.insert_layers:
             return tokens, streams
-        # Before the first insertion the one stream is both what stays and what the block reads.
+        # At the first insertion, the one stream is both the original and the block's input.
         original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)
-        mask = None
-        if self.mask_padding and key_padding_mask is not None:
-            mask = streams.split(key_padding_mask)[0]
         if source.shape[0] == 1:
             warnings.warn(
                 "BatchFormerV2 got a batch of one image: attention over a single image mixes "
@@ -246,4 +278,40 @@ class BatchFormerHook(nn.Module):
                 stacklevel=2,
             )
         block = self.blocks["shared" if self.shared else str(index)]
+        mask = key_padding_mask if self.mask_padding else None
         return TWO_STREAMS.join([original, block(source, mask)]), TWO_STREAMS
+
+
+# --- the encoder loop ----------------------------------------------------------------------------
+
+
+def encode(
+    layers: Iterable[Callable[..., Tensor]],
+    hook: IdentityHook | BatchFormerHook,
+    tokens: Tensor,
+    *per_image: Any,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, StreamState, tuple[Any, ...]]:
+    """Run encoder layers, with the hook after each of them.
+
+    Args:
+        layers: called in turn as ``layer(tokens, *per_image)``; each returns (B', N, C) tokens.
+        hook: acts after each layer, and may open the second stream.
+        tokens: (B, N, C).
+        *per_image: further arguments of the layers, such as position encodings. Tensors (B, ...)
+            in them, nested ones included, are expanded to the B' entries of the tokens; other
+            values (None, sizes of maps) are passed as they are.
+        key_padding_mask: (B, N) bool for the hook, True where a token is padding, or None. It is
+            not passed to the layers.
+
+    Returns:
+        The encoded tokens (B', N, C), the streams along B', and ``per_image`` expanded to B'.
+    """
+    streams, expanded = SINGLE, per_image
+    for index, layer in enumerate(layers):
+        tokens = layer(tokens, *expanded)
+        tokens, now = hook.after_layer(index, tokens, streams, key_padding_mask)
+        if now != streams:
+            streams = now
+            expanded = map_tensors(per_image, streams.expand)
+    return tokens, streams, expanded

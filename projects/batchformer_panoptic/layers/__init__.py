@@ -1,7 +1,6 @@
-"""Building blocks that know nothing of images, streams or configs."""
+"""Building blocks that are independent of images, streams and configs; they need torch only."""
 
 from .box_ops import cxcywh_to_xyxy, generalized_box_iou, xyxy_to_cxcywh
-from .linear import TokenLinear
 from .mlp import MLP
 from .ms_deform_attn import MSDeformAttn, deform_attn
 from .position_encoding import SinePositionEncoding, sine_encoding
@@ -11,7 +10,6 @@ __all__ = [
     "MLP",
     "MSDeformAttn",
     "SinePositionEncoding",
-    "TokenLinear",
     "conv_upsampled",
     "cxcywh_to_xyxy",
     "deform_attn",

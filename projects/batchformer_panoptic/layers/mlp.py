@@ -1,11 +1,9 @@
-"""The multi-layer perceptron of DETR's box head."""
+"""The multi-layer perceptron of box heads and decoders."""
 
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .linear import TokenLinear
 
 
 class MLP(nn.Module):
@@ -19,7 +17,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(TokenLinear(n_in, n_out) for n_in, n_out in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) -> (..., output_dim)."""

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .linear import TokenLinear
-
 LevelShapes = Sequence[tuple[int, int]]
 
 _COMPILED_OP = "MultiScaleDeformableAttention"
@@ -47,10 +45,10 @@ class MSDeformAttn(nn.Module):
         self.num_levels = num_levels
         self.num_points = num_points
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = TokenLinear(embed_dim, 2 * samples)
-        self.attention_weights = TokenLinear(embed_dim, samples)
-        self.value_proj = TokenLinear(embed_dim, embed_dim)
-        self.output_proj = TokenLinear(embed_dim, embed_dim)
+        self.sampling_offsets = nn.Linear(embed_dim, 2 * samples)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,15 +1,10 @@
-"""The parts of an image classifier from ``MODEL.CLASSIFIER``.
-
-Mixup and CutMix over the images of a batch.
-
-A vision Transformer of timm with the BatchFormerV2 hook between its blocks.
-
-The meta-architecture of image classification: vision Transformer, mixing and loss, wired.
+"""Image classification with BatchFormerV2: a vision Transformer of timm, mixing, and the loss.
 
 Shapes: B images, B' = streams * B, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,26 +14,89 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..batchformer import BatchFormerHook, IdentityHook, StreamState
-from ..batchformer.batchformer import SINGLE
+from ..batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ..errors import UserError, one_line
 from .backbone.timm import check_pixel_statistics, create_timm_model, import_timm
 from .losses import Losses
 from .transformer.base import build_hook
 
+# --- the vision Transformer ----------------------------------------------------------------------
 
-class BatchMixing:
-    """timm's ``Mixup``: one of mixup and CutMix, with one share, for the whole batch.
 
-    Image ``i`` is mixed with image ``B - 1 - i`` (mixup: arXiv 1710.09412, CutMix: 1905.04899). The
-    decisions come from numpy's global generator on the host, which the training loop seeds from
-    (seed, iteration, rank), so nothing waits for the device and a resumed run mixes alike.
+class HookedVisionTransformer(nn.Module):
+    """timm's VisionTransformer, images to class logits, with BatchFormerV2's hook after each block.
+
+    Everything before the first insertion (class token, position embedding, blocks) is computed
+    once; everything after it (blocks, norm, head) serves both streams. All tokens, including the
+    class token, go through the batch attention (arXiv 2204.01254, section 3.3 and table of DeiT).
+
+    timm's ``model.set_grad_checkpointing()`` turns on activation checkpointing of the blocks.
+
+    Parameter names are timm's with the prefix ``model.``, and ``batchformer.`` for the hook.
 
     Args:
-        mixup_alpha: of the Beta distribution of mixup's share. 0: no mixup.
-        cutmix_alpha: of CutMix. 0: no CutMix. One of both is above 0.
-        prob: that a batch is mixed.
-        switch_prob: that it is CutMix, where both are on.
+        model: a ``timm.models.VisionTransformer``; see :func:`is_plain_vision_transformer`.
+        hook: acts after block ``i`` (from 0) as after an encoder layer.
+    """
+
+    def __init__(self, model: Any, hook: BatchFormerHook | IdentityHook) -> None:
+        super().__init__()
+        self.model = model
+        self.batchformer = hook
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits K."""
+        return int(self.model.num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, StreamState]:
+        """Classify a batch.
+
+        Args:
+            images: (B, C, H, W), normalised, of the size the model was built for.
+
+        Returns:
+            Logits (B', K), and the streams along B'.
+        """
+        model = self.model
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        blocks: Iterable[Callable[..., Tensor]] = model.blocks
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in model.blocks]
+        tokens, streams, _ = encode(blocks, self.batchformer, tokens)
+        return model.forward_head(model.norm(tokens)), streams
+
+
+def is_plain_vision_transformer(model: Any) -> bool:
+    """Whether a timm model has the forward pass that :class:`HookedVisionTransformer` reproduces.
+
+    Subclasses with another forward pass (distilled DeiT with its second token and head) and similar
+    models (EVA, relative positions) do not.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(model, VisionTransformer) and all(
+        getattr(type(model), name) is getattr(VisionTransformer, name)
+        for name in ("forward", "forward_features", "forward_head", "_pos_embed")
+    )
+
+
+# --- mixup and CutMix ----------------------------------------------------------------------------
+
+
+class BatchMixing:
+    """Mixup or CutMix of a batch, by timm's ``Mixup``, with one mixing ratio for all images.
+
+    Image ``i`` is mixed with image ``B - 1 - i`` (mixup: arXiv 1710.09412, CutMix: 1905.04899).
+    Random numbers are drawn on the host, from numpy's global generator: the device is not
+    synchronised. The training loop seeds the generator from (seed, iteration, rank), so a resumed
+    run mixes the same way.
+
+    Args:
+        mixup_alpha: parameter of the Beta distribution of mixup's ratio. 0: no mixup.
+        cutmix_alpha: the same for CutMix. At least one of the two is above 0.
+        prob: probability that a batch is mixed.
+        switch_prob: probability of CutMix instead of mixup, where both are on.
         num_classes: classes K.
 
     Raises:
@@ -77,87 +135,31 @@ class BatchMixing:
             The mixed images, and targets (B, K) float32 whose rows sum to 1.
 
         Raises:
-            UserError: an odd number of images, which do not form pairs.
+            UserError: an odd number of images, which cannot be paired.
         """
         if len(images) % 2:
             raise UserError(
-                f"mixup and CutMix mix pairs, and a process has {len(images)} images: make "
-                "SOLVER.IMS_PER_BATCH an even number for each process, or set "
-                "MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+                f"mixup and CutMix mix pairs, and a process has {len(images)} images: use an even "
+                "number of images for each process, or set mixup_alpha and cutmix_alpha to 0"
             )
         mixed, targets = self._mixup(images, labels)
         return mixed, targets
 
 
-class HookedVisionTransformer(nn.Module):
-    """Images to class logits: what timm's VisionTransformer does, and the hook after each block.
-
-    Class token, position embedding and everything else before the first insertion is computed
-    once; everything behind it (blocks, norm, head) serves both streams. All tokens, the class token
-    among them, go through the batch attention (arXiv 2204.01254, section 3.3 and table of DeiT).
-
-    timm's ``model.set_grad_checkpointing()`` makes each block run again in the backward pass.
-
-    Parameters are called ``model.`` and what timm calls them, those of the hook ``batchformer.``.
-
-    Args:
-        model: a ``timm.models.VisionTransformer``; see :func:`is_plain_vision_transformer`.
-        hook: acts after block ``i`` (from 0) as after an encoder layer.
-    """
-
-    def __init__(self, model: Any, hook: BatchFormerHook | IdentityHook) -> None:
-        super().__init__()
-        self.model = model
-        self.batchformer = hook
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits K."""
-        return int(self.model.num_classes)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, StreamState]:
-        """Classify a batch.
-
-        Args:
-            images: (B, C, H, W), normalised, of the size the model was built for.
-
-        Returns:
-            Logits (B', K), and the streams along B'.
-        """
-        model, streams = self.model, SINGLE
-        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        recompute = model.grad_checkpointing and torch.is_grad_enabled()
-        for index, block in enumerate(model.blocks):
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
-            tokens, streams = self.batchformer.after_layer(index, tokens, streams, None)
-        return model.forward_head(model.norm(tokens)), streams
-
-
-def is_plain_vision_transformer(model: Any) -> bool:
-    """Whether a timm model is one whose forward pass :class:`HookedVisionTransformer` knows.
-
-    Subclasses that pass in another way (distilled DeiT with its second token and head) and models
-    that only look alike (EVA, relative positions) are not.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return isinstance(model, VisionTransformer) and all(
-        getattr(type(model), name) is getattr(VisionTransformer, name)
-        for name in ("forward", "forward_features", "forward_head", "_pos_embed")
-    )
+# --- the meta-architecture -----------------------------------------------------------------------
 
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
-    """One label for each image, with a vision Transformer.
+    """The meta-architecture of image classification: a vision Transformer, mixing and the loss.
 
-    With a BatchFormerV2 hook it trains in two streams that share the targets; in evaluation the
-    hook does nothing and the model is the plain one.
+    With a BatchFormerV2 hook it trains in two streams that share the targets; in evaluation it is
+    identical to the plain model.
 
     Args:
         vit: images to logits.
         mixing: mixup and CutMix in training, or None.
-        label_smoothing: share of a target, below 1, that is spread evenly over all classes.
+        label_smoothing: share of a target, in [0, 1), that is spread evenly over all classes.
         image_size: height and width of the images.
         pixel_mean: of each channel, in the order of the input image.
         pixel_std: of each channel.
@@ -210,7 +212,7 @@ class ImageClassifier(nn.Module):
         """Train or infer on a batch.
 
         Args:
-            batched_inputs: one dict an image: ``image`` (C, H, W), 0 to 255, uint8 or float; in
+            batched_inputs: one dict per image: ``image`` (C, H, W), 0 to 255, uint8 or float; in
                 training ``label``, an integer in [0, K).
 
         Returns:
@@ -219,8 +221,8 @@ class ImageClassifier(nn.Module):
             inputs.
 
         Raises:
-            UserError: an image of another size, a label out of range, or images without pairs to
-                be mixed.
+            UserError: an image of another size, a label out of range, or an odd number of images
+                to mix.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
@@ -232,14 +234,14 @@ class ImageClassifier(nn.Module):
         return self.losses(logits, streams, targets)
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """Images as one normalised batch (B, C, H, W) float32 on the device."""
+        """Stack images to one normalised batch (B, C, H, W) float32 on the device."""
         wanted = (len(self.pixel_mean), self.image_size, self.image_size)
         for inputs in batched_inputs:
             if tuple(inputs["image"].shape) != wanted:
                 raise UserError(
                     f"image {inputs.get('file_name', '?')} is of shape "
-                    f"{tuple(inputs['image'].shape)}, and the model takes {wanted}: see "
-                    "MODEL.CLASSIFIER.IMAGE_SIZE and INPUT.FORMAT"
+                    f"{tuple(inputs['image'].shape)}, and the model takes {wanted}: resize it, or "
+                    "build the model with another image_size and pixel_mean"
                 )
         images = torch.stack([inputs["image"] for inputs in batched_inputs])
         return (images.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
@@ -280,14 +282,17 @@ class ImageClassifier(nn.Module):
             if not 0 <= inputs["label"] < self.vit.num_classes:
                 raise UserError(
                     f"image {inputs.get('file_name', '?')} has the label {inputs['label']}, and "
-                    f"the model {self.vit.num_classes} classes: see MODEL.CLASSIFIER.NUM_CLASSES"
+                    f"the model has {self.vit.num_classes} classes: build it with more num_classes"
                 )
         labels = torch.tensor([inputs["label"] for inputs in batched_inputs])
         return labels.to(self.device, non_blocking=True)
 
 
+# --- building ------------------------------------------------------------------------------------
+
+
 _NODE = "MODEL.CLASSIFIER"
-# Arguments of timm that follow from other keys of the config.
+# Arguments of timm that other config keys set.
 _KEY_OF_ARGUMENT = {
     "num_classes": f"{_NODE}.NUM_CLASSES",
     "img_size": f"{_NODE}.IMAGE_SIZE",
@@ -301,16 +306,16 @@ def build_vision_transformer(cfg: CfgNode) -> HookedVisionTransformer:
     """Build the model ``MODEL.CLASSIFIER.NAME`` of timm with the hook of ``MODEL.BATCHFORMER``.
 
     Raises:
-        UserError: timm is not installed or does not know the model, it is no plain
-            VisionTransformer, its arguments do not suit it, its weights cannot be had or want other
-            images, a block is to sit after a layer that does not exist, or parts that are not there
-            are to be run again in the backward pass.
+        UserError: timm is not installed or does not have the model, the model is not a plain
+            VisionTransformer or does not accept the arguments, its weights are not available or
+            need other pixel statistics, a block would follow a layer that does not exist, or
+            activation checkpointing names a part that the model does not have.
     """
     other_parts = [part for part in cfg.MODEL.ACTIVATION_CHECKPOINTING if part != "encoder"]
     if other_parts:
         raise UserError(
             f"MODEL.ACTIVATION_CHECKPOINTING names {other_parts[0]!r}; an image classifier has "
-            "nothing but an encoder"
+            "an encoder only"
         )
     model = _create(cfg)
     model.set_grad_checkpointing("encoder" in cfg.MODEL.ACTIVATION_CHECKPOINTING)
@@ -325,7 +330,7 @@ def build_vision_transformer(cfg: CfgNode) -> HookedVisionTransformer:
 
 
 def build_batch_mixing(cfg: CfgNode) -> BatchMixing | None:
-    """Build mixup and CutMix as ``MODEL.CLASSIFIER`` wants them; None: neither.
+    """Build the mixup and CutMix of ``MODEL.CLASSIFIER``; None if both are off.
 
     Raises:
         UserError: a number out of its range, or timm is not installed.
@@ -379,7 +384,7 @@ def _create(cfg: CfgNode) -> Any:
     if not is_plain_vision_transformer(model):
         raise UserError(
             f"{_NODE}.NAME {node.NAME} is a {type(model).__name__}, which is no plain "
-            "VisionTransformer (distilled ones are none): take one such as deit_small_patch16_224 "
+            "VisionTransformer (distilled models are not): use one such as deit_small_patch16_224 "
             "or vit_small_patch16_224"
         )
     if node.PRETRAINED:
@@ -388,7 +393,7 @@ def _create(cfg: CfgNode) -> Any:
 
 
 def _arguments(pairs: Sequence[Any]) -> dict[str, Any]:
-    """Read TIMM_KWARGS."""
+    """Convert the pairs of TIMM_KWARGS to keyword arguments."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):

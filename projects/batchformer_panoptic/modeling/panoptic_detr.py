@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..batchformer import StreamState
 from ..errors import NonFiniteError, UserError
-from .backbone import recompute_stages
+from .backbone import checkpoint_stages
 from .build import (
     build_box_head,
     build_criterion,
@@ -131,7 +131,7 @@ class PanopticDETR(nn.Module):
             raise UserError("MODEL.MASK_HEAD.FREEZE_DETR needs a mask head: set MODEL.MASK_ON True")
         backbone = build_backbone(cfg)
         if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
-            recompute_stages(backbone)
+            checkpoint_stages(backbone)
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         return {

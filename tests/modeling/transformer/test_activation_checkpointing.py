@@ -1,4 +1,4 @@
-"""Parts that run again in the backward pass give the same losses and gradients."""
+"""Activation checkpointing does not change losses and gradients, and needs support of a part."""
 
 import copy
 
@@ -65,7 +65,7 @@ def test_evaluation_runs_every_part_once():
         assert torch.equal(a["panoptic_seg"][0], b["panoptic_seg"][0])
 
 
-def test_recomputed_stages_keep_their_names_and_can_be_copied():
+def test_checkpointed_stages_keep_their_names_and_can_be_copied():
     norm = {"MODEL__SMALL_RESNET__NORM": "FrozenBN"}
     model = tiny_model(MODEL__ACTIVATION_CHECKPOINTING=["backbone"], **norm)
     plain = tiny_model(**norm)

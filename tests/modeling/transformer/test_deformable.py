@@ -186,5 +186,7 @@ def test_configs_that_cannot_be_built_are_explained(overrides, message):
 
 def test_more_queries_than_tokens_are_explained():
     model = make(**TWO_STAGE, MODEL__DETR__NUM_OBJECT_QUERIES=101)
-    with pytest.raises(UserError, match="NUM_OBJECT_QUERIES is 101, but a batch has only 100"):
+    with pytest.raises(
+        UserError, match="num_queries is 101, but images of this size have only 100"
+    ):
         predictions(model)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batchformer_panoptic.batchformer import BATCHFORMER, ORIGINAL, StreamState
 from batchformer_panoptic.modeling.heads import BoxHead, LayerwiseBoxHead
 from batchformer_panoptic.modeling.padding import BatchPadding
 from batchformer_panoptic.modeling.transformer.deformable import token_boxes
@@ -61,8 +60,19 @@ def test_reference_points_of_tokens_lie_on_the_same_place_of_every_level():
     torch.testing.assert_close(points[0, 9], torch.tensor([[0.1875, 0.375], [0.28125, 0.375]]))
     boxes = levels.on_each_level(torch.tensor([[[0.4, 0.4, 0.2, 0.2]]]))
     torch.testing.assert_close(boxes[0, 0, 0], torch.tensor([0.2, 0.4, 0.1, 0.2]))
-    two = levels.expand(StreamState((ORIGINAL, BATCHFORMER)))
-    assert two.pos.shape[0] == two.centers.shape[0] == two.valid_ratios.shape[0] == 2
+
+
+def test_the_encoder_expands_what_it_knows_of_the_levels():
+    model = make(**BLOCK).train()
+    seen = []
+    encoder = model.transformer.encoder
+    encoder.register_forward_hook(lambda _, inputs, output: seen.append((inputs[1], output)))
+    predictions(model)
+    levels, (memory, expanded, streams) = seen[0]
+    assert expanded.shapes == levels.shapes
+    assert memory.shape[0] == 2 * len(SIZES)
+    for before, after in zip(levels[1:], expanded[1:], strict=True):
+        assert torch.equal(after, streams.expand(before))
 
 
 @pytest.mark.parametrize("name", ["res3", "res5"])
@@ -152,7 +162,7 @@ def test_queries_of_tokens_that_propose_nothing_start_at_the_end_of_the_logits()
     torch.testing.assert_close(output.transformer.proposals.boxes.max(), torch.tensor(1.0))
 
 
-def test_losses_of_proposals_know_objects_and_no_classes():
+def test_losses_of_proposals_depend_on_objects_and_not_on_classes():
     model = make(**TWO_STAGE).train()
     inputs = random_inputs(SIZES)
     losses = model(inputs)

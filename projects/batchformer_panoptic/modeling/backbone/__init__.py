@@ -1,6 +1,6 @@
-"""Backbones that Detectron2 does not have."""
+"""Backbones besides those of Detectron2: ResNets of DETR, small ResNets, timm models."""
 
-from .resnet import build_resnet_dc5_backbone, build_small_resnet_backbone, recompute_stages
+from .resnet import build_resnet_dc5_backbone, build_small_resnet_backbone, checkpoint_stages
 from .timm import TESTED_TIMM_MODELS, TimmBackbone, build_timm_backbone, create_timm_features
 
 __all__ = [
@@ -9,6 +9,6 @@ __all__ = [
     "build_resnet_dc5_backbone",
     "build_small_resnet_backbone",
     "build_timm_backbone",
+    "checkpoint_stages",
     "create_timm_features",
-    "recompute_stages",
 ]

@@ -1,9 +1,4 @@
-"""A narrow ResNet of basic blocks, for small images and machines without a GPU.
-
-Residual networks that compute their blocks again in the backward pass.
-
-Detectron2's ResNet, with the dilated last stage (DC5) that DETR uses.
-"""
+"""ResNets: the DC5 variant of DETR, a small ResNet, and activation checkpointing of stages."""
 
 import torch
 from detectron2.config import CfgNode
@@ -18,46 +13,13 @@ from ...errors import UserError
 _KEY = 'MODEL.ACTIVATION_CHECKPOINTING "backbone"'
 
 
-class RecomputedStage(nn.Sequential):
-    """A stage of which training keeps the input of each block alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W'), as the blocks do one after the other."""
-        recompute = self.training and torch.is_grad_enabled()
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x
-
-
-def recompute_stages(backbone: nn.Module) -> None:
-    """Let all stages of a residual network be :class:`RecomputedStage`; no name changes.
-
-    Raises:
-        UserError: another backbone, or one with norms that would count each batch twice.
-    """
-    if not isinstance(backbone, ResNet):
-        raise UserError(
-            f"{_KEY} is for the ResNets of Detectron2 and of this project, "
-            f"not for {type(backbone).__name__}"
-        )
-    for index, (name, stage) in enumerate(zip(backbone.stage_names, backbone.stages, strict=True)):
-        if any(getattr(m, "track_running_stats", False) for m in stage.modules()):
-            raise UserError(
-                f"{_KEY} needs norms without running statistics, which {name} has and would "
-                "update twice: set NORM of MODEL.RESNETS or MODEL.SMALL_RESNET to FrozenBN or GN"
-            )
-        recomputed = RecomputedStage(*stage)
-        setattr(backbone, name, recomputed)
-        backbone.stages[index] = recomputed
-
-
 @BACKBONE_REGISTRY.register()
 def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet; with ``MODEL.RESNETS.RES5_DILATION`` 2 its DC5 is torchvision's.
+    """Detectron2's ResNet; with ``MODEL.RESNETS.RES5_DILATION`` 2, torchvision's DC5 variant.
 
-    Both keep ``res5`` at stride 16. Detectron2 dilates all blocks of the stage; torchvision
-    (``replace_stride_with_dilation=[False, False, True]``, which DETR uses) leaves the first one
-    alone, where the stride has been. With dilation 1 this is ``build_resnet_backbone``.
+    Both variants keep ``res5`` at stride 16. Detectron2 dilates all blocks of the stage;
+    torchvision (``replace_stride_with_dilation=[False, False, True]``, as in DETR) does not dilate
+    the first block, whose stride is removed. With dilation 1 this is ``build_resnet_backbone``.
     """
     dilated = cfg.MODEL.RESNETS.RES5_DILATION > 1
     if dilated and cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE[-1]:
@@ -76,8 +38,9 @@ def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_small_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's ResNet with the widths, strides and depth of ``MODEL.SMALL_RESNET``.
 
-    Maps are called ``res2``, ``res3``, ... as in Detectron2; the stem has stride 4. All of it is
-    trained: there are no pre-trained weights that ``MODEL.BACKBONE.FREEZE_AT`` would protect.
+    For small images and machines without a GPU. Maps are called ``res2``, ``res3``, ... as in
+    Detectron2; the stem has stride 4. All parameters are trained: there are no pre-trained weights
+    that ``MODEL.BACKBONE.FREEZE_AT`` would keep.
     """
     node = cfg.MODEL.SMALL_RESNET
     stem = BasicStem(
@@ -87,7 +50,7 @@ def build_small_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     in_channels = node.STEM_CHANNELS
     for channels, stride in zip(node.STAGE_CHANNELS, node.STAGE_STRIDES, strict=True):
         if stride > 1 and channels == in_channels:
-            # Detectron2's basic block has no shortcut convolution then, and cannot be strided.
+            # Detectron2's basic block has a shortcut convolution only where the width changes.
             raise UserError(
                 f"MODEL.SMALL_RESNET.STAGE_CHANNELS is {node.STAGE_CHANNELS}: a stage of stride "
                 f"{stride} must change the number of channels ({channels})"
@@ -104,3 +67,40 @@ def build_small_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
         )
         in_channels = channels
     return ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
+
+
+# --- activation checkpointing --------------------------------------------------------------------
+
+
+class CheckpointedStage(nn.Sequential):
+    """A stage with activation checkpointing: training keeps the input of each block only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'), through the blocks in order."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def checkpoint_stages(backbone: nn.Module) -> None:
+    """Replace all stages of a ResNet by :class:`CheckpointedStage`; parameter names stay.
+
+    Raises:
+        UserError: another backbone, or one with norms that would update their statistics twice.
+    """
+    if not isinstance(backbone, ResNet):
+        raise UserError(
+            f"{_KEY} is for the ResNets of Detectron2 and of this project, "
+            f"not for {type(backbone).__name__}"
+        )
+    for index, (name, stage) in enumerate(zip(backbone.stage_names, backbone.stages, strict=True)):
+        if any(getattr(m, "track_running_stats", False) for m in stage.modules()):
+            raise UserError(
+                f"{_KEY} needs norms without running statistics, which {name} has and would "
+                "update twice: set NORM of MODEL.RESNETS or MODEL.SMALL_RESNET to FrozenBN or GN"
+            )
+        checkpointed = CheckpointedStage(*stage)
+        setattr(backbone, name, checkpointed)
+        backbone.stages[index] = checkpointed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...layers import TokenLinear, conv_upsampled
+from ...layers import conv_upsampled
 from ..transformer import TransformerOutput
 
 
@@ -28,7 +28,7 @@ class AttentionMap(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q_linear = nn.Linear(embed_dim, embed_dim)
-        self.k_linear = TokenLinear(embed_dim, embed_dim)
+        self.k_linear = nn.Linear(embed_dim, embed_dim)
         for layer in (self.q_linear, self.k_linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

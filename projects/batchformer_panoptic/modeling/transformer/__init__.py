@@ -1,6 +1,7 @@
 """Transformers by name: feature maps in, query states and memory out."""
 
 from .base import TRANSFORMER_REGISTRY, Proposals, Transformer, TransformerOutput, build_transformer
+from .conditional import ConditionalDecoder
 from .deformable import DeformableTransformer
 from .detr import SingleScaleTransformer
 from .smca import SMCADecoder
@@ -8,6 +9,7 @@ from .smca_multiscale import MultiScaleSMCA
 
 __all__ = [
     "TRANSFORMER_REGISTRY",
+    "ConditionalDecoder",
     "DeformableTransformer",
     "MultiScaleSMCA",
     "Proposals",

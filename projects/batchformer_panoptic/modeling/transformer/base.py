@@ -1,7 +1,4 @@
-"""What every transformer takes and returns, and the registry that finds one by name.
-
-The BatchFormerV2 hook that a config asks for, for whatever encoder.
-"""
+"""The contract of all transformers, their registry, and builders that they share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -14,65 +11,35 @@ from torch import Tensor, nn
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
 from ..padding import BatchPadding
-
-
-def build_hook(
-    cfg: CfgNode, *, embed_dim: int, num_layers: int, layers_are: str
-) -> IdentityHook | BatchFormerHook:
-    """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes.
-
-    Args:
-        cfg: the whole config.
-        embed_dim: channels of a token.
-        num_layers: layers of the encoder.
-        layers_are: where this number comes from, for messages ("MODEL.DETR.ENC_LAYERS is 6").
-
-    Raises:
-        UserError: a block would sit after a layer that does not exist.
-    """
-    node = cfg.MODEL.BATCHFORMER
-    if not node.ENABLED:
-        return IdentityHook()
-    _check_insert_layers(node.INSERT_LAYERS, num_layers, layers_are)
-    return BatchFormerHook(
-        embed_dim,
-        insert_layers=node.INSERT_LAYERS,
-        num_heads=node.NUM_HEADS,
-        dim_feedforward=node.DIM_FEEDFORWARD or None,
-        dropout=node.DROPOUT,
-        shared=node.SHARED,
-        mask_padding=node.MASK_PADDING,
-    )
-
-
-def _check_insert_layers(insert_layers: Sequence[int], num_layers: int, layers_are: str) -> None:
-    layers = list(insert_layers)
-    in_range = all(0 <= layer < num_layers for layer in layers)
-    if not layers or not in_range or len(set(layers)) != len(layers):
-        raise UserError(
-            f"MODEL.BATCHFORMER.INSERT_LAYERS is {layers}; it must name distinct encoder layers "
-            f"from 0 to {num_layers - 1} ({layers_are})"
-        )
-
+from .layers import CheckpointedLayer
 
 TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
 TRANSFORMER_REGISTRY.__doc__ = """
 Transformers, found by ``MODEL.DETR.TRANSFORMER_NAME``.
 
-What is registered is a function ``(cfg, input_shape) -> Transformer`` with the name that configs
-use. The module is called as ``transformer(features, padding, box_head)``:
+Register a function ``(cfg, input_shape) -> Transformer`` under the name that configs use. The
+module is called as ``transformer(features, padding, box_head)``:
 
 * ``features``: feature maps by name, each (B, C_in, H, W);
 * ``padding``: the :class:`BatchPadding` of the batch, which also makes the masks of maps;
-* ``box_head``: a :class:`BoxPredictor`, the head that will read the result. Decoders that refine
-  boxes from layer to layer call it; the others ignore it.
+* ``box_head``: a :class:`BoxPredictor`, the head that is applied to the result. Decoders that
+  refine boxes from layer to layer call it; the others ignore it.
 
 It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
+
+Optional: ``transformer.encoder.layers`` and ``transformer.decoder.layers``, iterables of
+:class:`CheckpointedLayer` (``transformer/layers.py``). ``MODEL.ACTIVATION_CHECKPOINTING`` acts on
+them through :func:`build_transformer`, and refuses a transformer without them. An encoder for
+BatchFormerV2 runs its layers by ``batchformer.encode`` with the hook of
+:func:`build_batchformer_hook` as its attribute ``batchformer``.
 """
 
 
+# --- the contract --------------------------------------------------------------------------------
+
+
 class BoxPredictor(Protocol):
-    """What a transformer may ask of the box head."""
+    """The methods of the box head that a transformer may call."""
 
     def classify(self, layer: int, states: Tensor) -> Tensor:
         """Class logits (B', Q, K) from the states (B', Q, C) of one decoder layer.
@@ -100,7 +67,7 @@ class Proposals(NamedTuple):
 
     Attributes:
         logits: (B', N, K) class logits.
-        boxes: (B', N, 4) float32 cxcywh in 0 to 1; all ones for tokens that propose nothing.
+        boxes: (B', N, 4) float32 cxcywh in 0 to 1; all ones for tokens without a proposal.
     """
 
     logits: Tensor
@@ -108,13 +75,13 @@ class Proposals(NamedTuple):
 
 
 class TransformerOutput(NamedTuple):
-    """The one result of all transformers. B' is the number of streams times B.
+    """The result of all transformers. B' is the number of streams times B.
 
     Attributes:
         hidden_states: (L, B', Q, C), normalised query states after each decoder layer.
         reference_points: None (DETR), or (L, B', Q, 2 or 4) float32 logits to which the box head
             adds its offsets before the sigmoid.
-        projected_map: (B, C, H, W), the map of MODEL.DETR.IN_FEATURE brought to C channels; not
+        projected_map: (B, C, H, W), the map of MODEL.DETR.IN_FEATURE projected to C channels; not
             expanded.
         memory_map: (B', C, H, W), the encoder's output at the same positions.
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
@@ -159,45 +126,33 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
 
+# --- building ------------------------------------------------------------------------------------
+
+
 def build_transformer(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Transformer:
-    """Build the transformer that ``cfg.MODEL.DETR.TRANSFORMER_NAME`` names."""
+    """Build the transformer that ``cfg.MODEL.DETR.TRANSFORMER_NAME`` names.
+
+    Raises:
+        UserError: an unknown name, settings that the transformer refuses, or activation
+            checkpointing of a part that does not support it.
+    """
     name = cfg.MODEL.DETR.TRANSFORMER_NAME
     if name not in TRANSFORMER_REGISTRY:
         known = sorted(key for key, _ in TRANSFORMER_REGISTRY)
         raise UserError(f"MODEL.DETR.TRANSFORMER_NAME is {name!r}; known: {', '.join(known)}")
     transformer: Transformer = TRANSFORMER_REGISTRY.get(name)(cfg, input_shape)
     for part in ("encoder", "decoder"):
-        for layer in getattr(transformer, part).layers:
-            layer.recompute = part in cfg.MODEL.ACTIVATION_CHECKPOINTING
+        if part not in cfg.MODEL.ACTIVATION_CHECKPOINTING:
+            continue
+        layers = list(getattr(getattr(transformer, part, None), "layers", ()))
+        if not layers or not all(isinstance(layer, CheckpointedLayer) for layer in layers):
+            raise UserError(
+                f"MODEL.ACTIVATION_CHECKPOINTING names {part!r}, which the transformer {name!r} "
+                f"does not support (it needs {part}.layers of CheckpointedLayer): remove it"
+            )
+        for layer in layers:
+            layer.activation_checkpointing = True
     return transformer
-
-
-def feature_shapes(
-    key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]
-) -> list[ShapeSpec]:
-    """Shapes of the backbone maps that a config key names; at least one.
-
-    Raises:
-        UserError: the backbone does not return them all.
-    """
-    missing = [name for name in names if name not in input_shape]
-    if missing or not names:
-        raise UserError(
-            f"{key} is {list(names)}, but the backbone returns {', '.join(sorted(input_shape))}; "
-            "see its OUT_FEATURES"
-        )
-    return [input_shape[name] for name in names]
-
-
-def mask_level(cfg: CfgNode, key: str, names: Sequence[str]) -> int:
-    """Which of the maps that ``key`` names ``MODEL.DETR.IN_FEATURE`` is: masks are read from it."""
-    chosen = cfg.MODEL.DETR.IN_FEATURE
-    if chosen not in names:
-        raise UserError(
-            f"MODEL.DETR.IN_FEATURE is {chosen!r}, which masks are read from; it must be one of "
-            f"{key} {list(names)}"
-        )
-    return list(names).index(chosen)
 
 
 def build_batchformer_hook(cfg: CfgNode) -> IdentityHook | BatchFormerHook:
@@ -209,3 +164,70 @@ def build_batchformer_hook(cfg: CfgNode) -> IdentityHook | BatchFormerHook:
         num_layers=num_layers,
         layers_are=f"MODEL.DETR.ENC_LAYERS is {num_layers}",
     )
+
+
+def build_hook(
+    cfg: CfgNode, *, embed_dim: int, num_layers: int, layers_are: str
+) -> IdentityHook | BatchFormerHook:
+    """Build the hook that ``cfg.MODEL.BATCHFORMER`` describes, for any encoder.
+
+    Args:
+        cfg: the whole config.
+        embed_dim: channels of a token.
+        num_layers: layers of the encoder.
+        layers_are: the origin of this number, for messages ("MODEL.DETR.ENC_LAYERS is 6").
+
+    Raises:
+        UserError: a block would follow a layer that does not exist.
+    """
+    node = cfg.MODEL.BATCHFORMER
+    if not node.ENABLED:
+        return IdentityHook()
+    _check_insert_layers(node.INSERT_LAYERS, num_layers, layers_are)
+    return BatchFormerHook(
+        embed_dim,
+        insert_layers=node.INSERT_LAYERS,
+        num_heads=node.NUM_HEADS,
+        dim_feedforward=node.DIM_FEEDFORWARD or None,
+        dropout=node.DROPOUT,
+        shared=node.SHARED,
+        mask_padding=node.MASK_PADDING,
+    )
+
+
+def _check_insert_layers(insert_layers: Sequence[int], num_layers: int, layers_are: str) -> None:
+    layers = list(insert_layers)
+    in_range = all(0 <= layer < num_layers for layer in layers)
+    if not layers or not in_range or len(set(layers)) != len(layers):
+        raise UserError(
+            f"MODEL.BATCHFORMER.INSERT_LAYERS is {layers}; it must name distinct encoder layers "
+            f"from 0 to {num_layers - 1} ({layers_are})"
+        )
+
+
+def feature_shapes(
+    key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]
+) -> list[ShapeSpec]:
+    """Shapes of the backbone maps that a config key names; at least one.
+
+    Raises:
+        UserError: no names, or a map that the backbone does not return.
+    """
+    missing = [name for name in names if name not in input_shape]
+    if missing or not names:
+        raise UserError(
+            f"{key} is {list(names)}, but the backbone returns {', '.join(sorted(input_shape))}; "
+            "see its OUT_FEATURES"
+        )
+    return [input_shape[name] for name in names]
+
+
+def mask_level(cfg: CfgNode, key: str, names: Sequence[str]) -> int:
+    """Index of ``MODEL.DETR.IN_FEATURE``, the map for the mask head, among the maps of ``key``."""
+    chosen = cfg.MODEL.DETR.IN_FEATURE
+    if chosen not in names:
+        raise UserError(
+            f"MODEL.DETR.IN_FEATURE is {chosen!r}, which masks are read from; it must be one of "
+            f"{key} {list(names)}"
+        )
+    return list(names).index(chosen)

@@ -1,15 +1,7 @@
-"""Deformable-DETR (Zhu et al. 2021): several feature levels, attention at a few points of each.
+"""Deformable-DETR (Zhu et al. 2021): attention at a few points of several feature levels.
 
-Shapes: B images, B' = streams * B, N tokens of L levels, Q queries, C channels.
-
-The first stage of two-stage Deformable-DETR: proposals from the encoder's memory.
-
-Shapes: B' = streams * B, N tokens of all levels, Q queries, K class logits, C channels.
-
-Encoder and decoder of Deformable-DETR (Zhu et al. 2021), with a hook after each encoder layer.
-
-Shapes: B images, B' = streams * B, N tokens of L levels one after the other, Q queries, C channels.
-Parameter names are those of fundamentalvision/Deformable-DETR.
+Shapes: B images, B' = streams * B, N tokens of L levels one after the other, Q queries, C channels,
+K class logits. Parameter names are those of fundamentalvision/Deformable-DETR.
 """
 
 from collections.abc import Sequence
@@ -20,8 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ...batchformer import BatchFormerHook, IdentityHook, StreamState
-from ...batchformer.batchformer import SINGLE
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ...errors import UserError
 from ...layers import MSDeformAttn, SinePositionEncoding, sine_encoding
 from ..padding import BatchPadding
@@ -39,97 +30,14 @@ from .detr import post_norm_arguments
 from .layers import FeedForwardLayer
 from .multi_scale import LevelProjection, Levels, cell_centers, flatten_maps, valid_sizes
 
+_FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
 _BASE_SIZE = 0.05  # side of a proposal on the finest level; doubles from level to level
-_MARGIN = 0.01  # a token this close to the edge of the image proposes nothing
-
-
-class FirstStage(NamedTuple):
-    """What the decoder starts from, and what is supervised.
-
-    Attributes:
-        queries: (B', Q, C) content of the queries.
-        query_pos: (B', Q, C) their positions.
-        references: (B', Q, 4) boxes as logits, without gradient.
-        proposals: of all tokens.
-    """
-
-    queries: Tensor
-    query_pos: Tensor
-    references: Tensor
-    proposals: Proposals
-
-
-class ProposalStage(nn.Module):
-    """Every token proposes a box around itself; the best become the queries (appendix A.4).
-
-    As published, a proposal is as good as its logit of class 0, since proposals are trained with
-    that class for every object, and tokens at the edge or in the padding have boxes of all ones.
-    Parameter names are those of fundamentalvision/Deformable-DETR.
-
-    Args:
-        embed_dim: channels C.
-        num_queries: proposals Q that go on to the decoder.
-        head_layer: the layer that stands for the proposals in ``BoxPredictor``.
-    """
-
-    def __init__(self, *, embed_dim: int, num_queries: int, head_layer: int) -> None:
-        super().__init__()
-        self.num_queries = num_queries
-        self.head_layer = head_layer
-        self.enc_output = nn.Linear(embed_dim, embed_dim)
-        self.enc_output_norm = nn.LayerNorm(embed_dim)
-        self.pos_trans = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.pos_trans_norm = nn.LayerNorm(2 * embed_dim)
-
-    def forward(self, memory: Tensor, levels: Levels, box_head: BoxPredictor) -> FirstStage:
-        """Propose.
-
-        Args:
-            memory: (B', N, C).
-            levels: of the memory.
-            box_head: the head that also reads the decoder.
-
-        Raises:
-            UserError: the image has fewer tokens than there are to be queries.
-        """
-        if memory.shape[1] < self.num_queries:
-            raise UserError(
-                f"MODEL.DETR.NUM_OBJECT_QUERIES is {self.num_queries}, but a batch has only "
-                f"{memory.shape[1]} tokens to propose boxes: use fewer queries or larger images"
-            )
-        starts, usable = token_boxes(levels)
-        states = memory.masked_fill(~usable[..., None], 0.0)
-        states = self.enc_output_norm(self.enc_output(states))
-        logits = box_head.classify(self.head_layer, states)
-        boxes = box_head.predict_boxes(self.head_layer, states, starts)
-        best = logits[..., 0].topk(self.num_queries, dim=1).indices
-        references = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
-        where = sine_encoding(references.sigmoid(), 2 * memory.shape[-1])
-        query_pos, queries = self.pos_trans_norm(self.pos_trans(where)).chunk(2, dim=-1)
-        return FirstStage(queries, query_pos, references, Proposals(logits, boxes.sigmoid()))
-
-
-def token_boxes(levels: Levels) -> tuple[Tensor, Tensor]:
-    """The box that each token starts from.
-
-    Returns:
-        (B', N, 4) float32 logits of cxcywh, infinite where a token proposes nothing, and (B', N)
-        bool, True where it proposes something.
-    """
-    sizes = torch.cat(
-        [
-            levels.centers.new_full((height * width, 1), _BASE_SIZE * 2.0**level)
-            for level, (height, width) in enumerate(levels.shapes)
-        ]
-    )
-    boxes = torch.cat([levels.centers, sizes.expand_as(levels.centers)], dim=-1)
-    # Centres in the padding lie beyond 1.
-    usable = ((boxes > _MARGIN) & (boxes < 1 - _MARGIN)).all(-1)
-    return boxes.logit().masked_fill(~usable[..., None], torch.inf), usable
-
-
+_MARGIN = 0.01  # tokens this close to the edge of the image have no proposal
 # Bound of reference points as logits, where the published inverse sigmoid ends (at 1e-5).
 _LARGEST_LOGIT = 11.5129
+
+
+# --- layers --------------------------------------------------------------------------------------
 
 
 class DeformableEncoderLayer(FeedForwardLayer):
@@ -155,7 +63,7 @@ class DeformableEncoderLayer(FeedForwardLayer):
         self.norm2 = nn.LayerNorm(embed_dim)
 
     def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
-        """(B', N, C) tokens and what is known of their levels -> (B', N, C)."""
+        """(B', N, C) tokens and their levels -> (B', N, C)."""
         attended = self.self_attn(
             tokens + levels.pos,
             levels.cell_centers(),
@@ -204,7 +112,7 @@ class DeformableDecoderLayer(FeedForwardLayer):
 
         Args:
             queries: (B', Q, C) content of the queries.
-            query_pos: (B', Q, C) their positions, added wherever they ask.
+            query_pos: (B', Q, C) their positions, added to the queries of both attentions.
             reference_points: (B', Q, 2 or 4) in 0 to 1 over the image without padding.
             memory: (B', N, C).
             levels: of the memory.
@@ -225,8 +133,11 @@ class DeformableDecoderLayer(FeedForwardLayer):
         return self._feed_forward(self.norm1(queries + self.dropout(attended)), self.norm3)
 
 
+# --- encoder -------------------------------------------------------------------------------------
+
+
 class DeformableEncoder(nn.Module):
-    """Encoder layers with a hook after each; the hook may open a second stream."""
+    """Encoder layers with BatchFormerV2's hook after each; the hook may open a second stream."""
 
     def __init__(
         self,
@@ -243,24 +154,113 @@ class DeformableEncoder(nn.Module):
 
         Args:
             tokens: (B, N, C).
-            levels: what is known of them.
+            levels: their levels.
 
         Returns:
             Memory (B', N, C), its levels, and the streams along B'.
         """
-        streams, now = SINGLE, levels
-        for index, layer in enumerate(self.layers):
-            tokens = layer(tokens, now)
-            tokens, state = self.batchformer.after_layer(
-                index, tokens, streams, now.key_padding_mask
+        memory, streams, (levels,) = encode(
+            self.layers,
+            self.batchformer,
+            tokens,
+            levels,
+            key_padding_mask=levels.key_padding_mask,
+        )
+        return memory, levels, streams
+
+
+# --- first stage: proposals from the memory (appendix A.4) ---------------------------------------
+
+
+class FirstStage(NamedTuple):
+    """The input of the decoder, and the proposals for the losses.
+
+    Attributes:
+        queries: (B', Q, C) content of the queries.
+        query_pos: (B', Q, C) their positions.
+        references: (B', Q, 4) boxes as logits, without gradient.
+        proposals: the proposals of all tokens.
+    """
+
+    queries: Tensor
+    query_pos: Tensor
+    references: Tensor
+    proposals: Proposals
+
+
+class ProposalStage(nn.Module):
+    """Every token proposes a box around itself; the best become the queries (appendix A.4).
+
+    As published, proposals are ranked by their logit of class 0, which they are trained to predict
+    for every object. Tokens at the edge or in the padding have boxes of all ones.
+
+    Args:
+        embed_dim: channels C.
+        num_queries: number of proposals Q that become queries of the decoder.
+        head_layer: the layer number of the proposals in ``BoxPredictor``.
+    """
+
+    def __init__(self, *, embed_dim: int, num_queries: int, head_layer: int) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.head_layer = head_layer
+        self.enc_output = nn.Linear(embed_dim, embed_dim)
+        self.enc_output_norm = nn.LayerNorm(embed_dim)
+        self.pos_trans = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.pos_trans_norm = nn.LayerNorm(2 * embed_dim)
+
+    def forward(self, memory: Tensor, levels: Levels, box_head: BoxPredictor) -> FirstStage:
+        """Propose.
+
+        Args:
+            memory: (B', N, C).
+            levels: of the memory.
+            box_head: the head that is also applied to the decoder's states.
+
+        Raises:
+            UserError: the batch has fewer tokens per image than queries.
+        """
+        if memory.shape[1] < self.num_queries:
+            raise UserError(
+                f"num_queries is {self.num_queries}, but images of this size have only "
+                f"{memory.shape[1]} tokens that propose boxes: use fewer queries or larger images"
             )
-            if state != streams:
-                streams, now = state, levels.expand(state)
-        return tokens, now, streams
+        starts, usable = token_boxes(levels)
+        states = memory.masked_fill(~usable[..., None], 0.0)
+        states = self.enc_output_norm(self.enc_output(states))
+        logits = box_head.classify(self.head_layer, states)
+        boxes = box_head.predict_boxes(self.head_layer, states, starts)
+        best = logits[..., 0].topk(self.num_queries, dim=1).indices
+        references = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+        where = sine_encoding(references.sigmoid(), 2 * memory.shape[-1])
+        query_pos, queries = self.pos_trans_norm(self.pos_trans(where)).chunk(2, dim=-1)
+        return FirstStage(queries, query_pos, references, Proposals(logits, boxes.sigmoid()))
+
+
+def token_boxes(levels: Levels) -> tuple[Tensor, Tensor]:
+    """The box around each token that its proposal is an offset to.
+
+    Returns:
+        (B', N, 4) float32 logits of cxcywh, infinite for tokens without a proposal, and (B', N)
+        bool, True for tokens with one.
+    """
+    sizes = torch.cat(
+        [
+            levels.centers.new_full((height * width, 1), _BASE_SIZE * 2.0**level)
+            for level, (height, width) in enumerate(levels.shapes)
+        ]
+    )
+    boxes = torch.cat([levels.centers, sizes.expand_as(levels.centers)], dim=-1)
+    # Centres in the padding are beyond 1.
+    usable = ((boxes > _MARGIN) & (boxes < 1 - _MARGIN)).all(-1)
+    return boxes.logit().masked_fill(~usable[..., None], torch.inf), usable
+
+
+# --- decoder -------------------------------------------------------------------------------------
 
 
 class DeformableDecoder(nn.Module):
-    """Decoder layers over reference points that stay, or that each layer refines.
+    """Decoder layers over reference points, which are fixed or refined by each layer.
 
     Args:
         layers: the decoder layers.
@@ -285,18 +285,18 @@ class DeformableDecoder(nn.Module):
         """Decode.
 
         Args:
-            queries: (B', Q, C) content that the queries start from.
+            queries: (B', Q, C) initial content of the queries.
             query_pos: (B', Q, C) their positions.
             references: (B', Q, 2 or 4) reference points of the first layer, as logits.
             memory: (B', N, C).
             levels: of the memory.
-            box_head: predicts the boxes that are refined.
+            box_head: predicts the refined boxes.
 
         Returns:
             (L, B', Q, C) states after each layer; (L, B', Q, 2 or 4) logits to which each layer's
-            boxes are offsets; and, where boxes are refined, their (L, B', Q, 4) logits. Refinement
-            that starts from points has four-number references throughout: width and height of the
-            first layer's start from the logit 0.
+            boxes are offsets; and, where boxes are refined, their (L, B', Q, 4) logits. With
+            refinement all references have four numbers: those of the first layer are padded with
+            the logit 0 for width and height if they are points.
         """
         references = references.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         states, starts, refined = [], [], []
@@ -314,21 +314,21 @@ class DeformableDecoder(nn.Module):
         return torch.stack(states), torch.stack(starts), boxes_or_none
 
 
-_FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
+# --- the transformer -----------------------------------------------------------------------------
 
 
 class DeformableTransformer(Transformer):
-    """Projection to levels, encoder with a hook, decoder over reference points.
+    """Projection to levels, encoder, optional proposals, decoder over reference points.
 
     Args:
         in_features: backbone maps that become tokens, fine to coarse.
-        mask_level: which level the mask head is given.
+        mask_level: index of the level for the mask head.
         embed_dim: channels C.
         num_queries: object queries Q.
         projection: backbone maps to levels.
-        encoder: tokens to memory, opening streams on the way.
+        encoder: tokens to memory; its hook may open a second stream.
         decoder: queries and reference points to states.
-        proposal_stage: where queries come from in two stages; None: they are learned.
+        proposal_stage: source of the queries with two stages; None: learned queries.
     """
 
     @configurable
@@ -433,7 +433,7 @@ class DeformableTransformer(Transformer):
     def describe_levels(
         self, maps: list[Tensor], masks: list[Tensor], *, is_padded: bool
     ) -> Levels:
-        """What attention needs to know of L projected maps (B, C, H_l, W_l) and their masks."""
+        """The levels of L projected maps (B, C, H_l, W_l) with their masks (B, H_l, W_l)."""
         dtype = maps[0].dtype
         pos = [
             (self.position_encoding(mask) + embedding).flatten(1, 2)
@@ -458,7 +458,7 @@ class DeformableTransformer(Transformer):
 
 
 def _initialise(part: nn.Module | None) -> None:
-    """Xavier for every matrix, the hook's blocks included, but deformable attention has its own."""
+    """Xavier for all matrices, including the hook's blocks, except for deformable attention."""
     if part is None:
         return
     for parameter in part.parameters():
@@ -469,8 +469,11 @@ def _initialise(part: nn.Module | None) -> None:
             module.reset_parameters()
 
 
+# --- building ------------------------------------------------------------------------------------
+
+
 def _check_settings(cfg: CfgNode) -> None:
-    """Raise UserError for settings that do not go together."""
+    """Raise UserError for settings that contradict each other."""
     detr, node = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
     names = list(node.IN_FEATURES)
     wrong: list[tuple[bool, str]] = [
@@ -492,7 +495,7 @@ def _check_settings(cfg: CfgNode) -> None:
         (
             node.BOX_REFINE and not detr.DEEP_SUPERVISION,
             "MODEL.DEFORMABLE.BOX_REFINE gives each layer a head of its own: set "
-            "MODEL.DETR.DEEP_SUPERVISION, or the heads before the last learn nothing",
+            "MODEL.DETR.DEEP_SUPERVISION, or the heads before the last are not trained",
         ),
     ]
     for is_wrong, message in wrong:
@@ -502,5 +505,5 @@ def _check_settings(cfg: CfgNode) -> None:
 
 @TRANSFORMER_REGISTRY.register()
 def deformable(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> DeformableTransformer:
-    """Deformable-DETR; ``MODEL.DEFORMABLE`` holds what is its own."""
+    """Deformable-DETR, with the settings of ``MODEL.DEFORMABLE``."""
     return DeformableTransformer(cfg, input_shape)

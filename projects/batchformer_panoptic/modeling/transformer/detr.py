@@ -1,4 +1,4 @@
-"""Transformers over one feature map: DETR, Conditional-DETR, and the frame that SMCA shares.
+"""DETR (Carion et al. 2020), and the transformer over one feature map that others share.
 
 Shapes: B images, B' = streams * B, N = H * W tokens, Q queries, C channels, L decoder layers.
 """
@@ -19,30 +19,21 @@ from .base import (
     TransformerOutput,
     build_batchformer_hook,
 )
-from .layers import (
-    ConditionalDecoder,
-    ConditionalDecoderLayer,
-    Decoder,
-    DecoderLayer,
-    DETRDecoder,
-    DETREncoder,
-    EncoderLayer,
-    MemoryGrid,
-)
+from .layers import Decoder, DecoderLayer, DETRDecoder, DETREncoder, EncoderLayer, MemoryGrid
 
 
 class SingleScaleTransformer(Transformer):
     """Projection, sine positions, encoder and decoder over one backbone map.
 
-    Differs from facebookresearch/detr in nothing but names: ``query_embed`` and ``input_proj``
-    live here and not in the model around it.
+    The only difference from facebookresearch/detr is in names: ``query_embed`` and ``input_proj``
+    belong to the transformer, and not to the model around it.
 
     Args:
-        in_feature: the backbone map that is read.
+        in_feature: name of the backbone map.
         in_channels: its channels.
         embed_dim: channels C of tokens and queries.
         num_queries: object queries Q.
-        encoder: tokens to memory, opening streams on the way.
+        encoder: tokens to memory; its hook may open a second stream.
         decoder: query positions and memory to query states and reference points.
     """
 
@@ -127,7 +118,7 @@ def in_feature_shape(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSp
 
 
 def layer_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """What encoder and decoder layers of DETR are built from."""
+    """Constructor arguments of DETR's encoder and decoder layers."""
     node = cfg.MODEL.DETR
     return {
         "embed_dim": node.HIDDEN_DIM,
@@ -139,7 +130,11 @@ def layer_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def post_norm_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The same for layers that exist with the norm after attention alone."""
+    """Constructor arguments of layers that exist as post-norm layers only.
+
+    Raises:
+        UserError: the config asks for pre-norm layers.
+    """
     arguments = layer_arguments(cfg)
     if arguments.pop("pre_norm"):
         raise UserError(
@@ -154,16 +149,4 @@ def detr(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransfor
     """DETR: absolute boxes, no reference points."""
     layers = [DecoderLayer(**layer_arguments(cfg)) for _ in range(cfg.MODEL.DETR.DEC_LAYERS)]
     decoder = DETRDecoder(layers, embed_dim=cfg.MODEL.DETR.HIDDEN_DIM)
-    return SingleScaleTransformer(cfg, input_shape, decoder)
-
-
-@TRANSFORMER_REGISTRY.register()
-def conditional(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SingleScaleTransformer:
-    """Conditional-DETR: one reference point for each query."""
-    arguments = post_norm_arguments(cfg)
-    layers = [
-        ConditionalDecoderLayer(**arguments, is_first=index == 0)
-        for index in range(cfg.MODEL.DETR.DEC_LAYERS)
-    ]
-    decoder = ConditionalDecoder(layers, embed_dim=cfg.MODEL.DETR.HIDDEN_DIM)
     return SingleScaleTransformer(cfg, input_shape, decoder)

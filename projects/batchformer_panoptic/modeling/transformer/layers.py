@@ -1,15 +1,7 @@
-"""What every decoder over a memory takes and returns; those of DETR and Conditional-DETR.
+"""Encoder and decoder of DETR (Carion et al. 2020, appendix A.3), and bases that others share.
 
-Shapes: B' images times streams, N tokens, Q queries, C channels, L decoder layers.
-
-Encoder and decoder layers of DETR (Carion et al. 2020, appendix A.3) and Conditional-DETR.
-
-Shapes: B' images times streams, N tokens of the encoder, Q queries, C channels. Parameter names
-are those of facebookresearch/detr and Atten4Vis/ConditionalDETR.
-
-The encoder of DETR, with a hook after each layer.
-
-Shapes: B images, B' = streams * B, N tokens, C channels.
+Shapes: B images, B' = streams * B, N tokens of the encoder, Q queries, C channels, L decoder
+layers. Parameter names are those of facebookresearch/detr.
 """
 
 from collections.abc import Sequence
@@ -20,36 +12,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...batchformer import BatchFormerHook, IdentityHook, StreamState
-from ...batchformer.batchformer import SINGLE
-from ...layers import MLP, TokenLinear, sine_encoding
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ..padding import BatchPadding
 
+# --- layers --------------------------------------------------------------------------------------
 
-class FeedForwardLayer(nn.Module):
-    """The feed-forward half that encoder and decoder layers share.
+
+class CheckpointedLayer(nn.Module):
+    """Base of the layers that support activation checkpointing.
 
     Attributes:
-        recompute: keep only the inputs for the backward pass, which then runs the layer a second
-            time, with the same dropout (activation checkpointing).
+        activation_checkpointing: in training, keep the inputs of the layer only, and run it a
+            second time, with the same dropout, in the backward pass.
     """
 
-    recompute = False
+    activation_checkpointing = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the layer, including its forward hooks."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False)
+        return super().__call__(*inputs)
+
+
+class FeedForwardLayer(CheckpointedLayer):
+    """Base of encoder and decoder layers: the feed-forward network with its residual and norm.
+
+    Args:
+        embed_dim: channels C.
+        dim_feedforward: hidden width of the feed-forward network.
+        dropout: of the hidden units and of the residual branches.
+        pre_norm: normalise the input of each residual branch, and not the sum after it.
+    """
 
     def __init__(
         self, *, embed_dim: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__()
-        self.linear1 = TokenLinear(embed_dim, dim_feedforward)
-        self.linear2 = TokenLinear(dim_feedforward, embed_dim)
+        self.linear1 = nn.Linear(embed_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Run the layer, hooks included."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(super().__call__, *inputs, use_reentrant=False)
-        return super().__call__(*inputs)
 
     def _feed_forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         inner = norm(x) if self.pre_norm else x
@@ -163,118 +166,11 @@ class DecoderLayer(FeedForwardLayer):
         return self._feed_forward(queries, self.norm3)
 
 
-class ConditionalAttention(nn.Module):
-    """Attention over heads that were projected outside; nothing but dropout and ``out_proj``."""
-
-    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.out_proj = TokenLinear(embed_dim, embed_dim)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B', N, C) -> (B', heads, N, C / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, valid_mask: Tensor | None = None
-    ) -> Tensor:
-        """(B', heads, Q or N, D) each; ``valid_mask`` True where attended to -> (B', Q, C)."""
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=valid_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-class ConditionalDecoderLayer(FeedForwardLayer):
-    """Decoder layer of Conditional-DETR (Meng et al. 2021, section 3.3).
-
-    In the cross-attention content meets content and position meets position: their halves are
-    concatenated head by head instead of added. Only the first layer also adds the query position
-    to the content, since its content is zero.
-    """
-
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        is_first: bool,
-    ) -> None:
-        super().__init__(
-            embed_dim=embed_dim, dim_feedforward=dim_feedforward, dropout=dropout, pre_norm=False
-        )
-        self.sa_qcontent_proj = TokenLinear(embed_dim, embed_dim)
-        self.sa_qpos_proj = TokenLinear(embed_dim, embed_dim)
-        self.sa_kcontent_proj = TokenLinear(embed_dim, embed_dim)
-        self.sa_kpos_proj = TokenLinear(embed_dim, embed_dim)
-        self.sa_v_proj = TokenLinear(embed_dim, embed_dim)
-        self.ca_qcontent_proj = TokenLinear(embed_dim, embed_dim)
-        self.ca_qpos_proj = TokenLinear(embed_dim, embed_dim) if is_first else None
-        self.ca_kcontent_proj = TokenLinear(embed_dim, embed_dim)
-        self.ca_kpos_proj = TokenLinear(embed_dim, embed_dim)
-        self.ca_v_proj = TokenLinear(embed_dim, embed_dim)
-        self.ca_qpos_sine_proj = TokenLinear(embed_dim, embed_dim)
-        attention = {"embed_dim": embed_dim, "num_heads": num_heads}
-        self.self_attn = ConditionalAttention(**attention, dropout=dropout)
-        self.cross_attn = ConditionalAttention(**attention, dropout=dropout)
-        self.norm1 = nn.LayerNorm(embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.norm3 = nn.LayerNorm(embed_dim)
-
-    def forward(
-        self,
-        queries: Tensor,
-        query_pos: Tensor,
-        spatial_query: Tensor,
-        memory: Tensor,
-        pos: Tensor,
-        valid_mask: Tensor | None,
-    ) -> Tensor:
-        """Update the queries.
-
-        Args:
-            queries: (B', Q, C) content of the queries.
-            query_pos: (B', Q, C) learned positions.
-            spatial_query: (B', Q, C) sine encoding of the reference points, scaled.
-            memory: (B', N, C).
-            pos: (B', N, C) position encoding of the tokens.
-            valid_mask: (B', 1, 1, N) bool, False at padding, or None.
-
-        Returns:
-            (B', Q, C).
-        """
-        split = self.self_attn.split_heads
-        attended = self.self_attn(
-            split(self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_pos)),
-            split(self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_pos)),
-            split(self.sa_v_proj(queries)),
-        )
-        queries = self.norm1(queries + self.dropout(attended))
-
-        content, key = self.ca_qcontent_proj(queries), self.ca_kcontent_proj(memory)
-        key_pos = self.ca_kpos_proj(pos)
-        if self.ca_qpos_proj is not None:
-            content, key = content + self.ca_qpos_proj(query_pos), key + key_pos
-        spatial = self.ca_qpos_sine_proj(spatial_query)
-        attended = self.cross_attn(
-            torch.cat([split(content), split(spatial)], dim=-1),
-            torch.cat([split(key), split(key_pos)], dim=-1),
-            split(self.ca_v_proj(memory)),
-            valid_mask,
-        )
-        queries = self.norm2(queries + self.dropout(attended))
-        return self._feed_forward(queries, self.norm3)
+# --- encoder -------------------------------------------------------------------------------------
 
 
 class DETREncoder(nn.Module):
-    """Encoder layers with a hook after each; the hook may open a second stream.
+    """Encoder layers with BatchFormerV2's hook after each; the hook may open a second stream.
 
     Args:
         layers: the encoder layers.
@@ -298,20 +194,22 @@ class DETREncoder(nn.Module):
         self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None
     ) -> tuple[Tensor, StreamState]:
         """Encode (B, N, C) tokens into (B', N, C); ``pos`` (B, N, C), mask (B, N) or None."""
-        streams = SINGLE
-        layer_pos, layer_mask = pos, key_padding_mask
-        for index, layer in enumerate(self.layers):
-            tokens = layer(tokens, layer_pos, layer_mask)
-            tokens, now = self.batchformer.after_layer(index, tokens, streams, layer_mask)
-            if now != streams:
-                streams = now
-                layer_pos = streams.expand(pos)
-                layer_mask = None if key_padding_mask is None else streams.expand(key_padding_mask)
+        tokens, streams, _ = encode(
+            self.layers,
+            self.batchformer,
+            tokens,
+            pos,
+            key_padding_mask,
+            key_padding_mask=key_padding_mask,
+        )
         return (tokens if self.norm is None else self.norm(tokens)), streams
 
 
+# --- decoders over a whole memory ----------------------------------------------------------------
+
+
 class MemoryGrid(NamedTuple):
-    """Where the tokens of a memory lie, for decoders that reckon in cells and pixels.
+    """The positions of the memory's tokens, for decoders that compute in cells and pixels.
 
     Attributes:
         map_sizes: (height, width) in cells of each level, in the order of the tokens.
@@ -330,7 +228,7 @@ class MemoryGrid(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Base of the decoders that attend to a whole memory."""
+    """Base of the decoders that attend to the whole memory."""
 
     def forward(
         self,
@@ -347,7 +245,7 @@ class Decoder(nn.Module):
             memory: (B', N, C) output of the encoder.
             pos: (B', N, C) position encoding of its tokens.
             key_padding_mask: (B', N) bool, True at padding, or None.
-            grid: where the tokens lie.
+            grid: the positions of the tokens in cells.
 
         Returns:
             (L, B', Q, C) normalised states after each layer, and the reference points as
@@ -357,7 +255,7 @@ class Decoder(nn.Module):
 
 
 class DETRDecoder(Decoder):
-    """Decoder layers of DETR; every layer's output is normalised and returned."""
+    """Decoder layers of DETR; the output of every layer is normalised and returned."""
 
     def __init__(self, layers: Sequence[DecoderLayer], *, embed_dim: int) -> None:
         super().__init__()
@@ -380,44 +278,3 @@ class DETRDecoder(Decoder):
             queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
             states.append(self.norm(queries))
         return torch.stack(states), None
-
-
-class ConditionalDecoder(Decoder):
-    """Decoder of Conditional-DETR (Meng et al. 2021, section 3): queries know where to look.
-
-    Each query position gives a reference point, and the spatial part of the cross-attention asks
-    for the neighbourhood of that point, scaled by what the query has seen so far. All layers
-    regress from the same reference points, as published.
-    """
-
-    def __init__(self, layers: Sequence[ConditionalDecoderLayer], *, embed_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(embed_dim)
-        self.query_scale = MLP(
-            input_dim=embed_dim, hidden_dim=embed_dim, output_dim=embed_dim, num_layers=2
-        )
-        self.ref_point_head = MLP(
-            input_dim=embed_dim, hidden_dim=embed_dim, output_dim=2, num_layers=2
-        )
-
-    def forward(
-        self,
-        query_pos: Tensor,
-        memory: Tensor,
-        pos: Tensor,
-        key_padding_mask: Tensor | None,
-        grid: MemoryGrid,
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`Decoder`."""
-        references = self.ref_point_head(query_pos).float()
-        # Rows before columns, as the position encoding of the tokens.
-        where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
-        valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
-        queries = torch.zeros_like(query_pos)
-        states = []
-        for index, layer in enumerate(self.layers):
-            spatial = where if index == 0 else where * self.query_scale(queries)
-            queries = layer(queries, query_pos, spatial, memory, pos, valid_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states), references.expand(len(states), -1, -1, -1)

@@ -1,4 +1,4 @@
-"""Feature levels of Deformable-DETR: from backbone maps to one sequence of tokens.
+"""Feature levels: projects backbone maps to one sequence of tokens (Deformable-DETR, SMCA).
 
 Shapes: B images, B' = streams * B, N tokens of L levels one after the other, C channels.
 """
@@ -10,19 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...batchformer import StreamState
 from ..padding import BatchPadding
 
 
 class Levels(NamedTuple):
-    """What attention needs to know of the tokens of all levels.
+    """Positions, padding and sizes of the tokens of all levels, for attention.
 
     Attributes:
         shapes: (height, width) of each level.
-        pos: (B', N, C) position encoding, the level's embedding included.
-        key_padding_mask: (B', N) bool, True where a token is padding; None if none is.
-        valid_ratios: (B', L, 2) float32, which share of the width and of the height of a level
-            is no padding.
+        pos: (B', N, C) position encoding plus level embedding.
+        key_padding_mask: (B', N) bool, True where a token is padding; None without padding.
+        valid_ratios: (B', L, 2) float32, the share of the width and of the height of a level that
+            is not padding.
         centers: (B', N, 2) float32, centre of each token's cell as (x, y), in 0 to 1 over the
             image without padding; beyond 1 in the padding.
     """
@@ -33,34 +32,23 @@ class Levels(NamedTuple):
     valid_ratios: Tensor
     centers: Tensor
 
-    def expand(self, streams: StreamState) -> "Levels":
-        """From B to B' entries."""
-        mask = self.key_padding_mask
-        return Levels(
-            self.shapes,
-            streams.expand(self.pos),
-            None if mask is None else streams.expand(mask),
-            streams.expand(self.valid_ratios),
-            streams.expand(self.centers),
-        )
-
     def on_each_level(self, points: Tensor) -> Tensor:
         """(B', K, 2 or 4) over the image -> (B', K, L, 2 or 4) over each level with its padding."""
         ratios = self.valid_ratios.repeat(1, 1, points.shape[-1] // 2)
         return points[:, :, None] * ratios[:, None]
 
     def cell_centers(self) -> Tensor:
-        """(B', N, L, 2): where each token lies on every level; its own reference points."""
+        """(B', N, L, 2): the position of each token on every level, as its reference points."""
         return self.on_each_level(self.centers)
 
     def token_range(self, level: int) -> slice:
-        """Where the tokens of a level are."""
+        """The slice of the tokens of a level."""
         areas = [height * width for height, width in self.shapes]
         return slice(sum(areas[:level]), sum(areas[: level + 1]))
 
 
 def valid_sizes(mask: Tensor) -> Tensor:
-    """(B, H, W) bool, True at padding -> (B, 2) float32: cells in width and height that are not."""
+    """(B, H, W) bool, True at padding -> (B, 2) float32: width and height in valid cells."""
     valid = ~mask
     return torch.stack([valid[:, 0].sum(-1), valid[:, :, 0].sum(-1)], dim=-1).float()
 
@@ -75,22 +63,22 @@ def cell_centers(mask: Tensor) -> Tensor:
 
 
 class LevelProjection(nn.Module):
-    """Backbone maps, and further strided maps, as maps of C channels (appendix A.4).
+    """Projects backbone maps, and further strided maps, to C channels (appendix A.4).
 
-    A 1x1 convolution for each backbone map; more levels come from the last one by 3x3 convolutions
-    of stride 2; every level ends in a group norm (32 groups where they divide C, else the greatest
-    common divisor). Parameters are named as in fundamentalvision/Deformable-DETR.
+    Each backbone map has a 1x1 convolution; further levels come from the last map by 3x3
+    convolutions of stride 2. Every level ends in a group norm (32 groups where they divide C, else
+    the greatest common divisor). Parameter names are those of fundamentalvision/Deformable-DETR.
 
-    As published, the group norms also count what lies in the padding, and the strided convolutions
-    look into it, so that a padded image depends on its batch mates. ``see_padding`` keeps that;
-    without it, padding is zero to the convolutions and left out of the norms. Nothing differs in
-    batches without padding.
+    As published, the statistics of the group norms include the padding, and the strided
+    convolutions read it, so a padded image depends on the other images of its batch.
+    ``see_padding`` keeps that. Without it, the convolutions read zeros there, and the norms exclude
+    it. Batches without padding are the same either way.
 
     Args:
         in_channels: channels of the backbone maps, fine to coarse.
         embed_dim: channels C.
-        num_levels: levels L, no fewer than backbone maps.
-        see_padding: as published.
+        num_levels: levels L, at least as many as backbone maps.
+        see_padding: let padding influence valid cells, as published.
     """
 
     def __init__(

@@ -1,14 +1,10 @@
-"""SMCA (Gao et al. 2021, arXiv 2101.07448): cross-attention looks around a predicted place.
+"""SMCA (Gao et al. 2021, arXiv 2101.07448): cross-attention with a Gaussian spatial prior.
 
-Each head of each query has a place and a width; cells far from it lose attention as in a Gaussian.
-The decoder serves one map (``smca``) and several (``smca_multiscale``).
+Each head of each query predicts a place and a width; a Gaussian reduces its attention to cells far
+from that place. The decoder serves one map (``smca``) and several (``smca_multiscale``).
 
-Shapes: B' images times streams, Q queries, N tokens of all levels, C channels.
-
-What the cross-attention of SMCA is made of: Gaussians around places, and levels.
-
-Shapes: B' images times streams, Q queries, N tokens of all levels, C channels, H heads, L levels,
-K numbers that shape a Gaussian.
+Shapes: B' = streams * B entries, Q queries, N tokens of all L levels, C channels, H heads, K
+numbers that shape a Gaussian.
 """
 
 from collections.abc import Sequence
@@ -25,25 +21,25 @@ from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, in_feature_shape, post_norm_arguments
 from .layers import Decoder, FeedForwardLayer, MemoryGrid
 
-# Choices of MODEL.SMCA.DYNAMIC_SCALE: how many numbers shape the Gaussian of a head.
+# Numbers that shape the Gaussian of a head, for each choice of ``dynamic_scale``.
 DYNAMIC_SCALES = {"fixed": 0, "isotropic": 1, "per_axis": 2, "per_axis_and_product": 3}
 # The stride of the map for which the published divisor of distances ("smooth", 8) is meant.
 _SMOOTH_STRIDE = 32
-# Lower than any score that still counts, even its half, and above the lowest number of half
-# precision.
+# Low enough that the softmax weight is zero, even at half this value, and still representable in
+# half precision.
 _LOWEST_BIAS = -3e4
 
 
 def gaussian_bias(centers: Tensor, weights: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """What is added to attention scores: minus the weighted squared distance of each cell.
+    """Additive attention bias: minus the weighted squared distance of each cell to the centre.
 
-    Rows and columns are summed apart and meet once, in the result. Cells are their integer
-    indices, as published: there is no half cell.
+    Terms of rows and of columns are computed separately and broadcast once, in the result. Cells
+    have integer coordinates, as published, without an offset of half a cell.
 
     Args:
         centers: (..., 2) float, x and y in cells.
-        weights: (..., K) float from 0 on, of the squared distances: K = 1 for both axes alike,
-            2 for x and y, 3 for x, y and the product of the squared distances.
+        weights: (..., K) non-negative float, of the squared distances: K = 1 for both axes, 2 for x
+            and y, 3 for x, y and the product of the squared distances.
         map_size: (height, width) in cells.
 
     Returns:
@@ -57,7 +53,7 @@ def gaussian_bias(centers: Tensor, weights: Tensor, map_size: tuple[int, int]) -
     dy = (centers[..., 1, None] - rows).square()
     weight_x = weights[..., :1]
     weight_y = weights[..., 1:2] if weights.shape[-1] > 1 else weight_x
-    # Limited before they meet: a limit on the sum would keep a second copy of it for backward.
+    # Clamped before the sum: a clamp of the sum would keep a second full-size copy for backward.
     of_rows = (weight_y * dy).clamp(min=_LOWEST_BIAS / 2)
     of_columns = (weight_x * dx).clamp(min=_LOWEST_BIAS / 2)
     bias = of_rows[..., :, None] + of_columns[..., None, :]
@@ -68,15 +64,18 @@ def gaussian_bias(centers: Tensor, weights: Tensor, map_size: tuple[int, int]) -
 
 
 class SpatialPrior(nn.Module):
-    """Where the heads of one decoder layer look: biases of attention, and weights of the levels.
+    """Spatial prior of one decoder layer: attention biases, and the weights of the levels.
 
     Args:
         embed_dim: channels C of a query.
         num_heads: attention heads H.
-        strides: pixels of a cell, of each level.
+        strides: pixels per cell, of each level.
         dynamic_scale: a key of :data:`DYNAMIC_SCALES`.
-        smooth: divisor of squared distances in cells of stride 32; inversely proportional to the
-            stride on other levels, as published.
+        smooth: positive divisor of squared distances in cells of stride 32; inversely proportional
+            to the stride on other levels, as published.
+
+    Raises:
+        ValueError: an unknown ``dynamic_scale``.
     """
 
     def __init__(
@@ -90,8 +89,8 @@ class SpatialPrior(nn.Module):
     ) -> None:
         super().__init__()
         if dynamic_scale not in DYNAMIC_SCALES:
-            raise UserError(
-                f"MODEL.SMCA.DYNAMIC_SCALE is {dynamic_scale!r}; known: {', '.join(DYNAMIC_SCALES)}"
+            raise ValueError(
+                f"dynamic_scale is {dynamic_scale!r}; known: {', '.join(DYNAMIC_SCALES)}"
             )
         self.strides = tuple(strides)
         self.num_heads = num_heads
@@ -103,7 +102,7 @@ class SpatialPrior(nn.Module):
         self.level_head = nn.Linear(embed_dim, len(self.strides)) if len(self.strides) > 1 else None
 
     def start_at_unit_scale(self) -> None:
-        """Start with a width of one whatever the query, as published."""
+        """Start with a width of one for every query, as published."""
         if self.scale_head is not None:
             nn.init.zeros_(self.scale_head.weight)
             nn.init.ones_(self.scale_head.bias)
@@ -139,15 +138,15 @@ class SpatialPrior(nn.Module):
         if key_padding_mask is None:
             return biases
         masks = key_padding_mask[:, None, None].split(lengths, dim=-1)
-        # Published: the Gaussian is added to scores that are -inf at padding, which is the same.
+        # The published code adds the Gaussian to scores that are -inf at padding: the same sum.
         return [
             bias.masked_fill(mask, -torch.inf) for bias, mask in zip(biases, masks, strict=True)
         ]
 
     def level_weights(self, where: Tensor) -> Tensor | None:
-        """(B', Q, C) -> (B', Q, L), positive with sum 1: each query's own; None for one level.
+        """(B', Q, C) -> (B', Q, L) for each query, positive with sum 1; None for one level.
 
-        The published code gives the weights of the first image to the whole batch.
+        The published code applies the weights of the first image to the whole batch.
         """
         return None if self.level_head is None else self.level_head(where).softmax(-1)
 
@@ -214,7 +213,7 @@ class SMCADecoderLayer(FeedForwardLayer):
         num_heads: attention heads H.
         dim_feedforward: hidden width of the feed-forward network.
         dropout: of attention weights and residual branches.
-        strides: pixels of a cell, of each level.
+        strides: pixels per cell, of each level.
         dynamic_scale: a key of :data:`DYNAMIC_SCALES`.
         smooth: see :class:`SpatialPrior`.
     """
@@ -252,7 +251,7 @@ class SMCADecoderLayer(FeedForwardLayer):
         self.norm3 = nn.LayerNorm(embed_dim)
 
     def locate(self, queries: Tensor, query_pos: Tensor) -> Tensor:
-        """(B', Q, C) queries and positions -> (B', Q, C) from which places are predicted."""
+        """(B', Q, C) queries and positions -> (B', Q, C) input of the heads that predict places."""
         return self.query_norm(queries + query_pos)
 
     def forward(
@@ -272,7 +271,7 @@ class SMCADecoderLayer(FeedForwardLayer):
             query_pos: (B', Q, C) learned positions.
             memory: (B', N, C) values of the cross-attention.
             memory_keys: (B', N, C) its keys: memory plus position encoding.
-            centers: (B', Q, 2) float32, x and y in pixels, around which the queries look.
+            centers: (B', Q, 2) float32, x and y in pixels, the centres of the Gaussians.
             map_sizes: (height, width) in cells of each level.
             key_padding_mask: (B', N) bool, True at padding, or None.
 
@@ -294,8 +293,8 @@ class SMCADecoderLayer(FeedForwardLayer):
 class SMCADecoder(Decoder):
     """Decoder of SMCA for any number of levels.
 
-    The first layer predicts the centre of each query, a share of the image's width and height; all
-    layers look around it, each with its own offsets, and all boxes are regressed from it.
+    The first layer predicts the centre of each query, as a share of the image's width and height.
+    All layers attend around it, each with its own offsets, and all boxes are regressed from it.
     """
 
     def __init__(self, layers: Sequence[SMCADecoderLayer], *, embed_dim: int) -> None:
@@ -307,7 +306,7 @@ class SMCADecoder(Decoder):
         )
 
     def start_at_unit_scale(self) -> None:
-        """See :meth:`SpatialPrior.start_at_unit_scale`; called after other initialisation."""
+        """See :meth:`SpatialPrior.start_at_unit_scale`; called after all other initialisation."""
         for module in self.modules():
             if isinstance(module, SpatialPrior):
                 module.start_at_unit_scale()
@@ -343,8 +342,15 @@ class SMCADecoder(Decoder):
 
 
 def build_smca_decoder(cfg: CfgNode, strides: Sequence[int]) -> SMCADecoder:
-    """The decoder of ``MODEL.SMCA`` over levels of these strides."""
+    """Build the decoder of ``MODEL.SMCA`` over levels of these strides.
+
+    Raises:
+        UserError: an unknown scale, or a divisor that is not positive.
+    """
     node = cfg.MODEL.SMCA
+    if node.DYNAMIC_SCALE not in DYNAMIC_SCALES:
+        known = ", ".join(DYNAMIC_SCALES)
+        raise UserError(f"MODEL.SMCA.DYNAMIC_SCALE is {node.DYNAMIC_SCALE!r}; known: {known}")
     if not node.SMOOTH > 0:
         raise UserError(f"MODEL.SMCA.SMOOTH is {node.SMOOTH}; it must be positive")
     layers = [

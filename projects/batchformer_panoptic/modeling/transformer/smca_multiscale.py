@@ -1,12 +1,7 @@
-"""Multi-scale SMCA as gaopengcuhk/SMCA-DETR ships it in Multi_scale_SMCA.zip.
+"""Multi-scale SMCA, as gaopengcuhk/SMCA-DETR publishes it in Multi_scale_SMCA.zip.
 
-Shapes: B images, B' = streams * B, L levels from fine to coarse, N tokens of all levels together,
-C channels.
-
-The convolutional multi-scale encoder of SMCA, with a hook after each layer.
-
-gaopengcuhk/SMCA-DETR ships it in Multi_scale_SMCA.zip: instead of the paper's self-attention
-within and across scales, depth-wise convolutions within and between neighbouring scales.
+Instead of the paper's self-attention within and across scales, the encoder has depth-wise
+convolutions within a scale and between neighbouring scales.
 
 Shapes: B images, B' = streams * B, L levels from fine to coarse, each half the size of the one
 before, N tokens of all levels together, C channels.
@@ -22,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ...batchformer.batchformer import SINGLE
 from ...errors import UserError
 from ...layers import SinePositionEncoding
@@ -45,7 +40,7 @@ _KERNEL = 5
 
 
 class ScaleMixingLayer(FeedForwardLayer):
-    """Encoder layer: every cell hears its neighbours on its own level and on the next ones.
+    """Encoder layer: convolutions over the neighbours of a cell on its own and the adjacent levels.
 
     Args:
         embed_dim: channels C.
@@ -82,7 +77,7 @@ class ScaleMixingLayer(FeedForwardLayer):
             tokens: (B', N, C), level after level.
             pos: (B', N, C) position encoding plus level embedding.
             map_sizes: (height, width) of each level.
-            hidden: (B', N) bool, True at padding that convolutions must not see; or None.
+            hidden: (B', N) bool, True at padding that is zero to the convolutions; or None.
 
         Returns:
             (B', N, C).
@@ -97,7 +92,7 @@ class ScaleMixingLayer(FeedForwardLayer):
     def _mix(
         self, maps: list[Tensor], sources: list[Tensor], masks: list[Tensor] | None
     ) -> list[Tensor]:
-        """Add to each level what the next finer and the next coarser one have to say."""
+        """Add to each level the features of the next finer and the next coarser one."""
         mixed = list(maps)
         for level, (to_coarser, to_finer) in enumerate(
             zip(self.to_coarser, self.to_finer, strict=True)
@@ -115,18 +110,18 @@ class ScaleMixingLayer(FeedForwardLayer):
 
 
 class ScaleMixingEncoder(nn.Module):
-    """Layers over the tokens of all levels, with a hook after each.
+    """Layers over the tokens of all levels, with BatchFormerV2's hook after each.
 
-    A BatchFormerV2 block sees the levels flattened and concatenated, (B, N, C), as for
-    Deformable-DETR: a token attends over the batch at its own cell of its own level.
+    The tokens of all levels are concatenated, (B, N, C), as in Deformable-DETR: in a BatchFormerV2
+    block a token attends over the batch at its own cell of its own level.
 
     Args:
         layers: the encoder layers.
         hook: an IdentityHook or a BatchFormerHook.
-        see_padding: as published, convolutions see what lies in the padding and resizing depends
-            on its amount, so that a padded image depends on its batch mates. False: padding is
-            zero to convolutions, and images are resized each by its own size. Nothing differs in
-            batches without padding.
+        see_padding: as published, convolutions read the padding and resizing depends on its
+            size, so a padded image depends on the other images of its batch. False: convolutions
+            read zeros there, and each image is resized by its own size. Batches without padding
+            are the same either way.
     """
 
     def __init__(
@@ -149,16 +144,16 @@ class ScaleMixingEncoder(nn.Module):
         key_padding_mask: Tensor | None,
     ) -> tuple[Tensor, StreamState]:
         """Encode (B, N, C) tokens into (B', N, C); ``pos`` (B, N, C), mask (B, N) or None."""
-        streams = SINGLE
-        layer_pos, layer_mask = pos, key_padding_mask
-        for index, layer in enumerate(self.layers):
-            hidden = None if self.see_padding else layer_mask
-            tokens = layer(tokens, layer_pos, map_sizes, hidden)
-            tokens, now = self.batchformer.after_layer(index, tokens, streams, layer_mask)
-            if now != streams:
-                streams = now
-                layer_pos = streams.expand(pos)
-                layer_mask = None if key_padding_mask is None else streams.expand(key_padding_mask)
+        hidden = None if self.see_padding else key_padding_mask
+        tokens, streams, _ = encode(
+            self.layers,
+            self.batchformer,
+            tokens,
+            pos,
+            map_sizes,
+            hidden,
+            key_padding_mask=key_padding_mask,
+        )
         return tokens, streams
 
 
@@ -187,7 +182,7 @@ def resize_valid(coarse: Tensor, coarse_mask: Tensor, fine_mask: Tensor) -> Tens
         (B, C, H, W); meaningless at padding.
     """
     coarse_steps, fine_steps = valid_sizes(coarse_mask) - 1, valid_sizes(fine_mask) - 1
-    ratio = coarse_steps / fine_steps.clamp(min=1.0)  # (B, 2): cells of coarse a cell of fine
+    ratio = coarse_steps / fine_steps.clamp(min=1.0)  # (B, 2): coarse cells per fine cell
     axes = []
     for axis, size, coarse_size in ((0, fine_mask.shape[2], 3), (1, fine_mask.shape[1], 2)):
         cell = torch.arange(size, device=coarse.device) * ratio[:, axis, None]
@@ -195,7 +190,7 @@ def resize_valid(coarse: Tensor, coarse_mask: Tensor, fine_mask: Tensor) -> Tens
         axes.append(2 * cell / last - 1)  # -1 and 1 are the outermost cells of the padded map
     x = axes[0][:, None, :].expand(-1, fine_mask.shape[1], -1)
     y = axes[1][:, :, None].expand(-1, -1, fine_mask.shape[2])
-    # Places of cells need more digits than half precision has.
+    # Half precision does not resolve the positions of cells.
     resized = F.grid_sample(
         coarse.float(),
         torch.stack([x, y], dim=-1),
@@ -218,17 +213,17 @@ _FEATURES_KEY = "MODEL.SMCA.IN_FEATURES"
 class MultiScaleSMCA(Transformer):
     """Projections, level embedding, convolutional encoder and SMCA decoder over several maps.
 
-    Levels are the backbone maps and one more of half the size. Before decoding, the finest level
-    is brought to half its size by a convolution, as published.
+    The levels are the backbone maps and a further one of half the size. A convolution halves the
+    finest level before the decoder, as published.
 
     Args:
         in_features: backbone maps from fine to coarse, each half the size of the one before.
         in_channels: their channels.
         embed_dim: channels C of tokens and queries.
         num_queries: object queries Q.
-        encoder: tokens of all levels to memory, opening streams on the way.
+        encoder: tokens of all levels to memory; its hook may open a second stream.
         decoder: over the strides of :func:`decoder_strides`.
-        mask_level: index among ``in_features`` of the level that the mask head is given.
+        mask_level: index among ``in_features`` of the level for the mask head.
     """
 
     @configurable
@@ -305,7 +300,7 @@ class MultiScaleSMCA(Transformer):
         hidden_states, references = self.decoder(
             self.query_embed.weight.expand(memory.shape[0], -1, -1),
             flatten_maps(memories),
-            # No level embedding: each level has its own softmax, which a constant cannot change.
+            # No level embedding: a constant does not change the softmax of a level.
             streams.expand(self._positions(key_masks, None)),
             streams.expand(_flat(key_masks)) if padding.is_padded else None,
             MemoryGrid([_size(x) for x in memories], padding, streams),
@@ -320,7 +315,7 @@ class MultiScaleSMCA(Transformer):
         )
 
     def _visible(self, x: Tensor, padding: BatchPadding, streams: StreamState) -> Tensor:
-        """(B', C, H, W) with zeros in the padding, unless the model is to see it."""
+        """(B', C, H, W) with zeros in the padding, unless ``see_padding``."""
         if self.encoder.see_padding or not padding.is_padded:
             return x
         return x.masked_fill(streams.expand(padding.mask_like(x))[:, None], 0.0)
@@ -333,20 +328,16 @@ class MultiScaleSMCA(Transformer):
         return torch.cat(encodings, dim=1)
 
     def _reset_parameters(self) -> None:
-        # Xavier as in DETR. A depth-wise convolution keeps PyTorch's scale, that of its 25 inputs:
-        # Xavier's would count the outputs of all channels.
-        depthwise = {
-            id(module.weight)
-            for module in self.modules()
-            if isinstance(module, nn.Conv2d) and module.groups > 1
-        }
+        # Published: Xavier for every tensor with more than one dimension, depth-wise convolutions
+        # included. Their weights are (C, 1, 5, 5), of which Xavier counts 25 inputs and 25 * C
+        # outputs: the bound is sqrt(6 / (25 + 25 * C)), 6.5 times below PyTorch's at C = 256.
         for parameter in self.parameters():
-            if parameter.dim() > 1 and id(parameter) not in depthwise:
+            if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
 
 def decoder_strides(strides: Sequence[int]) -> list[int]:
-    """Strides of the decoder's levels: the finest is halved in size, one more follows the last."""
+    """Strides of the decoder's levels: the halved finest one, the others, and a further one."""
     return [2 * strides[0], *strides[1:], 2 * strides[-1]]
 
 
