@@ -158,6 +158,23 @@ def _add_detr_keys(cfg: CN) -> None:
     # in the padding, so that a padded image depends on its batch mates. No weight differs.
     cfg.MODEL.SMCA.SEE_PADDING = False
 
+    # The transformer "mask2former": backbone maps, fine to coarse; the first gives the per-pixel
+    # features, the others become tokens.
+    cfg.MODEL.MASK2FORMER = CN()
+    cfg.MODEL.MASK2FORMER.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Channels of mask embeddings and per-pixel features.
+    cfg.MODEL.MASK2FORMER.MASK_DIM = 256
+    # Deformable encoder of the pixel decoder: points of each head and level, feed-forward width.
+    cfg.MODEL.MASK2FORMER.ENC_POINTS = 4
+    cfg.MODEL.MASK2FORMER.ENC_DIM_FEEDFORWARD = 1024
+    # Costs and losses at points: their number for each mask; random points from which the uncertain
+    # ones are chosen, as a multiple; share of uncertain points; weights of cross entropy and Dice.
+    cfg.MODEL.MASK2FORMER.NUM_POINTS = 12544
+    cfg.MODEL.MASK2FORMER.OVERSAMPLE_RATIO = 3.0
+    cfg.MODEL.MASK2FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75
+    cfg.MODEL.MASK2FORMER.MASK_WEIGHT = 5.0
+    cfg.MODEL.MASK2FORMER.DICE_WEIGHT = 5.0
+
     # The mask head (built when MODEL.MASK_ON), by its name in MASK_HEAD_REGISTRY.
     cfg.MODEL.MASK_HEAD = CN()
     cfg.MODEL.MASK_HEAD.NAME = "detr_mask_head"

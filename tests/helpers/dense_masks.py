@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchformer_panoptic.modeling.set_prediction.targets import MaskLookup
+from batchformer_panoptic.modeling.set_prediction.predictions import sample_at
+from batchformer_panoptic.modeling.set_prediction.targets import MaskLookup, PointLookup
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,14 @@ class DenseMasks:
         together = torch.cat(padded)
         first = torch.tensor([0, *(len(m) for m in padded)]).cumsum(0)
         return lambda position, index: together[first[position] + index]
+
+    @staticmethod
+    def point_lookup(masks: Sequence["DenseMasks"], size: tuple[int, int]) -> PointLookup:
+        gather = DenseMasks.lookup(masks, size)
+
+        def sample(position: Tensor, index: Tensor, points: Tensor) -> Tensor:
+            maps = gather(position, index)[:, None].float()
+            scale = points.new_tensor([size[1], size[0]])
+            return sample_at(maps, points / scale)[:, 0]
+
+        return sample

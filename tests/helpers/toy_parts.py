@@ -13,7 +13,7 @@ from batchformer_panoptic.batchformer import encode
 from batchformer_panoptic.modeling.build import COST_REGISTRY, LOSS_REGISTRY, MASK_HEAD_REGISTRY
 from batchformer_panoptic.modeling.padding import BatchPadding
 from batchformer_panoptic.modeling.set_prediction.matcher import Matching
-from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
+from batchformer_panoptic.modeling.set_prediction.predictions import MaskSelector, Predictions
 from batchformer_panoptic.modeling.set_prediction.scoring import Scoring
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
 from batchformer_panoptic.modeling.transformer.base import (
@@ -76,16 +76,12 @@ class DotProductMaskHead(nn.Module):
         super().__init__()
         self.embed = nn.Linear(embed_dim, embed_dim)
 
-    def forward(
-        self,
-        output: TransformerOutput,
-        features: Mapping[str, Tensor],
-        layer_index: Tensor,
-        image_index: Tensor,
-        query_index: Tensor,
-    ) -> Tensor:
-        queries = self.embed(output.hidden_states[layer_index, image_index, query_index])
-        return torch.einsum("kc,kchw->khw", queries, output.memory_map[image_index])
+    def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> MaskSelector:
+        def select(layer: Tensor | int, image: Tensor, query: Tensor) -> Tensor:
+            queries = self.embed(output.hidden_states[layer, image, query])
+            return torch.einsum("kc,kchw->khw", queries, output.memory_map[image])
+
+        return select
 
 
 @MASK_HEAD_REGISTRY.register()

@@ -13,7 +13,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import UserError, did_you_mean
-from .heads import BoxHead, LayerwiseBoxHead, MaskHead, SemanticAuxHead
+from .heads import BoxHead, ClassHead, LayerwiseBoxHead, MaskHead, QueryMaskHead, SemanticAuxHead
 from .set_prediction.criterion import (
     BoxGIoULoss,
     BoxL1Loss,
@@ -23,16 +23,17 @@ from .set_prediction.criterion import (
     SetCriterion,
 )
 from .set_prediction.matcher import BoxGIoUCost, BoxL1Cost, ClassCost, CostTerm, HungarianMatcher
+from .set_prediction.point_losses import PointMaskCost, PointMaskLoss
 from .set_prediction.scoring import Scoring, build_scoring
-from .transformer.base import feature_shapes
+from .transformer.base import Transformer, feature_shapes
 
 MASK_HEAD_REGISTRY = Registry("MASK_HEAD")
 MASK_HEAD_REGISTRY.__doc__ = """
 Mask heads, found by ``MODEL.MASK_HEAD.NAME``: functions ``(cfg, input_shape) -> nn.Module``.
 
-The module is called as ``mask_head(output, features, layer_index, image_index, query_index)`` with
-a :class:`TransformerOutput`, the backbone maps by name and three (K,) int64 indices. It returns the
-mask logits (K, h, w) of the chosen queries.
+The module is called as ``mask_head(output, features)`` with a :class:`TransformerOutput` and the
+backbone maps (B, C_i, H_i, W_i) by name. It returns a :class:`MaskSelector`, which computes the
+masks of chosen queries on demand.
 """
 
 COST_REGISTRY = Registry("COST")
@@ -64,27 +65,21 @@ def build_scoring_from_config(cfg: CfgNode) -> Scoring:
     )
 
 
-def build_box_head(cfg: CfgNode, scoring: Scoring) -> BoxHead | LayerwiseBoxHead:
-    """The box head for the logits of ``scoring``; one per layer where boxes are refined."""
-    node = cfg.MODEL.DETR
-
-    def one(box_bias: Sequence[float] | None) -> BoxHead:
-        return BoxHead(
-            embed_dim=node.HIDDEN_DIM,
-            num_class_outputs=scoring.num_outputs,
-            class_bias=scoring.initial_bias,
-            box_bias=box_bias,
-        )
-
-    # As published: boxes start at their reference points; those of Deformable-DETR start small.
-    small, unchanged = (0.0, 0.0, -2.0, -2.0), (0.0, 0.0, 0.0, 0.0)
-    if node.TRANSFORMER_NAME != "deformable":
-        return one(unchanged if node.TRANSFORMER_NAME == "conditional" else None)
-    if not cfg.MODEL.DEFORMABLE.BOX_REFINE:
-        return one(small)
-    two_stage = cfg.MODEL.DEFORMABLE.TWO_STAGE
-    biases = [unchanged if two_stage else small, *[unchanged] * (node.DEC_LAYERS - 1 + two_stage)]
-    return LayerwiseBoxHead([one(bias) for bias in biases], num_layers=node.DEC_LAYERS)
+def build_prediction_head(
+    cfg: CfgNode, scoring: Scoring, transformer: Transformer
+) -> BoxHead | LayerwiseBoxHead | ClassHead:
+    """The head for classes and, where the transformer has them, boxes."""
+    arguments: dict[str, Any] = {
+        "embed_dim": cfg.MODEL.DETR.HIDDEN_DIM,
+        "num_class_outputs": scoring.num_outputs,
+        "class_bias": scoring.initial_bias,
+    }
+    if not transformer.predicts_boxes:
+        return ClassHead(**arguments)
+    heads = [BoxHead(**arguments, box_bias=bias) for bias in transformer.box_biases]
+    if len(heads) == 1:
+        return heads[0]
+    return LayerwiseBoxHead(heads, num_layers=cfg.MODEL.DETR.DEC_LAYERS)
 
 
 def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SemanticAuxHead:
@@ -128,22 +123,43 @@ def detr_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
     )
 
 
-def build_matcher(cfg: CfgNode, scoring: Scoring) -> HungarianMatcher:
-    """The matcher with the cost terms that ``MODEL.DETR.COSTS`` names."""
+@MASK_HEAD_REGISTRY.register()
+def query_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> QueryMaskHead:
+    """Masks as products of queries and pixels, for transformers that embed both."""
+    return QueryMaskHead()
+
+
+def build_matcher(
+    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = frozenset({"boxes", "masks"})
+) -> HungarianMatcher:
+    """The matcher with the cost terms that ``MODEL.DETR.COSTS`` names.
+
+    Args:
+        cfg: the whole config.
+        scoring: of the class logits.
+        available: the predictions of the model besides classes, "boxes" and "masks".
+    """
     names = cfg.MODEL.DETR.COSTS
     if not names:
         raise UserError("MODEL.DETR.COSTS is empty; name at least one cost, such as class_cost")
-    costs: list[CostTerm] = _terms(COST_REGISTRY, "MODEL.DETR.COSTS", names, cfg, scoring)
+    costs: list[CostTerm] = _terms(COST_REGISTRY, "COSTS", names, cfg, scoring, available)
     return HungarianMatcher(costs)
 
 
-def build_criterion(cfg: CfgNode, scoring: Scoring) -> SetCriterion:
+def build_criterion(
+    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = frozenset({"boxes", "masks"})
+) -> SetCriterion:
     """The criterion with the losses that ``MODEL.DETR.LOSSES`` names.
 
     ``mask_loss`` is left out with ``MODEL.MASK_ON False``.
+
+    Args:
+        cfg: the whole config.
+        scoring: of the class logits.
+        available: the predictions of the model besides classes, "boxes" and "masks".
     """
     names = [name for name in cfg.MODEL.DETR.LOSSES if name != "mask_loss" or cfg.MODEL.MASK_ON]
-    losses: list[LossTerm] = _terms(LOSS_REGISTRY, "MODEL.DETR.LOSSES", names, cfg, scoring)
+    losses: list[LossTerm] = _terms(LOSS_REGISTRY, "LOSSES", names, cfg, scoring, available)
     return SetCriterion(losses)
 
 
@@ -200,13 +216,48 @@ def mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
     )
 
 
+@COST_REGISTRY.register()
+def point_mask_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
+    """Cost of masks at random points, as ``MODEL.MASK2FORMER`` describes it."""
+    node = cfg.MODEL.MASK2FORMER
+    return PointMaskCost(
+        mask_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, num_points=node.NUM_POINTS
+    )
+
+
+@LOSS_REGISTRY.register()
+def point_mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
+    """Losses of masks at uncertain points, as ``MODEL.MASK2FORMER`` describes them."""
+    node = cfg.MODEL.MASK2FORMER
+    return PointMaskLoss(
+        mask_weight=node.MASK_WEIGHT,
+        dice_weight=node.DICE_WEIGHT,
+        num_points=node.NUM_POINTS,
+        oversample_ratio=node.OVERSAMPLE_RATIO,
+        importance_ratio=node.IMPORTANCE_SAMPLE_RATIO,
+    )
+
+
 def _terms(
-    registry: Registry, key: str, names: Sequence[str], cfg: CfgNode, scoring: Scoring
+    registry: Registry,
+    key: str,
+    names: Sequence[str],
+    cfg: CfgNode,
+    scoring: Scoring,
+    available: frozenset[str],
 ) -> list[Any]:
     repeated = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
     if repeated:
-        raise UserError(f"{key} names {repeated[0]!r} twice")
-    return [_find(registry, key, name)(cfg, scoring) for name in names]
+        raise UserError(f"MODEL.DETR.{key} names {repeated[0]!r} twice")
+    terms = [_find(registry, f"MODEL.DETR.{key}", name)(cfg, scoring) for name in names]
+    for name, term in zip(names, terms, strict=True):
+        missing = sorted(term.needs - available)
+        if missing:
+            raise UserError(
+                f"MODEL.DETR.{key} names {name!r}, but this model predicts no {missing[0]}; "
+                "remove it, or choose another MODEL.DETR.TRANSFORMER_NAME or MODEL.MASK_ON"
+            )
+    return terms
 
 
 def _find(registry: Registry, key: str, name: str) -> Callable[..., Any]:

@@ -19,10 +19,10 @@ from ..batchformer import StreamState
 from ..errors import NonFiniteError, UserError
 from .backbone import checkpoint_stages
 from .build import (
-    build_box_head,
     build_criterion,
     build_mask_head,
     build_matcher,
+    build_prediction_head,
     build_scoring_from_config,
     build_semantic_head,
 )
@@ -103,6 +103,7 @@ class PanopticDETR(nn.Module):
         if freeze_detr and mask_head is None:
             raise ValueError("freeze_detr trains the mask head only, and there is no mask head")
         self.backbone = backbone
+        self._backbone_divisibility = int(getattr(backbone, "size_divisibility", 0))
         self.transformer = transformer
         self.box_head = box_head
         self.mask_head = mask_head
@@ -134,14 +135,17 @@ class PanopticDETR(nn.Module):
             checkpoint_stages(backbone)
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
+        transformer = build_transformer(cfg, shapes)
+        predicted = {"boxes": transformer.predicts_boxes, "masks": cfg.MODEL.MASK_ON}
+        available = frozenset(name for name, is_there in predicted.items() if is_there)
         return {
             "backbone": backbone,
-            "transformer": build_transformer(cfg, shapes),
-            "box_head": build_box_head(cfg, scoring),
+            "transformer": transformer,
+            "box_head": build_prediction_head(cfg, scoring, transformer),
             "mask_head": build_mask_head(cfg, shapes) if cfg.MODEL.MASK_ON else None,
             "scoring": scoring,
-            "matcher": build_matcher(cfg, scoring),
-            "criterion": build_criterion(cfg, scoring),
+            "matcher": build_matcher(cfg, scoring, available),
+            "criterion": build_criterion(cfg, scoring, available),
             "inference_options": InferenceOptions.from_config(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -214,7 +218,7 @@ class PanopticDETR(nn.Module):
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         batch = ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
-            self.backbone.size_divisibility,
+            max(self._backbone_divisibility, self.transformer.size_divisibility),
         )
         return batch
 
@@ -244,7 +248,7 @@ class PanopticDETR(nn.Module):
         )
         masks: MaskSelector | None = None
         if self.mask_head is not None:
-            masks = partial(self.mask_head, layers, features)
+            masks = self.mask_head(layers, features)
             if self.checkpoint_masks and self.training:
                 masks = partial(checkpoint, masks, use_reentrant=False)
         return ModelPredictions(logits, boxes, masks, transformer=output)

@@ -40,7 +40,7 @@ def make_inputs(streams=SINGLE, num_images=2):
 
 
 def masks_of(head, output, maps, entries, queries, layer=-1):
-    return head(output, maps, torch.full_like(queries, layer), entries, queries)
+    return head(output, maps)(layer, entries, queries)
 
 
 def slow_mask(head: MaskHead, output: TransformerOutput, maps, entry: int, query: int, layer=-1):

@@ -1,7 +1,14 @@
 """Heads: query states in, raw predictions out."""
 
 from .box import BoxHead, ClassHead, LayerwiseBoxHead
-from .mask import MaskHead
+from .mask import MaskHead, QueryMaskHead
 from .semantic import SemanticAuxHead
 
-__all__ = ["BoxHead", "ClassHead", "LayerwiseBoxHead", "MaskHead", "SemanticAuxHead"]
+__all__ = [
+    "BoxHead",
+    "ClassHead",
+    "LayerwiseBoxHead",
+    "MaskHead",
+    "QueryMaskHead",
+    "SemanticAuxHead",
+]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...layers import conv_upsampled
+from ..set_prediction.predictions import MaskSelector, QueryMasks
 from ..transformer import TransformerOutput
 
 
@@ -127,20 +128,32 @@ class MaskHead(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
 
-    def forward(
-        self,
-        output: TransformerOutput,
-        features: Mapping[str, Tensor],
-        layer_index: Tensor,
-        image_index: Tensor,
-        query_index: Tensor,
-    ) -> Tensor:
-        """Masks of chosen queries.
+    def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> MaskSelector:
+        """Return a function that computes the masks of chosen queries.
 
         Args:
             output: of the transformer.
             features: backbone maps (B, C_i, H_i, W_i) by name, not expanded.
-            layer_index: (K,) int64, layers of ``output``; negative ones count from the last.
+
+        Returns:
+            A selector of (K, H_3, W_3) mask logits; K may be 0.
+        """
+        return partial(self.decode, output, features)
+
+    def decode(
+        self,
+        output: TransformerOutput,
+        features: Mapping[str, Tensor],
+        layer_index: Tensor | int,
+        image_index: Tensor,
+        query_index: Tensor,
+    ) -> Tensor:
+        """Decode the masks of chosen queries.
+
+        Args:
+            output: of the transformer.
+            features: backbone maps (B, C_i, H_i, W_i) by name, not expanded.
+            layer_index: (K,) int64 layers of ``output``, or one for all; -1 is the last.
             image_index: (K,) int64 in [0, B').
             query_index: (K,) int64 in [0, Q).
 
@@ -204,6 +217,24 @@ class MaskHead(nn.Module):
         weight = self.convs[0].get_parameter("weight")
         of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
         return of_image, of_attention
+
+
+class QueryMaskHead(nn.Module):
+    """Masks as products of query embeddings and per-pixel features (MaskFormer, section 3.2).
+
+    It has no parameters: the transformer provides both, because its decoder attends within masks.
+    """
+
+    def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> QueryMasks:
+        """Return the masks of all queries, computed on demand.
+
+        Raises:
+            ValueError: the transformer provides no embeddings.
+        """
+        if output.mask_embeddings is None or output.mask_features is None:
+            raise ValueError("QueryMaskHead needs a transformer that returns mask embeddings")
+        assert output.padded_size is not None
+        return QueryMasks(output.mask_embeddings, output.mask_features, output.padded_size)
 
 
 def _of_entries(per_entry: Tensor, index: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class BoxL1Loss:
         """See :class:`LossTerm`."""
         boxes, target_boxes = _matched_boxes(predictions, targets, matching)
         distance = F.l1_loss(boxes, target_boxes, reduction="none").sum(-1)
-        sums = _sum_by_entry(distance, matching, predictions.logits.shape[:2])
+        sums = matching.sum_by_entry(distance, predictions.logits.shape[:2])
         return {"loss_bbox": self.weight * (sums / num_objects)}
 
 
@@ -120,7 +120,7 @@ class BoxGIoULoss:
         """See :class:`LossTerm`."""
         boxes, target_boxes = _matched_boxes(predictions, targets, matching)
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
-        sums = _sum_by_entry(1 - giou, matching, predictions.logits.shape[:2])
+        sums = matching.sum_by_entry(1 - giou, predictions.logits.shape[:2])
         return {"loss_giou": self.weight * (sums / num_objects)}
 
 
@@ -172,8 +172,8 @@ class MaskLoss:
         pairs = pairs if self.all_layers else pairs._replace(layer=torch.zeros_like(pairs.layer))
         shape = (num_layers, len(targets))
         return {
-            "loss_mask": self.focal_weight * _sum_by_entry(focal, pairs, shape) / num_objects,
-            "loss_dice": self.dice_weight * _sum_by_entry(dice, pairs, shape) / num_objects,
+            "loss_mask": self.focal_weight * pairs.sum_by_entry(focal, shape) / num_objects,
+            "loss_dice": self.dice_weight * pairs.sum_by_entry(dice, shape) / num_objects,
         }
 
     def _losses(
@@ -284,11 +284,3 @@ def _matched_boxes(
     assert predictions.boxes is not None, "the model predicts no boxes"
     predicted = predictions.boxes.float()[matching.layer, matching.image, matching.query]
     return predicted, targets.boxes_cxcywh[matching.global_target]
-
-
-def _sum_by_entry(values: Tensor, matching: Matching, shape: Sequence[int]) -> Tensor:
-    """(M,) values of pairs -> (L, B') sums."""
-    num_layers, num_entries = shape
-    flat = values.new_zeros(num_layers * num_entries)
-    flat = flat.index_add(0, matching.layer * num_entries + matching.image, values)
-    return flat.view(num_layers, num_entries)

@@ -51,6 +51,13 @@ class Matching(NamedTuple):
             layer_starts=(0, end - begin),
         )
 
+    def sum_by_entry(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """(M,) values of the pairs -> (L, B') sums; ``shape`` is (L, B')."""
+        num_layers, num_entries = shape
+        flat = values.new_zeros(num_layers * num_entries)
+        flat = flat.index_add(0, self.layer * num_entries + self.image, values)
+        return flat.view(num_layers, num_entries)
+
 
 class CostTerm(Protocol):
     """One term of the matching cost.

@@ -1,13 +1,81 @@
-"""Raw predictions of decoder layers, as matching and losses read them."""
+"""Raw predictions of decoder layers, as matching and losses read them.
 
-from collections.abc import Callable
+Shapes: L decoder layers, B' = streams * B batch entries, Q queries, K chosen queries, P points.
+"""
+
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-MaskSelector = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(K,) int64 indices of layer, batch entry and query -> (K, h, w) mask logits."""
+
+class MaskSelector(Protocol):
+    """Computes the masks of chosen queries on demand, since most queries never need one."""
+
+    def __call__(
+        self, layer_index: Tensor | int, image_index: Tensor, query_index: Tensor, /
+    ) -> Tensor:
+        """(K, h, w) mask logits of chosen queries.
+
+        Args:
+            layer_index: (K,) int64 decoder layers, or one for all; -1 is the last.
+            image_index: (K,) int64 batch entries.
+            query_index: (K,) int64 queries.
+        """
+
+
+@dataclass(frozen=True)
+class QueryMasks:
+    """Masks that are products of query embeddings and per-pixel features; a ``MaskSelector``.
+
+    Attributes:
+        embeddings: (L, B', Q, C).
+        features: (B', C, h, w).
+        padded_size: (height, width) in pixels that the features cover.
+    """
+
+    embeddings: Tensor
+    features: Tensor
+    padded_size: tuple[int, int]
+
+    def __call__(
+        self, layer_index: Tensor | int, image_index: Tensor, query_index: Tensor
+    ) -> Tensor:
+        """(K, h, w) mask logits of chosen queries; see :class:`MaskSelector`."""
+        chosen = self.embeddings[layer_index, image_index, query_index]
+        # One product per entry, so that its features are not copied for each of its queries.
+        order = image_index.argsort(stable=True)
+        counts = torch.bincount(image_index, minlength=len(self.features)).tolist()
+        pixels = self.features.flatten(2)
+        parts = [
+            embeddings @ entry
+            for embeddings, entry in zip(chosen[order].split(counts), pixels, strict=True)
+        ]
+        masks = torch.cat(parts)[order.argsort()]
+        return masks.unflatten(1, self.features.shape[-2:])
+
+    def at_points(self, layer: int, points: Tensor) -> Tensor:
+        """Mask logits of all queries of one layer at points that they share.
+
+        Features are sampled instead of masks. Bilinear sampling is linear, so the results are the
+        same up to rounding, and no mask is ever computed.
+
+        Args:
+            layer: decoder layer.
+            points: (B', P, 2) as (x, y) in 0 to 1 over the padded image.
+
+        Returns:
+            (B', Q, P).
+        """
+        return self.embeddings[layer] @ sample_at(self.features, points)
+
+
+def sample_at(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of (N, C, h, w) maps at (N, P, 2) points (x, y) in 0 to 1: (N, C, P)."""
+    grid = 2 * points[:, :, None] - 1
+    return F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -17,8 +85,7 @@ class Predictions:
     Attributes:
         logits: (L, B', Q, num_outputs) class logits.
         boxes: (L, B', Q, 4) float32 cxcywh in 0 to 1, or None for models without boxes.
-        masks: computes the mask logits of chosen queries of any layer, or None for models without
-            masks. Masks are computed on demand because most queries never need one.
+        masks: the masks of chosen queries of any layer, or None for models without masks.
     """
 
     logits: Tensor
@@ -28,4 +95,4 @@ class Predictions:
     def last_masks(self, image_index: Tensor, query_index: Tensor) -> Tensor:
         """(K, h, w) mask logits of chosen queries of the last layer; indices are (K,) int64."""
         assert self.masks is not None
-        return self.masks(torch.full_like(query_index, -1), image_index, query_index)
+        return self.masks(-1, image_index, query_index)

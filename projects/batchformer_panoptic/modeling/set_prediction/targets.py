@@ -17,6 +17,9 @@ from ...layers import xyxy_to_cxcywh
 # Full-size maps that are copied at a time while masks are made from them.
 _MASKS_AT_ONCE = 16
 
+PointLookup = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(K,) int64 positions, (K,) int64 objects and (K, P, 2) points (x, y) in pixels -> (K, P)."""
+
 MaskLookup = Callable[[Tensor, Tensor], Tensor]
 """(K,) int64 positions of an image's masks and (K,) int64 objects -> (K, H, W) bool."""
 
@@ -31,6 +34,10 @@ class ObjectMasks(Protocol):
     @staticmethod
     def lookup(masks: Sequence[Any], size: tuple[int, int]) -> MaskLookup:
         """Prepare the masks of several images of one kind, padded to ``size`` with False."""
+
+    @staticmethod
+    def point_lookup(masks: Sequence[Any], size: tuple[int, int]) -> PointLookup:
+        """Prepare the same masks for bilinear sampling at points."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,12 @@ class SegmentMap:
         """See :class:`ObjectMasks`."""
         maps = _pad_and_stack((m.segment_map for m in masks), size, value=-1)
         return lambda position, index: _compare(maps, position, index)
+
+    @staticmethod
+    def point_lookup(masks: Sequence["SegmentMap"], size: tuple[int, int]) -> PointLookup:
+        """See :class:`ObjectMasks`; memory grows with the points and not with the pixels."""
+        maps = _pad_and_stack((m.segment_map for m in masks), size, value=-1)
+        return lambda position, index, points: _sample(maps, position, index, points)
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ class BatchMasks:
         stored = list({id(m): m for m in masks}.values())
         assert len({type(m) for m in stored}) == 1, "the masks of a batch are of one kind"
         self.size = (max(m.size[0] for m in stored), max(m.size[1] for m in stored))
-        self._lookup = type(stored[0]).lookup(stored, self.size)
+        self._stored = stored
         position = {id(m): i for i, m in enumerate(stored)}
         self._position = torch.tensor([position[id(m)] for m in masks])
         self._position = self._position.to(targets[0].labels.device, non_blocking=True)
@@ -183,6 +196,36 @@ class BatchMasks:
             local_index: (K,) int64, objects of these entries.
         """
         return self._lookup(self._position[image_index], local_index)
+
+    def at_points(
+        self,
+        image_index: Tensor,
+        local_index: Tensor,
+        points: Tensor,
+        padded_size: tuple[int, int],
+    ) -> Tensor:
+        """Bilinear samples of chosen masks, as of ``grid_sample`` with zeros outside.
+
+        Args:
+            image_index: (K,) int64, entries of the batch.
+            local_index: (K,) int64, objects of these entries.
+            points: (K, P, 2) as (x, y) in 0 to 1 over the padded batch.
+            padded_size: (height, width) in pixels of the padded batch.
+
+        Returns:
+            (K, P) float32 in 0 to 1.
+        """
+        height, width = padded_size
+        scale = points.new_tensor([width, height])
+        return self._point_lookup(self._position[image_index], local_index, points * scale)
+
+    @cached_property
+    def _lookup(self) -> MaskLookup:
+        return type(self._stored[0]).lookup(self._stored, self.size)
+
+    @cached_property
+    def _point_lookup(self) -> PointLookup:
+        return type(self._stored[0]).point_lookup(self._stored, self.size)
 
     def gather_shares(
         self, image_index: Tensor, local_index: Tensor, size: tuple[int, int]
@@ -236,6 +279,29 @@ def _compare(maps: Tensor, map_index: Tensor, local_index: Tensor) -> Tensor:
     for images, numbers, out in zip(*parts, strict=True):
         torch.eq(maps[images], numbers, out=out)
     return masks
+
+
+def _sample(maps: Tensor, map_index: Tensor, local_index: Tensor, points: Tensor) -> Tensor:
+    """(M, H, W) maps, K pairs of indices, (K, P, 2) points in pixels -> (K, P) float32.
+
+    The four pixels around a point are compared with the object's number, and weighted bilinearly.
+    """
+    height, width = maps.shape[-2:]
+    corner = (points - 0.5).floor()
+    fraction = points - 0.5 - corner
+    columns, rows = corner.long().unbind(-1)
+    flat, wanted = maps.flatten(), local_index.to(maps.dtype)[:, None]
+    first = (map_index * (height * width))[:, None]
+    value = torch.zeros(points.shape[:2], device=points.device)
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = rows + down, columns + right
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            cell = first + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            weight_x = fraction[..., 0] if right else 1 - fraction[..., 0]
+            weight_y = fraction[..., 1] if down else 1 - fraction[..., 1]
+            value = value + ((flat[cell] == wanted) & inside) * (weight_x * weight_y)
+    return value
 
 
 def _pad_and_stack(maps: Iterable[Tensor], size: tuple[int, int], value: int) -> Tensor:

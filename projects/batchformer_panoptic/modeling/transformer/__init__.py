@@ -4,6 +4,7 @@ from .base import TRANSFORMER_REGISTRY, Proposals, Transformer, TransformerOutpu
 from .conditional import ConditionalDecoder
 from .deformable import DeformableTransformer
 from .detr import SingleScaleTransformer
+from .mask2former import Mask2Former
 from .smca import SMCADecoder
 from .smca_multiscale import MultiScaleSMCA
 
@@ -11,6 +12,7 @@ __all__ = [
     "TRANSFORMER_REGISTRY",
     "ConditionalDecoder",
     "DeformableTransformer",
+    "Mask2Former",
     "MultiScaleSMCA",
     "Proposals",
     "SMCADecoder",

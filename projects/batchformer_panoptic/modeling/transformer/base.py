@@ -87,6 +87,10 @@ class TransformerOutput(NamedTuple):
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
         streams: the streams along dimension 0 of everything that is B'.
         proposals: of the encoder, to be supervised as well; None where there are none.
+        mask_embeddings: (L, B', Q, C) where the decoder predicts masks as products with
+            ``mask_features``; otherwise None.
+        mask_features: (B', C, h, w) per-pixel features for ``mask_embeddings``.
+        padded_size: (height, width) in pixels that ``mask_features`` cover.
         box_logits: (L, B', Q, 4) float32 where the decoder has refined boxes with the box head,
             which then has only the classes left to predict; otherwise None.
     """
@@ -99,14 +103,18 @@ class TransformerOutput(NamedTuple):
     streams: StreamState
     proposals: Proposals | None = None
     box_logits: Tensor | None = None
+    mask_embeddings: Tensor | None = None
+    mask_features: Tensor | None = None
+    padded_size: tuple[int, int] | None = None
 
     def from_layer(self, first: int) -> "TransformerOutput":
         """The same output with the decoder layers from ``first`` on; -1 keeps the last only."""
-        points, boxes = self.reference_points, self.box_logits
+        points, boxes, masks = self.reference_points, self.box_logits, self.mask_embeddings
         return self._replace(
             hidden_states=self.hidden_states[first:],
             reference_points=None if points is None else points[first:],
             box_logits=None if boxes is None else boxes[first:],
+            mask_embeddings=None if masks is None else masks[first:],
         )
 
 
@@ -115,9 +123,18 @@ class Transformer(nn.Module):
 
     Attributes:
         in_features: names of the backbone maps that :meth:`forward` reads.
+        predicts_boxes: whether queries have boxes; otherwise the model predicts classes and masks.
+        box_biases: initial box logits, one entry per box head: a single entry is shared by all
+            decoder layers, several entries belong to one layer each (and one to the proposals).
+            None keeps the default initialisation of the head.
+        size_divisibility: images are padded to a multiple of it, in addition to what the backbone
+            needs.
     """
 
     in_features: tuple[str, ...]
+    predicts_boxes: bool = True
+    box_biases: tuple[tuple[float, ...] | None, ...] = (None,)
+    size_divisibility: int = 0
 
     def forward(
         self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor

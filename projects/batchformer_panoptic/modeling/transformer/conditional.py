@@ -147,6 +147,8 @@ class ConditionalDecoder(Decoder):
     content. All layers regress boxes from the same reference points, as published.
     """
 
+    box_bias = (0.0, 0.0, 0.0, 0.0)  # boxes start at their reference points
+
     def __init__(self, layers: Sequence[ConditionalDecoderLayer], *, embed_dim: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)

@@ -28,7 +28,7 @@ from .base import (
 )
 from .detr import post_norm_arguments
 from .layers import FeedForwardLayer
-from .multi_scale import LevelProjection, Levels, cell_centers, flatten_maps, valid_sizes
+from .multi_scale import LevelProjection, Levels, describe_levels, flatten_maps
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
 _BASE_SIZE = 0.05  # side of a proposal on the finest level; doubles from level to level
@@ -347,13 +347,14 @@ class DeformableTransformer(Transformer):
         super().__init__()
         self.in_features = tuple(in_features)
         self.mask_level = mask_level
+        self.box_biases = _box_biases(len(decoder.layers), decoder.box_refine, proposal_stage)
         self.position_encoding = SinePositionEncoding(num_channels=embed_dim, offset=-0.5)
         self.level_embed = nn.Parameter(torch.randn(len(projection.levels), embed_dim))
         self.encoder = encoder
         self.decoder = decoder
         self.proposal_stage = proposal_stage
         for part in (encoder, decoder, proposal_stage):
-            _initialise(part)
+            xavier_except_deformable(part)
         self.projection = projection
         self.query_embed: nn.Embedding | None = None
         self.reference_points: nn.Linear | None = None
@@ -406,7 +407,9 @@ class DeformableTransformer(Transformer):
     ) -> TransformerOutput:
         """See :data:`TRANSFORMER_REGISTRY`."""
         maps, masks = self.projection([features[name] for name in self.in_features], padding)
-        levels = self.describe_levels(maps, masks, is_padded=padding.is_padded)
+        levels = describe_levels(
+            maps, masks, self.position_encoding, self.level_embed, is_padded=padding.is_padded
+        )
         memory, levels, streams = self.encoder(flatten_maps(maps), levels)
         proposals = None
         if self.proposal_stage is None:
@@ -430,26 +433,6 @@ class DeformableTransformer(Transformer):
             box_logits=box_logits,
         )
 
-    def describe_levels(
-        self, maps: list[Tensor], masks: list[Tensor], *, is_padded: bool
-    ) -> Levels:
-        """The levels of L projected maps (B, C, H_l, W_l) with their masks (B, H_l, W_l)."""
-        dtype = maps[0].dtype
-        pos = [
-            (self.position_encoding(mask) + embedding).flatten(1, 2)
-            for mask, embedding in zip(masks, self.level_embed, strict=True)
-        ]
-        shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
-        sizes = torch.tensor([(width, height) for height, width in shapes])
-        valid = torch.stack([valid_sizes(mask) for mask in masks], dim=1)
-        return Levels(
-            shapes=shapes,
-            pos=torch.cat(pos, dim=1).to(dtype),
-            key_padding_mask=torch.cat([m.flatten(1) for m in masks], 1) if is_padded else None,
-            valid_ratios=valid / sizes.to(valid.device, non_blocking=True),
-            centers=torch.cat([cell_centers(mask) for mask in masks], dim=1),
-        )
-
     def _learned_queries(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.query_embed is not None
         assert self.reference_points is not None
@@ -457,7 +440,7 @@ class DeformableTransformer(Transformer):
         return queries, query_pos, self.reference_points(query_pos).float()
 
 
-def _initialise(part: nn.Module | None) -> None:
+def xavier_except_deformable(part: nn.Module | None) -> None:
     """Xavier for all matrices, including the hook's blocks, except for deformable attention."""
     if part is None:
         return
@@ -467,6 +450,18 @@ def _initialise(part: nn.Module | None) -> None:
     for module in part.modules():
         if isinstance(module, MSDeformAttn):
             module.reset_parameters()
+
+
+def _box_biases(
+    num_layers: int, box_refine: bool, proposal_stage: nn.Module | None
+) -> tuple[tuple[float, ...] | None, ...]:
+    """As published: the first boxes start small around their points, refined ones unchanged."""
+    small, unchanged = (0.0, 0.0, -2.0, -2.0), (0.0, 0.0, 0.0, 0.0)
+    if not box_refine:
+        return (small,)
+    if proposal_stage is None:
+        return (small, *[unchanged] * (num_layers - 1))
+    return (unchanged,) * (num_layers + 1)  # the last head is that of the proposals
 
 
 # --- building ------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class SingleScaleTransformer(Transformer):
     ) -> None:
         super().__init__()
         self.in_features = (in_feature,)
+        self.box_biases = (decoder.box_bias,)
         self.position_encoding = SinePositionEncoding(num_channels=embed_dim)
         self.encoder = encoder
         self.decoder = decoder

@@ -228,7 +228,13 @@ class MemoryGrid(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Base of the decoders that attend to the whole memory."""
+    """Base of the decoders that attend to the whole memory.
+
+    Attributes:
+        box_bias: initial box logits; None keeps the initialisation of the box head.
+    """
+
+    box_bias: tuple[float, ...] | None = None
 
     def forward(
         self,

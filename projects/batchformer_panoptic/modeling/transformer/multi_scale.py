@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...layers import SinePositionEncoding
 from ..padding import BatchPadding
 
 
@@ -45,6 +46,39 @@ class Levels(NamedTuple):
         """The slice of the tokens of a level."""
         areas = [height * width for height, width in self.shapes]
         return slice(sum(areas[:level]), sum(areas[: level + 1]))
+
+
+def describe_levels(
+    maps: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    position_encoding: SinePositionEncoding,
+    level_embed: Tensor,
+    *,
+    is_padded: bool,
+) -> Levels:
+    """Describe L projected maps.
+
+    Args:
+        maps: L maps (B, C, H_l, W_l).
+        masks: their masks (B, H_l, W_l) bool, True at padding.
+        position_encoding: of the cells of a map.
+        level_embed: (L, C), added to the position encoding of each level.
+        is_padded: whether any mask has padding.
+    """
+    pos = [
+        (position_encoding(mask) + embedding).flatten(1, 2)
+        for mask, embedding in zip(masks, level_embed, strict=True)
+    ]
+    shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
+    sizes = torch.tensor([(width, height) for height, width in shapes])
+    valid = torch.stack([valid_sizes(mask) for mask in masks], dim=1)
+    return Levels(
+        shapes=shapes,
+        pos=torch.cat(pos, dim=1).to(maps[0].dtype),
+        key_padding_mask=torch.cat([m.flatten(1) for m in masks], 1) if is_padded else None,
+        valid_ratios=valid / sizes.to(valid.device, non_blocking=True),
+        centers=torch.cat([cell_centers(mask) for mask in masks], dim=1),
+    )
 
 
 def valid_sizes(mask: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""Mask2Former: the recorded numbers of the public code, and of its parts in two streams."""
+
+import pytest
+import torch
+
+from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget, TargetBatch
+from helpers.dense_masks import DenseMasks
+from helpers.golden_compare import OUTPUTS, assert_gradients, assert_matching, assert_near
+from helpers.golden_files import features_of, load_golden, sizes_of
+from helpers.golden_mask2former import mask2former_model, our_name, recorded_draws
+
+GOLDEN = load_golden("mask2former.pt")
+CONFIG, WEIGHTS = GOLDEN["config"], GOLDEN["config"]["weights"]
+STREAMS = ["one_stream", "two_stream"]
+
+
+def predict(model):
+    return model.predict(features_of(GOLDEN), *sizes_of(GOLDEN))
+
+
+def targets():
+    return [ImageTarget(t["labels"], None, DenseMasks(t["masks"])) for t in GOLDEN["targets"]]
+
+
+def test_pixel_decoder():
+    recorded = GOLDEN["one_stream"]["pixel_decoder"]
+    transformer = mask2former_model(GOLDEN).transformer
+    pixels = transformer.pixel_decoder(features_of(GOLDEN), transformer.encoder)
+    assert_near(pixels.mask_features, recorded["mask_features"], OUTPUTS, "mask_features")
+    for level, wanted in zip(pixels.levels, recorded["multi_scale"], strict=True):
+        assert_near(level, wanted, OUTPUTS, "level")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_predictions(name):
+    recorded = GOLDEN[name]["outputs"]
+    predictions = predict(mask2former_model(GOLDEN, block=name == "two_stream"))
+    layers = [*recorded["aux_outputs"], recorded]
+    assert len(predictions.logits) == len(layers) == CONFIG["dec"] + 1
+    everything = torch.ones(recorded["pred_logits"].shape[:2]).nonzero(as_tuple=True)
+    for index, layer in enumerate(layers):
+        assert_near(predictions.logits[index], layer["pred_logits"], OUTPUTS, "pred_logits")
+        masks = predictions.masks(index, *everything)
+        assert_near(masks, layer["pred_masks"].flatten(0, 1), 5 * OUTPUTS, "pred_masks")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_matching_losses_and_gradients(name):
+    recorded, model = GOLDEN[name], mask2former_model(GOLDEN, block=name == "two_stream")
+    predictions = predict(model)
+    with recorded_draws(recorded["layers"]):
+        batch = TargetBatch(predictions.streams.expand_list(targets()))
+        matching = model.matcher(predictions, batch)
+        last, *before = [layer["indices"] for layer in recorded["layers"]]
+        assert_matching(matching, {"aux": before, "final": last})
+    with recorded_draws(recorded["layers"]):
+        losses = model.losses(predictions, features_of(GOLDEN), targets())
+    sums = {}
+    for key, value in losses.items():
+        loss = key.partition("/")[0]
+        sums[loss] = sums.get(loss, 0.0) + value
+    assert set(sums) == set(recorded["losses"])
+    for key, wanted in recorded["losses"].items():
+        weight = WEIGHTS["_".join(key.split("_")[:2])]
+        assert_near(sums[key] / weight, wanted, 1e-4 * max(abs(wanted.item()), 0.1), key)
+    total = torch.stack(list(losses.values())).sum()
+    assert_near(total, recorded["weighted_total"], 1e-5 * recorded["weighted_total"], "total")
+    total.backward()
+    norms = recorded["grad_norms"]
+    total_norm = sum(norm**2 for norm in norms.values()) ** 0.5
+    gradients = {"grad_total_norm": total_norm, "params_without_grad": []}
+    assert_gradients(model, recorded | gradients, our_name)
+
+
+def test_sampler_chooses_the_recorded_points():
+    recorded, model = GOLDEN["one_stream"], mask2former_model(GOLDEN)
+    predictions = predict(model)
+    (loss,) = [term for term in model.criterion.terms if hasattr(term, "num_points")]
+    layers = [*recorded["layers"][1:], recorded["layers"][0]]
+    for index, layer in enumerate(layers):
+        image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(layer["indices"])])
+        query = torch.cat([queries for queries, _ in layer["indices"]])
+        maps = predictions.masks(index, image, query)[:, None]
+        with recorded_draws([layer]):
+            points = loss._points(maps)
+        assert_near(points, layer["loss_points"], 1e-6, "loss_points")
+
+
+def test_evaluation_is_the_plain_model():
+    plain, block = mask2former_model(GOLDEN).eval(), mask2former_model(GOLDEN, block=True).eval()
+    ours, theirs = predict(block), predict(plain)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.transformer.mask_features, theirs.transformer.mask_features)
