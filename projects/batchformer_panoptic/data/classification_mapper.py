@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
-from .panoptic_mapper import check_image_format, read_image_file
+from .io import read_image
+from .panoptic_mapper import check_image_format
 
 TRAIN_CROPS = ("resized", "padded")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
@@ -208,7 +209,7 @@ class ClassificationMapper:
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image; the randomness is that of random, numpy and torch."""
-        picture = Image.fromarray(read_image_file(dataset_dict["file_name"], "RGB", "image"))
+        picture = Image.fromarray(read_image(dataset_dict["file_name"], "RGB"))
         image = self.transform(picture)
         if self.image_format == "BGR":
             image = image.flip(0)

@@ -75,7 +75,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
     register_image_folder(name, str(root))
     register_image_folder(name, str(root))
-    with pytest.raises(UserError, match="already registered with another path"):
+    with pytest.raises(UserError, match="already registered with other paths"):
         register_image_folder(name, str(tmp_path))
 
 
@@ -111,7 +111,7 @@ def empty_class(root: Path) -> None:
         (no_such_root, r"image_root '.*set' does not exist; correct the path"),
         (no_folders, "set: an image folder holds one folder for each class"),
         (a_file, "set: an image folder holds one folder for each class"),
-        (empty_class, r"class folder 'wasp' holds no image \(1 such of 4 folders\)"),
+        (empty_class, r"class folder 'wasp' has no images \(1 of 4 folders are empty\)"),
     ],
 )
 def test_unusable_folders_are_told(
