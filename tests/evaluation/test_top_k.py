@@ -15,7 +15,7 @@ from torch import Tensor
 from batchformer_panoptic.engine.run import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import TopKEvaluator
-from batchformer_panoptic.evaluation.top_k import true_class_places
+from batchformer_panoptic.evaluation.top_k import true_class_ranks
 from helpers.image_folders import unique_name
 
 
@@ -87,7 +87,7 @@ def test_equal_scores_and_scores_that_are_no_numbers_do_not_help() -> None:
         [[1.0, 1, 1], [1, 1, 1], [nan, nan, nan], [0, nan, 0], [inf, 0, inf], [3, 2, 1]]
     )
     labels = torch.tensor([0, 2, 0, 0, 2, 1])
-    assert true_class_places(logits, labels).tolist() == [0, 2, 3, 1, 1, 1]
+    assert true_class_ranks(logits, labels).tolist() == [0, 2, 3, 1, 1, 1]
 
 
 def test_half_precision_logits_are_compared_in_full() -> None:
@@ -100,7 +100,7 @@ def test_half_precision_logits_are_compared_in_full() -> None:
     ("ids", "output", "message"),
     [
         ([9], {"class_logits": torch.zeros(3)}, "image 9 is not in the data set"),
-        ([0], {"panoptic_seg": None}, "gives no class of an image"),
+        ([0], {"panoptic_seg": None}, "does not classify images"),
         ([0], {"class_logits": torch.zeros(4)}, r"shape \(4,\), but the data set .* has 3 classes"),
     ],
 )

@@ -13,7 +13,12 @@ from detectron2.data import MetadataCatalog
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from batchformer_panoptic.evaluation import ClassQuality, GroupQuality, PanopticQuality
+from batchformer_panoptic.evaluation import (
+    ClassQuality,
+    GroupQuality,
+    PanopticEvaluator,
+    PanopticQuality,
+)
 
 # Stuff between the things, and ids with gaps: nothing may rely on their order.
 CATEGORIES = [
@@ -169,6 +174,35 @@ def model_output(image: PanopticImage) -> dict[str, Any]:
         for info in image.segments_info
     ]
     return {"panoptic_seg": (torch.from_numpy(image.segment_map).to(torch.int32), segments_info)}
+
+
+class SavingEvaluator(PanopticEvaluator):
+    """Also writes the predictions as annotations: ``folder``/*.png and ``folder``.json."""
+
+    def __init__(self, dataset_name: str, folder: Path) -> None:
+        super().__init__(dataset_name)
+        self._folder = folder
+        self._annotations: list[dict[str, Any]] = []
+        folder.mkdir()
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        super().process(inputs, outputs)
+        for row, output in zip(inputs, outputs, strict=True):
+            segment_map, segments = output["panoptic_seg"]
+            name = self._truth.images[row["image_id"]].png_name
+            Image.fromarray(id2rgb(segment_map.numpy())).save(self._folder / name)
+            infos = [
+                {"id": x["id"], "category_id": self._truth.dataset_ids[x["category_id"]]}
+                for x in segments
+            ]
+            self._annotations.append(
+                {"image_id": row["image_id"], "file_name": name, "segments_info": infos}
+            )
+
+    def evaluate(self) -> Any:
+        content = {"annotations": self._annotations}
+        self._folder.with_suffix(".json").write_text(json.dumps(content))
+        return super().evaluate()
 
 
 def quality_from_json(values: Mapping[str, Any]) -> PanopticQuality:

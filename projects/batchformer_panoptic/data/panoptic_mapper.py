@@ -137,10 +137,10 @@ def _panoptic_targets(
     dataset_dict: dict[str, Any], size: ImageSize, transforms: T.TransformList
 ) -> dict[str, Any]:
     png_name, segments_info = dataset_dict["pan_seg_file_name"], dataset_dict["segments_info"]
-    segment_map = read_segment_map(png_name)
-    height, width = segment_map.shape
+    ids = read_segment_map(png_name)
+    height, width = ids.shape
     raise_first_error(check_png_size(png_name, (height, width), size))
-    numbered = number_segments(segment_map, segments_info, png_name=png_name)
+    numbered = number_segments(ids, segments_info, png_name=png_name)
     instances, segment_map = panoptic_instances(
         transform_segment_map(numbered, transforms), segments_info
     )

@@ -146,7 +146,7 @@ def test_train_and_test_share_their_classes(cfg: CfgNode, tmp_path: Path) -> Non
     [
         ({"MODEL.CLASSIFIER.NUM_CLASSES": 1000}, r"MODEL\.CLASSIFIER\.NUM_CLASSES is 1000, but"),
         ({"MODEL.META_ARCHITECTURE": "PanopticDETR"}, "has one label for each image, and MODEL"),
-        ({"MODEL.MASK_ON": True}, "MASK_ON asks for masks"),
+        ({"MODEL.MASK_ON": True}, "MASK_ON needs masks"),
         ({"DATASETS.CUSTOM_IMAGE_FOLDERS": [["a", "b", "c"]]}, r"list of two texts \[name, root\]"),
     ],
 )
