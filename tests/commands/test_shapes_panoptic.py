@@ -1,4 +1,4 @@
-"""The embedded data set: reproducible, consistent in itself, and not solvable by colour alone."""
+"""The built-in data set: reproducible, consistent, and not solvable by color only."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""An image of a thousand segments costs what its pixels cost, not a mask for each segment."""
+"""The cost of an image with a thousand segments is that of its pixels, not of a thousand masks."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 240, 320
 
 
 def image_of(segments: int, folder: Path) -> dict[str, Any]:
-    """A dataset dict whose PNG is a grid of that many wavy cells, the ids in no order."""
+    """A dataset dict whose PNG is a grid of that many wavy cells, the ids in random order."""
     side = int(np.ceil(segments**0.5))
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     rows = (rows + 2 * np.sin(columns / 7)).clip(0, HEIGHT - 1).astype(int)
@@ -42,7 +42,7 @@ def image_of(segments: int, folder: Path) -> dict[str, Any]:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Most bytes that Python and numpy hold during a call, after one that does not count."""
+    """Peak bytes of Python and numpy during a call, after a warm-up call."""
     function()
     tracemalloc.start()
     try:
@@ -109,7 +109,7 @@ def test_boxes_and_map_are_those_of_the_masks(
         np.testing.assert_array_equal(mapped["segment_map"].numpy() == index, mask)
 
 
-def test_segments_out_of_sight_leave_no_gap() -> None:
+def test_segments_without_pixels_leave_no_gap() -> None:
     infos = [{"category_id": category} for category in (5, 6, 7, 8)]
     numbered = np.array([[0, 3, 3], [1, 1, 0]], dtype=np.uint8)
     instances, segment_map = panoptic_instances(numbered, infos)
@@ -141,3 +141,9 @@ def test_ids_listed_twice_are_refused() -> None:
     infos = [{"id": 3, "iscrowd": 0}] * 2
     with pytest.raises(UserError, match=r"a\.png, segment 3: 2 entries of segments_info have"):
         number_segments(np.full((2, 2), 3), infos, png_name="a.png")
+
+
+def test_more_segments_than_the_map_can_count_are_refused() -> None:
+    infos = [{"id": segment_id, "iscrowd": 0} for segment_id in range(1, 2**15 + 1)]
+    with pytest.raises(UserError, match=r"a\.png: 32768 segments; at most 32767 are possible"):
+        number_segments(np.ones((2, 2), dtype=np.int32), infos, png_name="a.png")

@@ -261,7 +261,7 @@ def test_files_that_cannot_be_read(
         ({"file_name": str(text)}, r"^image .*text\.jpg cannot be read"),
         ({"pan_seg_file_name": missing}, r"^panoptic PNG .*missing\.png does not exist"),
         ({"pan_seg_file_name": str(text)}, r"^panoptic PNG .*text\.jpg cannot be read"),
-        ({"width": 63}, r"000\.png is 64x48, but the JSON says 63x48"),
+        ({"width": 63}, r"000\.png is 64x48, but in the JSON 63x48"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             mapper({**dicts[0], **changes})

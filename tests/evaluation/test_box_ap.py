@@ -108,3 +108,9 @@ def test_annotations_that_cannot_be_read(name: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as caught:
             build_box_evaluator(name, str(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_without_json_shows_how_to_register_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"names no 'json_file': register it with DATASETS\.CUSTOM"):
+        build_box_evaluator("box_ap_without_json", str(tmp_path))
+    MetadataCatalog.pop("box_ap_without_json")

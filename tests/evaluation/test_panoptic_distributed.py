@@ -1,4 +1,4 @@
-"""The panoptic evaluator in two real processes, and what it leaves on disk."""
+"""The panoptic evaluator in two real processes, and the files it writes."""
 
 import contextlib
 import io

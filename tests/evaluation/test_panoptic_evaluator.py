@@ -1,3 +1,5 @@
+"""The panoptic evaluator against panopticapi and Detectron2, in one and several processes."""
+
 import contextlib
 import copy
 import gc
@@ -141,7 +143,7 @@ def test_model_output_is_not_modified(tmp_path):
 
 
 def _evaluate_in_processes(monkeypatch, name, shares, predictions):
-    """Gather what several processes would, each having seen its share of image numbers."""
+    """Gather the parts of several processes, each with its share of image numbers."""
     gathered = []
 
     def gather(part):

@@ -1,3 +1,5 @@
+"""The panoptic ground truth: categories, images, and errors of unusable annotations."""
+
 import json
 from pathlib import Path
 

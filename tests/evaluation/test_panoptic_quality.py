@@ -1,3 +1,5 @@
+"""Panoptic quality of single images against panopticapi and hand-made counts."""
+
 import contextlib
 import io
 
@@ -53,7 +55,7 @@ def _as_rows(counts: PQStat) -> dict[int, tuple[int, int, int, float]]:
 
 
 def _image(rows: list[str], *segments: tuple[int, int, int]) -> PanopticImage:
-    """An id map from digits, with (id, category, iscrowd) per segment."""
+    """A segment map from digits, with (id, category, iscrowd) per segment."""
     segment_map = np.array([[int(digit) for digit in row] for row in rows])
     infos = [
         {"id": i, "category_id": c, "iscrowd": crowd, "area": int((segment_map == i).sum())}

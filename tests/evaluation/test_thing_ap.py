@@ -1,3 +1,5 @@
+"""AP of the things of panoptic data sets, and the choice of evaluators."""
+
 import json
 import logging
 import os
@@ -36,7 +38,7 @@ TASKS = ("bbox", "segm")
 
 
 def _instances(image: PanopticImage, classes: dict[int, int]) -> Instances:
-    """The segments of an image that are not crowd as instances, stuff too."""
+    """All segments of an image except crowds as instances, stuff included."""
     infos = [info for info in image.segments_info if not info["iscrowd"]]
     masks = torch.stack([torch.from_numpy(image.segment_map == info["id"]) for info in infos])
     boxes = []
@@ -135,6 +137,15 @@ def test_a_segment_without_pixels_is_refused(tmp_path):
             UserError, match=r"000100\.png, segment 1: listed in segments_info, but no pixel has"
         ):
             thing_annotations(truth)
+
+
+def test_a_missing_png_is_named(tmp_path):
+    truths, _ = random_set(1, num_images=1)
+    with registered("ap_set", tmp_path / "truth", truths) as name:
+        truth = PanopticGroundTruth(MetadataCatalog.get(name))
+        (tmp_path / "truth" / "000100.png").unlink()
+        with pytest.raises(UserError, match=r"panoptic PNG .*000100\.png does not exist"):
+            cached_thing_annotations(truth, str(tmp_path / "out"))
 
 
 def _truncate(cache, folder):

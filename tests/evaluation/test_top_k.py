@@ -1,4 +1,4 @@
-"""Top-1 and top-5 against hand-made numbers and timm's accuracy."""
+"""Top-1 and top-5 against handmade numbers and timm's accuracy."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def process(evaluator: TopKEvaluator, logits: Tensor, ids: list[int]) -> None:
 
 
 def test_hand_made_numbers(tmp_path: Path) -> None:
-    # places of the true class: 0, 1, 4, 5
+    # Ranks of the true class: 0, 1, 4, 5.
     logits = torch.arange(7.0).flip(0).repeat(4, 1)
     name = register([0, 1, 4, 5], 7)
     evaluator = TopKEvaluator(name, str(tmp_path / "out"))
@@ -104,7 +104,7 @@ def test_half_precision_logits_are_compared_in_full() -> None:
         ([0], {"class_logits": torch.zeros(4)}, r"shape \(4,\), but the data set .* has 3 classes"),
     ],
 )
-def test_unusable_outputs_are_told(ids: list[int], output: dict, message: str) -> None:
+def test_unusable_outputs_are_reported(ids: list[int], output: dict, message: str) -> None:
     evaluator = TopKEvaluator(register([0, 1], 3))
     with pytest.raises(UserError, match=message):
         evaluator.process([{"image_id": i} for i in ids], [output])

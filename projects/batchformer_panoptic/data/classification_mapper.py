@@ -67,7 +67,8 @@ def build_image_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
             f"timm does not support INPUT.CLASSIFICATION.AUTO_AUGMENT {node.AUTO_AUGMENT!r} "
-            f"({type(error).__name__}: {error}): give for example rand-m9-mstd0.5-inc1, or '' for none"
+            f"({type(error).__name__}: {error}): give '' for none or, for example, "
+            "rand-m9-mstd0.5-inc1"
         ) from error
     if node.TRAIN_CROP == "padded":
         crop_and_flip = _padded_crop(size, int(node.PADDING), float(node.HFLIP))

@@ -37,7 +37,7 @@ _PNG_COLOR_TYPES = {0: "grey", _PNG_RGB: "RGB", 3: "palette", 4: "grey with alph
 
 @contextlib.contextmanager
 def _reading(path: str | Path, role: str) -> Iterator[None]:
-    """Turn what Pillow raises for a missing or damaged file into one line.
+    """Convert Pillow's errors for a missing or damaged file to `UserError`.
 
     Args:
         path: the file.
@@ -47,7 +47,7 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(missing_file(path, role)) from None
-    except UnidentifiedImageError:  # its message is the path, or the representation of a stream
+    except UnidentifiedImageError:  # its message may show a file object
         raise UserError(f"{role} {path} cannot be read: unknown image format") from None
     # Pillow reports damaged files with any of these; struct.error comes from damaged EXIF data.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
@@ -65,7 +65,7 @@ def missing_file(path: str | Path, role: str) -> str:
 
 
 def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
-    """Read an image, turned as its EXIF data says.
+    """Read an image and rotate it according to its EXIF data.
 
     Args:
         path: a file that Pillow can decode, in any color mode.
@@ -181,7 +181,7 @@ def read_coco_json(path: str | Path) -> dict[str, Any]:
     its modification time or size has changed, or when it is too large to keep.
 
     Args:
-        path: a local path or a URI that Detectron2's PathManager knows.
+        path: a local path or a URI that Detectron2's PathManager supports.
 
     Returns:
         The parsed object. It is shared between callers and must not be changed.

@@ -24,8 +24,7 @@ def runs(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Find the runs of pixels, read row by row, over which none of the maps changes.
 
-    Segments cover long runs, of which there are far fewer than pixels: whatever is computed per
-    run instead of per pixel is cheap.
+    There are far fewer runs than pixels, so that work per run is much cheaper than per pixel.
 
     Args:
         *segment_maps: (H, W) integers, all of one shape.

@@ -1,4 +1,4 @@
-"""Image folders: registration, classes, and what is said of unusable ones."""
+"""Image folders: registration, classes, and the errors of unusable ones."""
 
 import os
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def empty_class(root: Path) -> None:
         (empty_class, r"class folder 'wasp' has no images \(1 of 4 folders are empty\)"),
     ],
 )
-def test_unusable_folders_are_told(
+def test_unusable_folders_are_reported(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
@@ -124,7 +124,7 @@ def test_unusable_folders_are_told(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_vanishes_later_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_later_is_reported(tmp_path: Path) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
     register_image_folder(name, str(root))
     no_such_root(root)

@@ -152,7 +152,7 @@ def test_wrong_rows(cfg: CfgNode, row: object, words: str) -> None:
         setup_datasets(cfg)
 
 
-def test_masks_are_not_learnt_from_boxes(
+def test_masks_are_not_learned_from_boxes(
     cfg: CfgNode, tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset
 ) -> None:
     name = unique_name()

@@ -180,7 +180,7 @@ def test_damaged_json_is_explained(
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_is_none(tiny_panoptic_dataset: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(tiny_panoptic_dataset: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.json"
     path.write_text("{")
     with pytest.raises(UserError, match=r"text\.json is not valid JSON"):

@@ -187,6 +187,8 @@ JSON_FAULTS: list[tuple[str, str, Callable[[Content], None]]] = [
     ("error", "wrong area", delete(f"{SEGMENTS}.0.area")),
     ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, 5, 4])),
     ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, "5", None])),
+    ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, "x", 4])),
+    ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", "2 1 3 3")),
     ("warning", "no bbox", delete(f"{SEGMENTS}.0.bbox")),
 ]
 # Faults of other records that follow from a fault.
@@ -284,8 +286,8 @@ FILE_FAULTS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("missing image file", "11.jpg does not exist", remove_image),
     ("unreadable image file", "truncated", truncate_image),
     ("unreadable image file", "unknown image format", text_image),
-    ("wrong image size", "is 6x8, but the JSON says 8x6", transpose_image),
-    ("wrong image size", "is 6x8, but the JSON says 8x6", turn_image_by_exif),
+    ("wrong image size", "is 6x8, but in the JSON 8x6", transpose_image),
+    ("wrong image size", "is 6x8, but in the JSON 8x6", turn_image_by_exif),
     ("missing panoptic PNG", "(11.jpg exists)", remove_png),
     ("unreadable panoptic PNG", "11.png", truncate_png),
     ("wrong panoptic PNG size", "is 9x6, but its image is 8x6", enlarge_png),

@@ -17,8 +17,8 @@ DatasetDict = dict[str, Any]
 def register_image_folder(name: str, image_root: str) -> None:
     """Register a folder of class folders in Detectron2's catalogs.
 
-    Labels are the positions of the class folders in alphabetical order; hidden folders are no
-    classes. Only the names of the folders are read now; images are listed when the data set is
+    Labels are the positions of the class folders in alphabetical order; hidden folders are
+    ignored. Only the names of the folders are read now; images are listed when the data set is
     used. Registering a name again with the same path does nothing.
 
     Args:

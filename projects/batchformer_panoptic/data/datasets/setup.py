@@ -131,8 +131,8 @@ def _check_masks(names: Sequence[str]) -> None:
     for name in names:
         if not MetadataCatalog.get(name).get("panoptic_root"):
             raise UserError(
-                f"MODEL.MASK_ON needs masks, but the data set {name!r} has no panoptic PNGs to learn "
-                "them from: set MODEL.MASK_ON False to train on boxes only"
+                f"MODEL.MASK_ON needs masks, but the data set {name!r} has no panoptic PNGs to "
+                "learn them from: set MODEL.MASK_ON False to train on boxes only"
             )
 
 

@@ -18,7 +18,7 @@ SECTIONS = ("images", "annotations", "categories")
 
 
 def check_panoptic_json(content: Record) -> Iterator[Problem]:
-    """Check everything that the JSON says, without the files that it names."""
+    """Check the whole JSON, without the files that it names."""
     yield from check_lists(content, SECTIONS)
     for section in SECTIONS:
         yield from check_entries(content, section)

@@ -103,9 +103,9 @@ def check_panoptic_file(annotation: Record, size: Size | None, path: Path) -> It
 def check_image_size(
     path: str | Path, found: Size, stated: Size | None, image: str | None = None
 ) -> Iterator[Problem]:
-    """Compare the size of an image, turned as its EXIF data says, with that in the JSON."""
+    """Compare the size of an image, rotated according to its EXIF data, with the JSON."""
     if stated is not None and found != stated:
-        message = f"image {path} is {_format(found)}, but the JSON says {_format(stated)}"
+        message = f"image {path} is {_format(found)}, but in the JSON {_format(stated)}"
         yield Problem("wrong image size", message, image)
 
 
