@@ -141,8 +141,8 @@ def test_occlusion_leaves_enough_of_every_region(monkeypatch: pytest.MonkeyPatch
     assert sum(share < 0.95 for share in shares) >= 10  # occlusion does occur
 
 
-def test_colour_is_a_hint_and_not_the_answer(examples: list) -> None:
-    """The 15 nearest mean colours vote for the right one of 7 classes far from always."""
+def test_color_is_a_cue_but_does_not_determine_the_class(examples: list) -> None:
+    """A vote of the 15 nearest mean colors is often wrong about the 7 classes."""
     colors, classes = [], []
     for picture, segment_map, segments in examples:
         for segment in segments:
@@ -157,7 +157,7 @@ def test_colour_is_a_hint_and_not_the_answer(examples: list) -> None:
     assert 0.25 < right < 0.55
 
 
-def test_things_stand_out_from_what_surrounds_them(examples: list) -> None:
+def test_things_contrast_with_their_surroundings(examples: list) -> None:
     outline = np.ones((5, 5), np.uint8)
     for picture, segment_map, segments in examples:
         lab = cv2.cvtColor(picture.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)

@@ -114,14 +114,25 @@ def image_pq_counts(
     spurious = ~((void_pixels + crowd_pixels) / pred_areas > _IGNORED_SHARE)
     spurious[matches.pred_index] = False
 
+    return _counts_by_category(
+        gt_segments.category_ids[matches.gt_index],
+        ious,
+        gt_segments.category_ids[missed],
+        pred_segments.category_ids[spurious],
+    )
+
+
+def _counts_by_category(
+    matched: np.ndarray, ious: np.ndarray, missed: np.ndarray, spurious: np.ndarray
+) -> PQStat:
+    """Count category ids of true positives with their IoU, false negatives, false positives."""
     counts = PQStat()
-    true_categories = gt_segments.category_ids[matches.gt_index].tolist()
-    for category_id, iou in zip(true_categories, ious.tolist(), strict=True):
+    for category_id, iou in zip(matched.tolist(), ious.tolist(), strict=True):
         counts[category_id].tp += 1
         counts[category_id].iou += iou
-    for category_id in gt_segments.category_ids[missed].tolist():
+    for category_id in missed.tolist():
         counts[category_id].fn += 1
-    for category_id in pred_segments.category_ids[spurious].tolist():
+    for category_id in spurious.tolist():
         counts[category_id].fp += 1
     return counts
 
