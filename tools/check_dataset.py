@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from batchformer_panoptic.data.io import read_coco_json
 from batchformer_panoptic.data.validation import (
     Problem,
     check_panoptic_content,
-    load_panoptic_json,
     records,
     segments_of,
 )
@@ -62,17 +62,10 @@ def format_problems(problems: list[Problem], max_problems: int) -> list[str]:
     for _, group in groupby(sorted(problems, key=rank), key=rank):
         found = list(group)
         lines.append(f"{found[0].severity}: {found[0].kind} ({len(found)})")
-        lines += [f"  {format_problem(problem)}" for problem in found[:max_problems]]
+        lines += [f"  {problem}" for problem in found[:max_problems]]
         if len(found) > max_problems:
             lines.append(f"  ... and {len(found) - max_problems} more")
     return lines
-
-
-def format_problem(problem: Problem) -> str:
-    where = [] if problem.image is None else [problem.image]
-    if problem.segment is not None:
-        where.append(f"segment {problem.segment}")
-    return ": ".join([", ".join(where), problem.message] if where else [problem.message])
 
 
 def format_summary(content: dict[str, Any]) -> list[str]:
@@ -100,7 +93,7 @@ def format_summary(content: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        content = load_panoptic_json(args.json)
+        content = read_coco_json(args.json)
         problems = check_panoptic_content(
             content,
             args.image_root,

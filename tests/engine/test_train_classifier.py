@@ -138,7 +138,7 @@ def test_weights_of_another_model_are_told(
     [
         (["MODEL.META_ARCHITECTURE", "PanopticDETR"], "has one label for each image"),
         (["DATASETS.TRAIN", ("gone",)], "unknown data set 'gone'"),
-        (["INPUT.CLASSIFICATION.AUTO_AUGMENT", "nonsense"], "is not what timm takes"),
+        (["INPUT.CLASSIFICATION.AUTO_AUGMENT", "nonsense"], "timm does not support"),
         (["INPUT.CLASSIFICATION.CROP", 1], "unknown config key"),
         (["MODEL.CLASSIFIER.NUM_CLASSES", 7], "but the data sets have 3 classes"),
     ],

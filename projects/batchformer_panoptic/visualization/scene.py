@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from detectron2.data import detection_utils
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
-from panopticapi.utils import rgb2id
-from PIL import Image
 
-from ..data.io import ImageArray
-from ..errors import UserError, one_line
+from ..data.io import ImageArray, read_segment_map
+from ..errors import UserError
 
 BoolMap = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]  # xyxy, pixels
@@ -126,7 +123,7 @@ def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
         UserError: there is nothing to draw, or the panoptic PNG cannot be read.
     """
     if "pan_seg_file_name" in dataset_dict:
-        ids = IdMap(_read_ids(dataset_dict["pan_seg_file_name"]))
+        ids = IdMap(read_segment_map(dataset_dict["pan_seg_file_name"]))
         return Scene(
             [
                 Region(
@@ -190,15 +187,6 @@ def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any
     if values.shape == size:
         return values
     return np.asarray(cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST))
-
-
-def _read_ids(path: str) -> npt.NDArray[np.integer[Any]]:
-    try:
-        ids: npt.NDArray[np.integer[Any]] = rgb2id(detection_utils.read_image(path, format="RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = one_line(error)
-        raise UserError(f"panoptic PNG {path} cannot be read: {reason}") from error
-    return ids
 
 
 _MARGIN, _TITLE_HEIGHT = 8, 34  # pixels
