@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.run import user_error_line
 from batchformer_panoptic.errors import UserError
 from helpers.commands import load_script
 
@@ -85,9 +84,3 @@ def test_options_overrule_the_file(tmp_path: Path) -> None:
     config.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.5}")
     cfg = load_config(str(config), [*CPU, "SOLVER.MAX_ITER", "7"])
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (7, 0.5)
-
-
-def test_line_is_found_in_the_traceback_of_a_process() -> None:
-    text = "Process 1 terminated:\nTraceback\nbatchformer_panoptic.errors.UserError: no such file\n"
-    assert user_error_line(RuntimeError(text)) == "no such file"
-    assert user_error_line(RuntimeError("something else")) is None
