@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,28 +19,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import prepare_shapes_panoptic
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_on_dataset
-from measure import exponent, in_turns, median_ratio, peak_bytes, python_peak_bytes
 from panopticapi.utils import id2rgb
 from PIL import Image
-from quickstart_cost import CONFIG, ROOT, make_model
 from tabulate import tabulate
 from torch.nn import functional as F
-from transformers_cost import training_step
 
 from batchformer_panoptic.data import PanopticDatasetMapper, register_panoptic_dataset
 from batchformer_panoptic.data.loader import build_test_loader
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.evaluation import build_evaluator
-
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "datasets"))
-import prepare_shapes_panoptic
-
 from helpers.tiny_model import random_inputs
+
+from .measure import exponent, in_turns, median_ratio, peak_bytes, python_peak_bytes
+from .quickstart_cost import CONFIG, make_model
+from .transformers_cost import training_step
 
 Function = Callable[[], object]
 Inputs = list[dict[str, Any]]

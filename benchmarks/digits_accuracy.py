@@ -14,19 +14,17 @@ import logging
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import prepare_digits
 import torch
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "datasets"))
-import prepare_digits  # noqa: E402
+from . import ROOT
 
 CONFIGS = ROOT / "configs" / "classification"
 ARMS = {"plain": "digits_vit.yaml", "block": "batchformer_digits_vit.yaml"}

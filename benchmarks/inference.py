@@ -8,15 +8,11 @@ compared in the same run.
 import argparse
 import copy
 import statistics
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from inference_ways import AllQueries, Case, Naive, Peer, as_class, predict
-from measure import in_turns, median_ratio, peak_bytes
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,11 +20,13 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR, prepare_for_inference
 from batchformer_panoptic.checkpoint.conversion import Request, source_named
 from batchformer_panoptic.engine import load_config
+from helpers.official_detr import official_weights
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from test_huggingface_parity import official_weights
+from . import ROOT
+from .inference_ways import AllQueries, Case, Naive, Peer, as_class, predict
+from .measure import in_turns, median_ratio, peak_bytes
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
+CONFIGS = ROOT / "configs" / "coco" / "panoptic"
 PLAIN, WITH_BLOCK = "detr_R50_joint_300ep.yaml", "batchformer_detr_R50_joint_300ep.yaml"
 NUM_CLASSES, NUM_THINGS, HIDDEN_DIM = 250, 200, 256
 SMALL = (256, 320)  # of the comparison in double precision

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measure import compared, table_of_compared
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchformer_panoptic.layers import TokenLinear, conv_upsampled
+
+from .measure import compared, table_of_compared
 
 
 class Case(NamedTuple):

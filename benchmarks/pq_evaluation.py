@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
-from measure import in_turns, median_ratio
-from panoptic_examples import DATASET, Work, random_example, registered
 from panopticapi.evaluation import pq_compute
 from tabulate import tabulate
 
 from batchformer_panoptic.evaluation import PanopticEvaluator
+
+from .measure import in_turns, median_ratio
+from .panoptic_examples import DATASET, Work, random_example, registered
 
 OURS, DETECTRON2, PANOPTICAPI = "streaming", "detectron2", "panopticapi"
 LABELS = {

@@ -4,20 +4,17 @@ Results and gradients are asserted equal in the same run.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import compared, table_of_compared
 from torch import Tensor
 
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.sampling_references import by_grid_sample
+
+from .measure import compared, table_of_compared
 
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 Shapes = list[tuple[int, int]]

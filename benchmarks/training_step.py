@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from inference_ways import AllQueries, Naive, as_class
-from measure import in_turns, median_ratio, peak_bytes
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,11 +34,12 @@ from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.modeling.cpu import tune_allocation
 from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
 from batchformer_panoptic.modeling.set_prediction.targets import gather_masks, to_target
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.tiny_model import random_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+from .inference_ways import AllQueries, Naive, as_class
+from .measure import in_turns, median_ratio, peak_bytes
+
 CONFIG = ROOT / "configs" / "coco" / "panoptic" / "detr_R50_joint_300ep.yaml"
 NUM_CLASSES, OURS, PEER = 133, "this project", "transformers"
 ALL_QUERIES = {"all queries": AllQueries, "all queries, nothing shared among them": Naive}
@@ -214,7 +213,7 @@ def largest_difference(
 
 
 def memory_of_child(arm: str, weights: Path, settings: dict[str, Any]) -> dict[str, int]:
-    command = [sys.executable, __file__, arm, str(weights), json.dumps(settings)]
+    command = [sys.executable, "-m", __spec__.name, arm, str(weights), json.dumps(settings)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found

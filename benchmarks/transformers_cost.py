@@ -7,20 +7,21 @@ losses and backward on two images of --size pixels.
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
+from analyze_model import flop_analysis
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from measure import in_turns, median_ratio
 from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.flops import flop_analysis
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "detection"
+from . import ROOT
+from .measure import in_turns, median_ratio
+
+CONFIGS = ROOT / "configs" / "coco" / "detection"
 SYSTEMS = {
     "DETR": "detr_R50_50ep.yaml",
     "Conditional-DETR": "conditional_detr_R50_50ep.yaml",

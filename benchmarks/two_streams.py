@@ -7,20 +7,21 @@ differs. Backbone and projection are seen to run once for both streams.
 import argparse
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from measure import in_turns, median_ratio
 from tabulate import tabulate
-from training_step import make_batch
-from transformers_cost import training_step
 
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.modeling.cpu import tune_allocation
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
+from . import ROOT
+from .measure import in_turns, median_ratio
+from .training_step import make_batch
+from .transformers_cost import training_step
+
+CONFIGS = ROOT / "configs" / "coco" / "panoptic"
 SYSTEMS = {
     "DETR": "detr_R50_joint_300ep.yaml",
     "Conditional-DETR": "conditional_R50_joint_50ep.yaml",

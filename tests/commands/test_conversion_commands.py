@@ -47,7 +47,7 @@ def test_a_training_checkpoint_is_converted(
     assert bias[[0, 132, 133]].tolist() == [1, 200, 250]
     assert "optimizer" not in content
     printed = capsys.readouterr().out
-    assert "left behind, a frozen batch norm does not count its batches: detr.backbone" in printed
+    assert "left out, a frozen batch norm does not count its batches: detr.backbone" in printed
     assert "133 of 250 class rows are kept" in printed
     assert "MODEL.DETR.NUM_OBJECT_QUERIES 12" in printed
     assert "does not tell" not in printed
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_this_project_needs_no_conversion(
     src, dst = save_checkpoint(official_boxes(), tmp_path / "src.pth"), tmp_path / "dst.pth"
     assert convert.main([src, str(dst), "--source", "detr"]) == 0
     assert convert.main([str(dst), str(tmp_path / "again.pth"), "--source", "detr"]) == 2
-    assert f"{dst} is a checkpoint of this project already" in capsys.readouterr().err
+    assert f"{dst} is already a checkpoint of this project" in capsys.readouterr().err
 
 
 def test_an_existing_target_needs_overwrite(
@@ -234,7 +234,7 @@ def test_leftovers_may_be_allowed(
     assert convert.main([src, str(dst), "--source", "detr"]) == 2
     assert "left over: ema.decay" in capsys.readouterr().err
     assert convert.main([src, str(dst), "--source", "detr", "--allow", "ema.*"]) == 0
-    assert "left behind, --allow ema.*: ema.decay" in capsys.readouterr().out
+    assert "left out, --allow ema.*: ema.decay" in capsys.readouterr().out
 
 
 def test_a_folder_is_for_huggingface(

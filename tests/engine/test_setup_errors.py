@@ -25,10 +25,10 @@ def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("MODEL: {DETR: {NUM_CLASES: 3}}", "unknown config key MODEL.DETR.NUM_CLASES"),
         ("MODEL: {DETR: {NUM_CLASES: 3}}", "did you mean MODEL.DETR.NUM_CLASSES"),
         ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER"),
-        ("MODEL: [", "no readable YAML file"),
-        ("MODEL: !!python/object/apply:os.getcwd []", "no readable YAML file"),
+        ("MODEL: [", "not a readable YAML file"),
+        ("MODEL: !!python/object/apply:os.getcwd []", "not a readable YAML file"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist"),
-        ("just words", "no mapping of config keys"),
+        ("just words", "not a mapping of config keys"),
     ],
 )
 def test_config_file(
@@ -75,7 +75,7 @@ def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
 def test_cuda_without_cuda() -> None:
-    with pytest.raises(UserError, match=r"no CUDA here; use MODEL\.DEVICE cpu"):
+    with pytest.raises(UserError, match=r"CUDA is not available; use MODEL\.DEVICE cpu"):
         load_config("", ["MODEL.DEVICE", "cuda:0"])
 
 

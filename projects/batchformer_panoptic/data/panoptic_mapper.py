@@ -291,14 +291,33 @@ class PanopticDatasetMapper:
                 )
             result[key] = pixels
 
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        result["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        result["image"], transforms = self._augment(image)
         if self.is_train:
-            new_height, new_width = augmented.image.shape[:2]
+            new_height, new_width = result["image"].shape[1:]
             size = (result["height"], result["width"])
             result |= _targets(dataset_dict, size, (new_height, new_width), transforms)
         return result
+
+    def map_image(self, image_bgr: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """Transform an image that is already in memory, without targets.
+
+        Args:
+            image_bgr: (H0, W0, 3) uint8.
+
+        Returns:
+            ``image``, ``height`` and ``width``, as for a file with the same pixels.
+        """
+        height, width = image_bgr.shape[:2]
+        image = image_bgr[:, :, ::-1] if self.image_format == "RGB" else image_bgr
+        tensor, _ = self._augment(np.ascontiguousarray(image))
+        return {"image": tensor, "height": height, "width": width}
+
+    def _augment(self, image: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, T.TransformList]:
+        """Return the augmented image, uint8 (3, H, W), and the transforms that were drawn."""
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        return torch.from_numpy(channels_first), transforms
 
 
 def _targets(

@@ -5,7 +5,8 @@ What there is to draw on an image, wherever it comes from.
 H, W: size of the image that is drawn on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -17,7 +18,7 @@ from detectron2.utils.visualizer import GenericMask
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from ..data.io import ImageArray
+from ..data.io import ImageArray, write_image
 from ..errors import UserError, one_line
 
 BoolMap = npt.NDArray[np.bool_]
@@ -203,6 +204,7 @@ def _read_ids(path: str) -> npt.NDArray[np.integer[Any]]:
 
 _MARGIN, _TITLE_HEIGHT = 8, 34  # pixels
 _BACKGROUND, _INK = 255, (40, 40, 40)
+_IN_OVERVIEW = 12  # pictures
 
 
 def side_by_side(panels: Sequence[ImageArray], titles: Sequence[str]) -> ImageArray:
@@ -249,6 +251,31 @@ def contact_sheet(
         padded += [_padded(row[0][:0], height, width)] * missing
         rows.append(np.hstack(padded))
     return np.vstack(rows)
+
+
+def write_pictures(folder: Path, pictures: Iterable[tuple[str, ImageArray]]) -> Iterator[str]:
+    """Write numbered pictures, and last ``overview.png`` with the first twelve of them.
+
+    Args:
+        folder: created if it does not exist.
+        pictures: path of each image that was drawn, and the RGB picture of it.
+
+    Yields:
+        A line for the user after each picture.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    overview = []
+    number = 0
+    for number, (image_path, picture) in enumerate(pictures, 1):
+        name = f"{number - 1:03d}_{Path(image_path).stem}.png"
+        write_image(folder / name, picture)
+        if number <= _IN_OVERVIEW:
+            overview.append(picture)
+        yield f"{image_path} -> {name}"
+    write_image(folder / "overview.png", contact_sheet(overview))
+    yield f"{number} pictures and overview.png are in {folder}"
 
 
 def _scaled(picture: ImageArray, factor: float) -> ImageArray:
