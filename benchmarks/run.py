@@ -1,7 +1,7 @@
 """Run the package ``benchmarks``: ``python benchmarks/run.py NAME`` from any folder.
 
-The benchmarks import each other, commands of ``tools`` and ``datasets``, and helpers of ``tests``.
-Their folders are passed in PYTHONPATH, so that spawned processes find the same modules.
+The benchmarks import this checkout's package, commands of ``tools`` and ``datasets``, and helpers
+of ``tests``. The folders are passed in PYTHONPATH, so that spawned processes find the same modules.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".", "datasets", "tests", "tools")
+FOLDERS = (".", "projects", "datasets", "tests", "tools")
 
 
 def main(argv: list[str] | None = None) -> int:

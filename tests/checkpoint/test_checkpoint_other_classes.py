@@ -63,7 +63,7 @@ def test_class_head_starts_afresh(
         (["ball", "grass"], "the classes are the same"),
         (["ball"], "1 classes against 2; the first to differ is class 1, 'grass' in one only"),
         (["ball", "sand"], "2 classes against 2; the first to differ is class 1, 'sand'"),
-        (None, "the classes of .*w.pth are not known"),
+        (None, "the classes of .*w.pth are unknown"),
     ],
 )
 def test_log_compares_classes(

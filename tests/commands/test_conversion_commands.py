@@ -59,8 +59,8 @@ def test_what_is_not_known_is_said(
     src = save_checkpoint(official_boxes(), tmp_path / "src.pth")
     assert convert.main([src, str(tmp_path / "dst.pth"), "--source", "detr"]) == 0
     printed = capsys.readouterr().out
-    assert "the weights do not tell MODEL.DETR.NHEADS" in printed
-    assert "the weights do not tell whether res5 is dilated" in printed
+    assert "the weights do not determine MODEL.DETR.NHEADS" in printed
+    assert "the weights do not determine whether res5 is dilated" in printed
     assert "class_table" not in read_weights(str(tmp_path / "dst.pth"))
 
 
@@ -163,7 +163,7 @@ def test_a_failing_write_leaves_the_target_untouched(
         (["--source", "detr", "--classes", "lvis"], "--classes lvis"),
         (["--source", "detr", "--classes", "nowhere.json"], "nowhere.json cannot be read"),
         (["--source", "detr", "--classes", "coco_panoptic"], "7 class rows"),
-        (["--source", "detr_batchformer"], "hold no BatchFormer block"),
+        (["--source", "detr_batchformer"], "have no BatchFormer block"),
     ],
 )
 def test_mistakes_are_one_clear_error(

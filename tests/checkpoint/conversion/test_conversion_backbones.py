@@ -256,7 +256,7 @@ def test_timm_weights(source, name, dropped):
 def test_timm_models_with_the_same_keys_must_be_named():
     timm = pytest.importorskip("timm")
     state = timm.create_model("efficientnet_lite0").state_dict()
-    with pytest.raises(UserError, match="efficientnet_lite0 and tf_efficientnet_lite0 alike"):
+    with pytest.raises(UserError, match="fit both efficientnet_lite0 and tf_efficientnet_lite0"):
         convert("timm", state)
     with pytest.raises(UserError, match="no timm model known here: say which"):
         convert("timm", {"a": torch.zeros(1)})
@@ -265,7 +265,7 @@ def test_timm_models_with_the_same_keys_must_be_named():
 def test_timm_weights_of_another_model_are_refused():
     timm = pytest.importorskip("timm")
     state = timm.create_model("resnet18").state_dict()
-    with pytest.raises(UserError, match=r"(?s)no timm resnet26: .*missing: .*layer1\.0\.conv3"):
+    with pytest.raises(UserError, match=r"(?s)not a timm resnet26: .*missing: .*layer1\.0\.conv3"):
         convert("timm:resnet26", state)
     with pytest.raises(UserError, match="no model 'resnet19'"):
         convert("timm:resnet19", state)

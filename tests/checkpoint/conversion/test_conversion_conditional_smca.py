@@ -12,12 +12,11 @@ from detectron2.modeling import build_model
 
 from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
-from batchformer_panoptic.checkpoint.conversion.conditional_smca import DYNAMIC_SCALES
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.transformer import build_transformer
-from helpers.conversion_models import R50_DEPTHS, official_backbone
+from helpers.conversion_models import DYNAMIC_SCALE_OF_FLAG, R50_DEPTHS, official_backbone
 from helpers.golden_files import load_golden
 
 FILES = {
@@ -70,7 +69,7 @@ def test_settings_build_the_transformer_that_the_weights_fit(name, variant):
     assert config["num_queries"] == cfg.MODEL.DETR.NUM_OBJECT_QUERIES
     if name != "conditional":
         assert config["nheads"] == cfg.MODEL.DETR.NHEADS
-        assert DYNAMIC_SCALES[args["dynamic_scale"]] == cfg.MODEL.SMCA.DYNAMIC_SCALE
+        assert DYNAMIC_SCALE_OF_FLAG[args["dynamic_scale"]] == cfg.MODEL.SMCA.DYNAMIC_SCALE
     shapes = {
         f"res{i}": ShapeSpec(channels=c, stride=2**i)
         for i, c in enumerate(channels_of(name), start=2)

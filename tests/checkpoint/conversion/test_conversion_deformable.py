@@ -228,7 +228,7 @@ def test_blocks_of_the_fork_are_kept(name):
 def test_blocks_must_be_there_and_whole():
     source = SOURCES["deformable_detr_batchformer"]
     state = official("plain" if "plain" in VARIANTS else next(iter(VARIANTS)))
-    with pytest.raises(UserError, match="hold no BatchFormer block"):
+    with pytest.raises(UserError, match="have no BatchFormer block"):
         source.convert(state, Request())
     blocks = blocks_of({"share_bf": 1})
     del blocks["transformer.bf.linear2.bias"]
