@@ -1,4 +1,4 @@
-"""Predictions and annotations as pictures."""
+"""Drawing of predictions, annotations and training targets."""
 
 from ..data.io import read_image, write_image
 from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets

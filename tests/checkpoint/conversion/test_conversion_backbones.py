@@ -258,7 +258,7 @@ def test_timm_models_with_the_same_keys_must_be_named():
     state = timm.create_model("efficientnet_lite0").state_dict()
     with pytest.raises(UserError, match="fit both efficientnet_lite0 and tf_efficientnet_lite0"):
         convert("timm", state)
-    with pytest.raises(UserError, match="no timm model known here: say which"):
+    with pytest.raises(UserError, match="no known timm model: name it"):
         convert("timm", {"a": torch.zeros(1)})
 
 
