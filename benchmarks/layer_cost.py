@@ -1,6 +1,6 @@
-"""Layers that take another way than usual on a CPU: linear layers, convolutions of enlarged maps.
+"""Layers with a different implementation for CPUs: linear layers, convolutions of enlarged maps.
 
-Results and gradients are asserted equal in the same run.
+Results and gradients are asserted to be equal in the same run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .measure import compared, table_of_compared
 
 
 class Case(NamedTuple):
-    """Two ways to the same tensor, and the shapes of their inputs."""
+    """Two functions with the same result, and the shapes of their inputs."""
 
     ours: Callable[..., Tensor]
     usual: Callable[..., Tensor]

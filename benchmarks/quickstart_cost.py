@@ -1,4 +1,4 @@
-"""Training step of the quickstart with each transformer: the same config but for the name."""
+"""Training step of the quickstart config with each transformer."""
 
 import argparse
 from collections.abc import Sequence

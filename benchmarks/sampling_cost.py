@@ -1,6 +1,6 @@
 """Deformable attention's sampling in pure PyTorch against the usual grid_sample formulation.
 
-Results and gradients are asserted equal in the same run.
+Results and gradients are asserted to be equal in the same run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_inputs(shapes: Shapes, batch: int, queries: int | None) -> tuple[Tensor, ...]:
-    """Values, locations around each query's own place, and weights; all ask for gradients."""
+    """Values, sampling locations around random points, and weights; all require gradients."""
     torch.manual_seed(0)
     tokens = sum(height * width for height, width in shapes)
     queries = tokens if queries is None else queries

@@ -1,7 +1,7 @@
-"""A training step in two streams against one in a single stream, for the four transformers.
+"""A training step with two streams against one with a single stream, for the four transformers.
 
-The joint configs of configs/coco with random weights; MODEL.BATCHFORMER.ENABLED is all that
-differs. Backbone and projection are seen to run once for both streams.
+The joint configs of configs/coco with random weights differ only in MODEL.BATCHFORMER.ENABLED. The
+run asserts that the backbone runs once for both streams.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def make_model(config: str, with_block: bool, masks: bool, opts: list[str]) -> t
 
 
 def backbone_entries(model: torch.nn.Module, batch: list[dict[str, Any]]) -> list[int]:
-    """How many images each call of the backbone sees in a step."""
+    """Number of images in each call of the backbone in a step."""
     seen: list[int] = []
     hook = model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     training_step(model, batch)

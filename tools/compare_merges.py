@@ -2,8 +2,8 @@
 
     python tools/compare_merges.py --config-file F --opts MODEL.WEIGHTS W
 
-The model processes each image once. Its prediction goes through every merge that
-MODEL.PANOPTIC.MERGE_TEST can name, with the thresholds of the config.
+The model processes each image once. Every value of MODEL.PANOPTIC.MERGE_TEST is applied to the same
+prediction, with the thresholds of the config.
 """
 
 import argparse

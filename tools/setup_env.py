@@ -123,7 +123,7 @@ def prepare_venv(venv: Path) -> tuple[Path, bool]:
         shutil.rmtree(venv)  # an interrupted pip may have left half a package
     if not python.exists():
         if venv.exists() and any(venv.iterdir()):
-            raise SetupError(f"{venv} exists and is no virtual environment: delete or rename it")
+            raise SetupError(f"{venv} exists and is not a virtual environment: delete or rename it")
         check_python(sys.version_info[:2])
         check_disk(venv)
         venv.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def fill_foreign(python: Path) -> None:
         check_disk(python)
         wanted += [pinned("torch"), pinned("torchvision")]
     # A second build of OpenCV would overwrite parts of the first. The metadata of panopticapi-lite
-    # asks for numpy 1, which its code does not need: it is installed without dependencies.
+    # requires numpy 1, which its code does not need: it is installed without dependencies.
     left_out = ["panopticapi-lite"]
     left_out += ["opencv-python"] if any(name.startswith("opencv-") for name in have) else []
     with tempfile.TemporaryDirectory() as folder:

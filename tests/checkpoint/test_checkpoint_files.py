@@ -1,4 +1,4 @@
-"""Every kind of file is read, or refused in one line with nothing of it executed."""
+"""Files of every format are read, or refused in one line without running code in them."""
 
 import argparse
 import io
@@ -31,7 +31,7 @@ class Exploit:
 
 
 class Harmless:
-    """An object that is no weight."""
+    """An object that is not a weight."""
 
 
 def _refusal(path: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""Settings travel with weights, and others are refused."""
+"""Settings are stored with weights, and different ones are refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmarks run, and the document shows what their results say."""
+"""The benchmarks run, and docs/benchmarks.md matches their results."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: from file to file, or an error and nothing written."""
+"""tools/convert_checkpoint.py: converts a file, or reports an error and writes nothing."""
 
 import argparse
 import json
@@ -50,7 +50,7 @@ def test_a_training_checkpoint_is_converted(
     assert "left out, a frozen batch norm does not count its batches: detr.backbone" in printed
     assert "133 of 250 class rows are kept" in printed
     assert "MODEL.DETR.NUM_OBJECT_QUERIES 12" in printed
-    assert "does not tell" not in printed
+    assert "not determine" not in printed
 
 
 def test_what_is_not_known_is_said(
@@ -182,7 +182,7 @@ def test_mistakes_are_one_clear_error(
 def test_a_backbone_has_no_class_rows_to_choose(
     convert: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A class table beside them would refuse every data set but its own.
+    # With a class table, the file would be refused for every other data set.
     src, dst = str(tmp_path / "src.pth"), tmp_path / "dst.pth"
     torch.save(torchvision.models.resnet18().state_dict(), src)
     options = [src, str(dst), "--source", "torchvision_resnet"]

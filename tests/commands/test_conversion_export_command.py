@@ -1,4 +1,4 @@
-"""tools/export_checkpoint.py: out, and in again; or an error and nothing written."""
+"""tools/export_checkpoint.py: export and back, or an error and nothing written."""
 
 import json
 from pathlib import Path

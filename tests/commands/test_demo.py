@@ -1,4 +1,4 @@
-"""demo/demo.py through its main: images, folders, globs, a video, and what goes wrong."""
+"""demo/demo.py through its main: images, folders, globs, a video, and mistakes."""
 
 import re
 import shutil

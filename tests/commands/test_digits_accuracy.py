@@ -1,4 +1,4 @@
-"""The experiment on digits: runs of the trainer, and what its table says."""
+"""The digits experiment: training runs and the table of results."""
 
 import argparse
 import importlib

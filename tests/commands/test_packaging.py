@@ -1,4 +1,4 @@
-"""The package as others install it: bare imports, declared and pinned dependencies, set-up."""
+"""The installed package: bare imports, declared and pinned dependencies, set-up."""
 
 import ast
 import configparser
@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(
     setup_env: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(setup_env.SetupError, match="is no virtual environment"):
+    with pytest.raises(setup_env.SetupError, match="is not a virtual environment"):
         setup_env.prepare_venv(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -244,7 +244,7 @@ def fake_venv(folder: Path) -> None:
     (folder / "half-installed").touch()
 
 
-def test_an_interrupted_set_up_starts_afresh(
+def test_an_interrupted_set_up_starts_again(
     setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venv = tmp_path / "venv"
@@ -307,7 +307,7 @@ def test_peers_of_the_tests_are_only_for_our_environment(
 def test_what_an_environment_has_is_frozen(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CUDA build of torch, a Detectron2 and an OpenCV that are there stay as they are."""
+    """An installed CUDA build of torch, Detectron2 and OpenCV are not changed."""
     have = {"torch": "2.6.0+cu126", "numpy": "2.1.0", "opencv-python-headless": "4.12.0.88"}
     modules = ["detectron2", "panopticapi"]
     calls = record_pip(setup_env, monkeypatch, python=[3, 13], modules=modules, versions=have)
@@ -357,7 +357,7 @@ def test_a_failed_set_up_is_one_line_and_status_2(
     (tmp_path / "notes.txt").touch()
     stamp = tmp_path / "stamp"
     assert setup_env.main(["--venv", str(tmp_path), "--stamp", str(stamp)]) == 2
-    assert capfd.readouterr().err.startswith(f"error: {tmp_path} exists and is no virtual")
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path} exists and is not a virtual")
     monkeypatch.setattr(setup_env, "fill_foreign", lambda python: setup_env.run(["false"], "work"))
     assert setup_env.main(["--system", "--stamp", str(stamp)]) == 2
     assert capfd.readouterr().err.startswith("error: work: failed (see above)")

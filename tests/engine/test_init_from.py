@@ -1,4 +1,4 @@
-"""``train_net.py --init-from``: a trained model starts a training on other classes."""
+"""``train_net.py --init-from``: training on other classes starts from a trained model."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Mistakes on the command line end in one line and exit code 2."""
+"""Mistakes on the command line are one line and exit status 2."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing.yaml does not exist" in _error(capsys, "--config-file", "nothing.yaml", *CPU)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda() -> None:
     with pytest.raises(UserError, match=r"CUDA is not available; use MODEL\.DEVICE cpu"):
         load_config("", ["MODEL.DEVICE", "cuda:0"])

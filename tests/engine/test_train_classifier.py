@@ -81,7 +81,7 @@ def test_train_resume_and_evaluate(tmp_path: Path, config_file: str, block: bool
     assert all(torch.equal(second[name], value) for name, value in first.items())
     assert results(stopped) == results(through)
 
-    # without the block the same weights give the same answers, whatever the batch
+    # Without the block, the same weights give the same results for any batch.
     plain = ["MODEL.WEIGHTS", through / "model_final.pth", "MODEL.BATCHFORMER.ENABLED", False]
     evaluated = tmp_path / "evaluated"
     more = ["TEST.IMS_PER_BATCH", 1, "OUTPUT_DIR", evaluated]

@@ -79,7 +79,7 @@ def _leave(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads: Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads: only on Linux")
 def test_no_thread_of_a_process_group_outlives_the_work(tmp_path: Path) -> None:
     launch(_leave, 2, dist_url="auto", args=(tmp_path,))
     left = [file.read_text() for file in tmp_path.iterdir()]

@@ -72,7 +72,7 @@ class Region(NamedTuple):
 
     @property
     def mask(self) -> BoolMap | None:
-        """The mask, (H, W), or None. That of a segment is computed at each access and not stored."""
+        """The mask, (H, W), or None. That of a segment is computed at each access."""
         if isinstance(self.pixels, Segment):
             mask: BoolMap = self.pixels.map.numbers == self.pixels.number
             return mask
@@ -296,5 +296,5 @@ def _framed(picture: ImageArray) -> ImageArray:
 
 
 def _padded(picture: ImageArray, height: int, width: int) -> ImageArray:
-    below, beside = height - picture.shape[0], width - picture.shape[1]
-    return np.pad(picture, ((0, below), (0, beside), (0, 0)), constant_values=_BACKGROUND)
+    below, right = height - picture.shape[0], width - picture.shape[1]
+    return np.pad(picture, ((0, below), (0, right), (0, 0)), constant_values=_BACKGROUND)

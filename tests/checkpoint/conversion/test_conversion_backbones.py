@@ -1,4 +1,4 @@
-"""ImageNet weights of other projects give the maps that they give there."""
+"""ImageNet weights of other projects give the same feature maps after conversion."""
 
 import importlib.util
 
@@ -150,7 +150,7 @@ def msra_backbone():
 
 
 def caffe2_layout(state, *, folded):
-    """Detectron2's names in those of Caffe2; ``folded``: norms of scale and shift alone."""
+    """Translate Detectron2's names to Caffe2's; ``folded``: norms with only scale and shift."""
     renamed = {}
     norm_parts = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""Class rows of other projects become the contiguous classes of a data set."""
+"""Class rows of other projects are mapped to the contiguous classes of a data set."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Conditional-DETR and SMCA of the public code: in, or refused."""
+"""Conversion of the public Conditional-DETR and SMCA, and what is refused."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ DETECTION = ClassTable.from_categories([c for c in COCO_CATEGORIES if c["isthing
 
 
 def channels_of(name):
-    """Of res2 to res5; a bottleneck wants multiples of 4."""
+    """Of res2 to res5; a bottleneck needs multiples of 4."""
     return tuple(FILES[name]["config"]["channels"].get(f"res{i}", 4 * i) for i in range(2, 6))
 
 
@@ -87,7 +87,7 @@ def test_settings_build_the_transformer_that_the_weights_fit(name, variant):
 
 def test_what_smca_divides_by_comes_from_its_command_line_or_is_asked_for():
     known = convert("smca", official("smca")).settings
-    assert "MODEL.SMCA.SMOOTH" not in known  # no weight tells
+    assert "MODEL.SMCA.SMOOTH" not in known  # not determined by the weights
     assert any("MODEL.SMCA.SMOOTH" in line for line in open_questions(known))
     settings = settings_of_args(argparse.Namespace(smooth=4))
     assert settings == {"MODEL.SMCA.SMOOTH": 4.0}

@@ -1,4 +1,4 @@
-"""Deformable-DETR of the public code: in, or refused."""
+"""Conversion of the public Deformable-DETR, and what is refused."""
 
 import re
 
@@ -38,7 +38,7 @@ def convert(state, classes=None):
 
 
 def parts(name, converted):
-    """Transformer and box head that the settings build, without what the weights cannot tell."""
+    """Transformer and box head that the settings build, without settings that the weights do not determine."""
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
     cfg.merge_from_list([part for pair in converted.settings.items() for part in pair])

@@ -1,4 +1,4 @@
-"""facebookresearch/detr, its BatchFormer fork and its Detectron2 wrapper: in, or refused."""
+"""Conversion of facebookresearch/detr, its BatchFormer fork and its Detectron2 wrapper."""
 
 import argparse
 from typing import Any

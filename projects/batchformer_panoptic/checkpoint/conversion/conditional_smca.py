@@ -160,7 +160,7 @@ def finish_focal(
         UserError: lists every key that is left over, missing, or has another shape.
     """
     model = renamed.model
-    subject = f"the weights are no {what} that can be converted"
+    subject = f"the weights are not a {what} model that can be converted"
     missing = [*missing_sizes(model), *(key for key in CLASS_KEYS if key not in model)]
     refuse_mismatch(
         subject, leftovers=renamed.leftovers if missing else [], missing=missing, remedy=REMEDY

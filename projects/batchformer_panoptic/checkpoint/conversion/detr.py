@@ -126,7 +126,7 @@ def convert_batchformer(state: dict[str, Tensor], request: Request) -> Converted
     """Convert a DETR of zhihou7/BatchFormer including its blocks, for further training.
 
     Raises:
-        UserError: as in :func:`convert_official`, or there is no block.
+        UserError: as in `convert_official`, or there is no block.
     """
     return _convert_official(state, request, with_block=True)
 
@@ -135,7 +135,7 @@ def convert_detectron2(state: dict[str, Tensor], request: Request) -> Converted:
     """Convert a checkpoint of the Detectron2 wrapper, facebookresearch/detr in ``d2/``.
 
     Raises:
-        UserError: as in :func:`convert_official`.
+        UserError: as in `convert_official`.
     """
     allowed = [NO_STATISTICS_COUNT, _NO_CRITERION]
     renamed = rename(state, _wrapper_to_ours, allowed, request)
