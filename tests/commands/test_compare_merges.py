@@ -50,7 +50,7 @@ def run(
 def evaluate(
     run: Run, merge: str, folder: Path | None = None, batch_size: int = 1
 ) -> dict[str, float]:
-    """What evaluation gives with MODEL.PANOPTIC.MERGE_TEST set to the merge."""
+    """Results of evaluation with MODEL.PANOPTIC.MERGE_TEST set to the merge."""
     cfg = run.cfg.clone()
     cfg.TEST.IMS_PER_BATCH = batch_size
     cfg.MODEL.PANOPTIC.MERGE_TEST, cfg.MODEL.WEIGHTS = merge, str(run.weights)

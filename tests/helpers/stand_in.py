@@ -60,7 +60,7 @@ class WeightEvaluator(DatasetEvaluator):
         self._value = outputs[-1]["weights"]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Return it in the place of panoptic quality."""
+        """Return it as panoptic quality."""
         return {"panoptic_seg": {"PQ": self._value}}
 
 

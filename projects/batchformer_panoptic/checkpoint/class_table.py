@@ -1,4 +1,4 @@
-"""The class table that travels inside a checkpoint."""
+"""The class table stored in a checkpoint."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ KEY = "class_table"
 
 
 class ClassTableRecord:
-    """The classes a model is trained on, stored in every checkpoint under "class_table".
+    """The classes of a model, stored in every checkpoint under "class_table".
 
-    Loading compares instead of replacing: the data set in use decides what the classes are.
+    Loading compares the stored classes with those of the data set, which stay in effect.
     """
 
     def __init__(self, table: ClassTable) -> None:
@@ -24,7 +24,7 @@ class ClassTableRecord:
         return self._table.to_json()
 
     def check(self, categories: list[dict[str, Any]], path: str) -> None:
-        """Compare with the classes of a checkpoint; colours and dataset ids may differ.
+        """Refuse a checkpoint with other classes; colours and dataset ids may differ.
 
         Raises:
             UserError: names the first difference.
@@ -32,16 +32,16 @@ class ClassTableRecord:
         difference = self._table.difference(ClassTable.from_json(categories))
         if difference:
             raise UserError(
-                "the checkpoint was trained on other classes, data set against checkpoint: "
-                f"{difference}; use the data set it was trained on, or other weights; for a "
-                f"training on other classes: {start_from(path)}"
+                "the checkpoint was trained on other classes (data set against checkpoint): "
+                f"{difference}; use the data set of its training, or other weights; to train on "
+                f"other classes: {start_from(path)}"
             )
 
     def compare(self, categories: list[dict[str, Any]]) -> str:
-        """Describe both sets of classes for the log: their numbers and the first difference."""
+        """Describe for the log how the classes differ: their numbers and the first difference."""
         theirs = ClassTable.from_json(categories)
         if not self._table.difference(theirs):
-            return "the classes are the same; MODEL.WEIGHTS would keep the class head"
+            return "the classes are the same; MODEL.WEIGHTS would load the class head, too"
         counts = f"{self._table.num_classes} classes against {theirs.num_classes}"
         shared = min(self._table.num_classes, theirs.num_classes)
         for class_id in range(shared):
@@ -59,7 +59,7 @@ class ClassTableRecord:
 
 
 def read_class_table(path: str) -> ClassTable | None:
-    """Return the classes stored in a checkpoint of this project, None when there are none.
+    """Return the classes stored in a checkpoint, or None.
 
     Raises:
         UserError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""The settings that travel inside a checkpoint: what weights mean beyond their names and shapes."""
+"""The settings stored in a checkpoint: those that affect predictions but not names or shapes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,15 +9,15 @@ from detectron2.config import CfgNode
 from ..errors import UserError
 
 KEY = "settings"
-# What matters to the class head alone, and not to weights that are loaded without it.
+# Settings of the class head, which do not matter to weights that are loaded without it.
 _OF_CLASS_HEAD = {
     "MODEL.DETR.SCORING",
     "MODEL.DETR.NUM_CLASSES",
     "MODEL.CLASSIFIER.NUM_CLASSES",
 }
-# Pixel statistics are in 0-255 and come from files in one precision or another.
+# Pixel statistics are in 0-255, and files have them with different precisions.
 _TOLERANCE = 0.01
-# "resnet50.a1_in1k": the part after the dot says which weights to download.
+# "resnet50.a1_in1k": the part after the dot only selects the weights to download.
 _TIMM_NAMES = ("MODEL.TIMM.NAME", "MODEL.CLASSIFIER.NAME")
 _MSRA_BIAS = "stem.conv1.bias"
 _CAFFE2_MSRA_BIAS = "conv1_b"
@@ -37,7 +37,7 @@ def _classifies(cfg: CfgNode) -> bool:
 
 
 def _backbone(cfg: CfgNode) -> str:
-    """The name of the backbone; "" for a model without."""
+    """Name of the backbone; "" for a model without one."""
     return "" if _classifies(cfg) else str(cfg.MODEL.BACKBONE.NAME)
 
 
@@ -85,27 +85,25 @@ _KEPT = (
 
 
 class SettingsRecord:
-    """Settings without which weights load without complaint and predict something else.
+    """Settings that change predictions without any error when the same weights are loaded.
 
-    Kept in every checkpoint under "settings", where they change the meaning of weights and leave
-    names and shapes as they are:
+    Stored in every checkpoint under "settings" are those that affect neither names nor shapes:
 
-    * the order of the channels and the normalisation of the image;
-    * where a ResNet strides and dilates (the kernels are the same; the two dilated ones differ in
-      the first block of res5), and the name of a timm model (``tf_efficientnet_lite0`` pads where
-      ``efficientnet_lite0`` does not), and whether its maps are normalised;
-    * the number of attention heads (it cuts the same matrices into other pieces; the mask head
-      would notice, a model of boxes would not) and the side of the layer norms;
-    * the scoring (K logits with "no object" are as many as K + 1 without);
-    * what SMCA divides distances by, since its Gaussians are learned relative to that;
-    * the heads of the BatchFormer block, in models that have one;
-    * the name of a classifier and timm's arguments (attention heads, what the classes are read
-      from).
+    * the channel order and the normalisation of the image;
+    * the strides and dilations of a ResNet (two ways to dilate differ in the first block of res5),
+      the name of a timm model (``tf_efficientnet_lite0`` and ``efficientnet_lite0`` pad
+      differently), and whether its maps are normalised;
+    * the number of attention heads (only the mask head has a shape that depends on it) and the
+      position of the layer norms;
+    * the scoring (K classes with "no object" have as many logits as K + 1 without);
+    * the divisor of SMCA's distances, to which the learned Gaussians are relative;
+    * the number of heads of the BatchFormer block;
+    * the name of a classifier and the arguments of its timm model.
 
-    What changes shapes is not kept: loading refuses it anyway. Thresholds, losses, image sizes and
-    schedules are not kept either: they are choices about weights and not part of their meaning.
+    Settings that change shapes are not stored, since loading refuses a mismatch anyway. Thresholds,
+    losses, image sizes and schedules can be chosen freely for the same weights.
 
-    Converted checkpoints may state further config keys; each of them is compared.
+    Converted checkpoints may contain further config keys, which are also compared.
 
     Args:
         cfg: the config in use; read, never changed.
@@ -115,7 +113,7 @@ class SettingsRecord:
         self._cfg = cfg
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the kept config keys and their values as numbers, texts and lists."""
+        """Return the stored config keys and their values as numbers, texts and lists."""
         keys = [kept.key for kept in _KEPT if kept.applies(self._cfg)]
         if _has_resnet(self._cfg) and self._cfg.MODEL.RESNETS.RES5_DILATION > 1:
             keys.append("MODEL.BACKBONE.NAME")
@@ -124,24 +122,24 @@ class SettingsRecord:
     def check(
         self, stored: Mapping[str, Any], path: str, *, class_head: bool = True, reason: str = ""
     ) -> None:
-        """Compare with the settings of a checkpoint.
+        """Refuse a checkpoint with other settings.
 
         Args:
-            stored: config keys and values; keys that do not apply to this model are passed over.
+            stored: config keys and values; keys that do not apply to this model are ignored.
             path: of the checkpoint, for the message.
-            class_head: whether the class head is loaded, too.
-            reason: how the settings are known when the file does not state them.
+            class_head: whether the class head is loaded.
+            reason: origin of the settings if the file does not contain them.
 
         Raises:
-            UserError: names each key that differs, both values and the remedy.
+            UserError: names each different key, both values and the remedy.
         """
-        passed_over = {kept.key for kept in _KEPT if not kept.applies(self._cfg)}
+        ignored = {kept.key for kept in _KEPT if not kept.applies(self._cfg)}
         if not class_head:
-            passed_over |= _OF_CLASS_HEAD
+            ignored |= _OF_CLASS_HEAD
         different = {
             key: value
             for key, value in stored.items()
-            if key not in passed_over and not _same_setting(key, value, _lookup(self._cfg, key))
+            if key not in ignored and not _same_setting(key, value, _lookup(self._cfg, key))
         }
         if not different:
             return
@@ -152,7 +150,7 @@ class SettingsRecord:
         )
         options = " ".join(f"{key} {_option(value)}" for key, value in different.items())
         raise UserError(
-            f"the weights of {path} mean something else under this config{reason}: {facts}. Add "
+            f"the weights of {path} need other settings than this config{reason}: {facts}. Add "
             f"{options} to the command line, or use weights made for this config"
         )
 
@@ -160,11 +158,11 @@ class SettingsRecord:
 def implied_settings(
     checkpoint: Mapping[str, Any], model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the names in a file without "settings" tell about it: the ImageNet weights of MSRA.
+    """Recognise the ImageNet weights of MSRA, which have no "settings", by their names.
 
-    Detectron2 has two files called ``R-50.pkl``. That of MSRA carries a bias of the first
-    convolution that no model uses, and wants BGR images, a standard deviation of 1 and the stride
-    in the 1x1 convolution; under the settings of torchvision's it loads, and costs accuracy.
+    Detectron2 has two files called ``R-50.pkl``. That of MSRA has an unused bias of the first
+    convolution, and needs BGR images, a standard deviation of 1 and the stride in the 1x1
+    convolution. With the settings of torchvision's file it loads, but loses accuracy.
     """
     weights = checkpoint["model"]
     found = [name for name in weights if name == _CAFFE2_MSRA_BIAS or name.endswith(_MSRA_BIAS)]

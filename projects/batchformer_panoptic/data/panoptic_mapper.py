@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from scipy import ndimage
 
 from ..errors import UserError
-from .io import IntArray, read_image, read_segment_map
+from .io import ImageArray, IntArray, read_image, read_segment_map
 from .segment_maps import runs
 from .validation import (
     check_image_size,
@@ -91,13 +91,32 @@ class PanopticDatasetMapper:
         result = {key: dataset_dict[key] for key in ("file_name", "image_id")}
         result |= {"height": height, "width": width}
 
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        result["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        result["image"], transforms = self._augment(image)
         if self.is_train:
-            new_height, new_width = augmented.image.shape[:2]
+            new_height, new_width = result["image"].shape[1:]
             result |= _targets(dataset_dict, (height, width), (new_height, new_width), transforms)
         return result
+
+    def map_image(self, image_bgr: ImageArray) -> dict[str, Any]:
+        """Transform an image that is already in memory, without targets.
+
+        Args:
+            image_bgr: (H0, W0, 3) uint8.
+
+        Returns:
+            ``image``, ``height`` and ``width``, as for a file with the same pixels.
+        """
+        height, width = image_bgr.shape[:2]
+        image = image_bgr[:, :, ::-1] if self.image_format == "RGB" else image_bgr
+        tensor, _ = self._augment(np.ascontiguousarray(image))
+        return {"image": tensor, "height": height, "width": width}
+
+    def _augment(self, image: ImageArray) -> tuple[torch.Tensor, T.TransformList]:
+        """Return the augmented image, uint8 (3, H, W), and the transforms that were drawn."""
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        return torch.from_numpy(channels_first), transforms
 
 
 def check_image_format(image_format: str) -> None:

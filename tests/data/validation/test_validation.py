@@ -497,7 +497,7 @@ def test_the_command_says_in_one_line_what_is_missing(
     root: Path, content: Content, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / "images").rename(root / "moved")
-    assert run_command(root, content) == 1
+    assert run_command(root, content) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: image folder not found: {root / 'images'}\n"

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from batchformer_panoptic.engine.flops import flop_analysis
 from batchformer_panoptic.modeling.build import build_box_head, build_scoring_from_config
 from batchformer_panoptic.modeling.transformer import TRANSFORMER_REGISTRY
+from helpers.commands import load_script
 from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
 
 SIZES = [(48, 64), (64, 56), (40, 40)]
@@ -131,6 +131,7 @@ def test_boxes_start_at_their_reference_points(name, bias):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_operations_are_counted_and_the_block_costs_none_of_them(name):
     """Counting traces the model, which turns sizes into tensors."""
+    flop_analysis = load_script("tools/analyze_model.py").flop_analysis
     plain, with_block = (
         flop_analysis(make_model(name, "panoptic", block).eval(), random_inputs([(64, 64)])).total()
         for block in (False, True)
