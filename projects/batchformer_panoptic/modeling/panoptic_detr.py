@@ -23,7 +23,6 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
-from .cpu import convolution_format, in_format
 from .padding import BatchPadding
 from .postprocessing.results import InferenceOptions, on_host, select_queries, to_result
 from .set_prediction.criterion import SetCriterion, count_objects
@@ -119,7 +118,6 @@ class PanopticDETR(nn.Module):
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
         self.recompute_masks = recompute_masks
-        self.cpu_format = convolution_format(backbone)
         self.training_metrics: dict[str, Tensor] = {}
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -201,17 +199,12 @@ class PanopticDETR(nn.Module):
             ) from error
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Move images to the device, normalise and pad them to one size.
-
-        On a CPU they lie channels last if the backbone allows it; its maps keep that order.
-        """
+        """Move images to the device, normalise and pad them to one size."""
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
-        batch = ImageList.from_tensors(
+        return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
             self.backbone.size_divisibility,
         )
-        batch.tensor = in_format(batch.tensor, self.cpu_format)
-        return batch
 
     def predict(
         self,
