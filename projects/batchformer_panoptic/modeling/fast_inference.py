@@ -1,4 +1,4 @@
-"""Faster copies of models for evaluation (``TEST.FAST``): conv-bn fusion, channels-last, bfloat16."""
+"""Faster model copies for evaluation (``TEST.FAST``): conv-bn fusion, channels-last, bfloat16."""
 
 import copy
 import logging
@@ -183,7 +183,7 @@ def _are_close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def _example(model: nn.Module, backbone: Backbone) -> Tensor:
-    """A gradient image of a size that every backbone accepts."""
+    """An image with a ramp of pixel values, of a size that every backbone accepts."""
     mean = model.get_buffer("pixel_mean")
     side = max(backbone.size_divisibility, 32)
     values = torch.linspace(-1, 1, mean.numel() * 6 * side**2, device=mean.device)
