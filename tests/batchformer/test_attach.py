@@ -157,7 +157,7 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize("layout", ["BNC", "NBC"])
-def test_context_reaches_the_later_layers_alone(layout):
+def test_context_reaches_later_layers_only(layout):
     batch_dim = layout.index("B")
     options = {"context": {"layers.*": {"bias": batch_dim}}}
     model, handle = make(layout, **options)
@@ -349,7 +349,7 @@ def test_attached_in_evaluation_mode():
         ({"after": "layers.1"}, "must be a list of module names"),
         ({"after": []}, "at least one"),
         ({"after": ["layers.1", "layers.1"]}, "none twice"),
-        ({"layout": "bnc"}, "unknown layout 'bnc': state how the tokens lie, one of BNC, NBC"),
+        ({"layout": "bnc"}, "unknown layout 'bnc': give the order of dimensions, one of BNC, NBC"),
         ({"num_heads": 3}, "must divide embed_dim"),
         ({"context": {"layers.9": {"bias": 0}}}, "no module 'layers.9'"),
         ({"context": {"layers.1": {"bias": 0}}}, "layers.1 runs before the streams part"),

@@ -41,7 +41,7 @@ def test_gradients_on_cell_centres_equal_those_of_grid_sample():
     gradients = []
     for function in (deform_attn_torch, by_grid_sample):
         value, locations, weights = random_inputs(shapes, spread=0.0)
-        locations = (locations - 0.125).requires_grad_()  # centres on the finer level alone
+        locations = (locations - 0.125).requires_grad_()  # centres on the finer level only
         function(value, shapes, locations, weights).square().sum().backward()
         gradients.append(locations.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
@@ -85,7 +85,7 @@ def test_no_queries():
     assert not value.grad.any()
 
 
-def test_gradients_of_what_is_asked_for_alone():
+def test_only_required_gradients_are_computed():
     for wanted in range(3):
         inputs = random_inputs([(2, 3)])
         inputs[wanted].requires_grad_()

@@ -86,6 +86,6 @@ def test_compiled_operator_that_is_broken_is_told(monkeypatch, tmp_path):
 
 
 def test_processor_tensors_never_reach_the_compiled_operator(monkeypatch):
-    monkeypatch.setattr(where, "_compiled_op", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(where, "_compiled_op", lambda: pytest.fail("imported"))
     value, locations, weights = random_inputs([(2, 3)])
     assert deform_attn(value, [(2, 3)], locations, weights).shape == (2, 3, 6)

@@ -85,7 +85,7 @@ def test_segments_and_instances_are_identical_in_double_precision(merge):
         assert torch.equal(fast["instances"].pred_classes, expected["instances"].pred_classes)
 
 
-def test_the_original_is_left_alone():
+def test_the_original_is_unchanged():
     model = tiny_model(MODEL__BATCHFORMER__ENABLED=True).train()
     before = copy.deepcopy(model.state_dict())
     inputs = random_inputs(SIZES)
@@ -101,7 +101,7 @@ def test_the_original_is_left_alone():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_can_be_made_where_no_gradients_are_wanted(mode):
+def test_it_can_be_made_without_gradients(mode):
     model = tiny_model().eval()
     expected = batch_norms(prepare_for_inference(model))
     with mode():

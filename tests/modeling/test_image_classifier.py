@@ -145,7 +145,7 @@ def test_blocks_that_run_again_in_the_backward_pass_change_nothing():
     assert len(logits_of(model, labelled_images(2))) == 2
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_unchanged():
     model, inputs = tiny_classifier(**BLOCK, **MIXING), labelled_images(4)
     before = copy.deepcopy(inputs)
     model(inputs)

@@ -88,7 +88,7 @@ def attach(
     _check_model(model, name)
     if layout not in LAYOUTS:
         raise ValueError(
-            f"unknown layout {layout!r}: state how the tokens lie, one of {', '.join(LAYOUTS)} "
+            f"unknown layout {layout!r}: give the order of dimensions, one of {', '.join(LAYOUTS)} "
             "(B images, N or H x W positions, C channels)"
         )
     if isinstance(after, str):

@@ -1,4 +1,4 @@
-"""Attention runs through PyTorch's fused function, and nobody makes weights that nobody reads."""
+"""Attention runs through PyTorch's fused function, and no unused attention weights are computed."""
 
 import pytest
 import torch

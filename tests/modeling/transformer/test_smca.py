@@ -85,7 +85,7 @@ def test_a_training_step_reaches_every_parameter(kind, block, mask_on):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     silent = {n for n, p in model.named_parameters() if p.grad.abs().amax() == 0}
-    # The first self-attention is among queries of no content: it starts with constants alone.
+    # The queries of the first self-attention have no content: its values are constant.
     still = ("decoder.layers.0.self_attn", "decoder.layers.0.norm1")
     assert all(any(part in name for part in still) for name in silent), silent
 

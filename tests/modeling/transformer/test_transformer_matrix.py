@@ -27,7 +27,7 @@ def make_model(name: str, task: str, block: bool):
         MODEL__DETR__TRANSFORMER_NAME=name,
         MODEL__DETR__SCORING=SCORING.get(name, "focal"),
         MODEL__MASK_ON=TASKS[task],
-        # One transformer wants strides that double; another, at width 32, no level of one cell.
+        # One transformer needs strides that double; another, at width 32, no level of one cell.
         MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],
         MODEL__BATCHFORMER__ENABLED=block,
     )
