@@ -1,4 +1,4 @@
-"""Deformable attention against the definition, at the borders, and how long it takes."""
+"""Deformable attention against its definition, at the borders, and its running time."""
 
 import statistics
 import time
@@ -36,7 +36,7 @@ def test_gradients_equal_those_of_grid_sample(shapes):
 
 
 def test_gradients_on_cell_centres_equal_those_of_grid_sample():
-    """All points start on centres of cells, where the slope to the left and right differ."""
+    """All points start on centres of cells, where left and right derivatives differ."""
     shapes = [(4, 4), (2, 2)]
     gradients = []
     for function in (deform_attn_torch, by_grid_sample):
@@ -187,5 +187,5 @@ def test_padding_reads_as_zero():
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="8 is no multiple of num_heads 3"):
+    with pytest.raises(ValueError, match="8 is not a multiple of num_heads 3"):
         make_module(num_heads=3)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: decided by numpy's generator, images and targets mixed alike."""
+"""Mixup and CutMix: numpy's generator, and the same ratio for images and targets."""
 
 import numpy as np
 import pytest

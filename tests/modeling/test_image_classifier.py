@@ -127,7 +127,7 @@ def test_an_iteration_is_determined_by_its_seed(mixing):
     assert not torch.equal(first, second)
 
 
-def test_blocks_that_run_again_in_the_backward_pass_change_nothing():
+def test_activation_checkpointing_changes_nothing():
     drop = {"MODEL__CLASSIFIER__DROP_PATH": 0.3, "MODEL__BATCHFORMER__DROPOUT": 0.5}
     gradients, calls = [], []
     for parts in ([], ["encoder"]):

@@ -34,7 +34,7 @@ def make_model(name: str, task: str, block: bool):
 
 
 def flatten(results):
-    """Everything a result holds, as (name, tensor)."""
+    """All fields of the results, as (name, tensor)."""
     for result in results:
         fields = result["instances"].get_fields()
         yield "boxes", fields["pred_boxes"].tensor
@@ -90,7 +90,7 @@ def test_results_do_not_depend_on_the_batch(name, task, block):
 
 @each_pair
 def test_padded_predictions_do_not_depend_on_batch_mates(name, task):
-    """From backbone features on: the padding of one image is of no concern to its predictions."""
+    """From backbone features on, the predictions of an image do not depend on its padding."""
     model = make_model(name, task, block=False).eval()
     features = {
         name: torch.randn(2, shape.channels, 64 // shape.stride, 64 // shape.stride)
