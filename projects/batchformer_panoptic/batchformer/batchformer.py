@@ -236,6 +236,7 @@ class BatchFormerHook(nn.Module):
             raise ValueError(
                 f"insert_layers must name distinct layers from 0 on, not {list(insert_layers)}"
             )
+        self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
         self.shared = shared
@@ -264,8 +265,8 @@ class BatchFormerHook(nn.Module):
                 padding. It is per image: both streams share it.
 
         Returns:
-            The tokens, and the streams that they have now. The caller expands what is per image
-            when the streams have changed; :func:`encode` does.
+            The tokens, and the streams that they have now. If they have changed, the caller
+            expands its per-image tensors, as :func:`encode` does.
         """
         if not self.training or index not in self.insert_layers:
             return tokens, streams

@@ -212,11 +212,10 @@ class PanopticDETR(nn.Module):
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Move images to the device, normalise them and pad them to one size."""
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
-        batch = ImageList.from_tensors(
+        return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
             self.backbone.size_divisibility,
         )
-        return batch
 
     def predict(
         self,
