@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.engine.run import tune_allocation
 from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
 from batchformer_panoptic.modeling.set_prediction.targets import gather_masks, to_target
 from helpers.tiny_model import random_inputs

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.engine.run import tune_allocation
 
 from . import ROOT
 from .measure import in_turns, median_ratio

@@ -209,8 +209,8 @@ class AttachedBatchFormer(nn.Module):
         """
         streams = self.streams
         return {
-            name: map_tensors(outputs, lambda x, i=i: streams.split(x)[i] if x.dim() else x)
-            for i, name in enumerate(streams.names)
+            name: map_tensors(outputs, partial(_part_of, streams, index))
+            for index, name in enumerate(streams.names)
         }
 
     def original(self, outputs: Any) -> Any:
@@ -528,3 +528,8 @@ def _count_images(value: Any) -> int | None:
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() == 4 else None
     return len(value) if isinstance(value, list) and value else None
+
+
+def _part_of(streams: StreamState, index: int, value: Tensor) -> Tensor:
+    """The part of one stream; 0-d tensors, such as losses, belong to all of them."""
+    return streams.split(value)[index] if value.dim() else value

@@ -12,12 +12,11 @@ from torch import nn
 from ..data.class_table import ClassTable
 from ..data.io import write_atomically
 from ..errors import UserError, one_line
-from .class_table import KEY as CLASS_TABLE
-from .class_table import ClassTableRecord
 from .files import check_is_file, read_weights
 from .mismatch import Mismatch, describe, first, is_block, is_class_head, is_mask_head, without
-from .settings import KEY as SETTINGS
-from .settings import SettingsRecord, implied_settings
+from .records import CLASS_TABLE_KEY as CLASS_TABLE
+from .records import SETTINGS_KEY as SETTINGS
+from .records import ClassTableRecord, SettingsRecord, implied_settings
 
 LIVE_MODEL = "live_model"
 # Checkpoints that are saved next to the regular ones and are not resumed from.

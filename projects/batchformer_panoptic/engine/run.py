@@ -1,6 +1,7 @@
 """The body of ``train_net.py``: arguments, processes and the errors that cross their borders."""
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -18,9 +19,12 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import USER_ERROR_STATUS, UserError
-from ..modeling.cpu import tune_allocation
 from .setup import setup_cfg
 from .trainer import PanopticTrainer
+
+# Parameters of glibc's mallopt (malloc.h), and the upper limit of its adaptive mmap threshold.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGE = 32 * 2**20
 
 
 def launch_processes(
@@ -161,3 +165,26 @@ def _share_cores(processes: int) -> None:
     """Divide the cores among the processes of a CPU run; each would use all of them."""
     if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def tune_allocation() -> None:
+    """Reduce page faults of large CPU tensors: huge pages, and reuse of freed memory.
+
+    PyTorch is told to allocate tensors above 2 MiB in huge pages where the system supports them.
+    It reads the setting once, when it creates its first CPU tensor; child processes inherit it.
+    glibc is told to keep freed memory (as after a backward pass) for the next step instead of
+    returning it to the system, so peak memory stays with the process. Blocks above 32 MiB are still
+    mapped anew each time, as by default.
+
+    A user who has set ``THP_MEM_ALLOC_ENABLE``, ``GLIBC_TUNABLES`` or one of the ``MALLOC_``
+    variables keeps that choice. Without glibc there is no effect.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGE)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -17,7 +17,7 @@ from batchformer_panoptic.checkpoint.conversion.backbones import (
 )
 from batchformer_panoptic.checkpoint.conversion.sources import SOURCES, source_named
 from batchformer_panoptic.checkpoint.files import read_weights
-from batchformer_panoptic.checkpoint.settings import SettingsRecord
+from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.errors import UserError
 from helpers.tiny_model import tiny_cfg, tiny_model
 

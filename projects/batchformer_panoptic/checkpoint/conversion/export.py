@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data.class_table import ClassTable
 from ...errors import UserError
-from ..settings import SettingsRecord
+from ..records import SettingsRecord
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
 from .detr import ALIAS, ALIASED, ours_to_official
 from .huggingface import ours_to_huggingface, split_projections
