@@ -1,7 +1,7 @@
-# `make` lists the targets. Every one of them builds what it needs, from a fresh clone on.
+# `make` lists the targets. In a fresh clone, every target first builds what it needs.
 
 PYTHON ?= python3
-# The environment: created here unless VENV names one; SYSTEM=1 uses that of PYTHON.
+# The environment: VENV is created if it does not exist; SYSTEM=1 uses that of PYTHON.
 VENV ?= .venv
 THREADS ?= 1
 
@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 ENV_DIR := $(VENV)
 ENV_ARGS := --venv "$(VENV)"
 endif
-# One stamp per checkout: a moved clone, or a second one, is installed again.
+# One stamp per checkout, so that a moved clone or a second one is installed again.
 READY := $(ENV_DIR)/.batchformer-panoptic-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 SOURCES := $(wildcard projects tests tools demo datasets benchmarks train_net.py)
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
@@ -40,7 +40,7 @@ $(READY): constraints.txt setup.cfg pyproject.toml tools/setup_env.py
 	  echo "error: no Python 3 under the name '$(PYTHON)': make PYTHON=python3.11" >&2; exit 1; }
 	@"$(PYTHON)" tools/setup_env.py $(ENV_ARGS) --stamp "$(READY)"
 
-demo: $(READY) ## make data, train a small model for some minutes, evaluate PQ, draw predictions
+demo: $(READY) ## create data, train a small model for some minutes, evaluate PQ, draw predictions
 	$(PY) datasets/prepare_shapes_panoptic.py --output $(DEMO_DATA) \
 	  --num-train 4000 --num-val 200 --seed 0
 	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
@@ -57,7 +57,7 @@ lint: $(READY) ## style: ruff check, ruff format --check
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
 
-format: $(READY) ## apply what lint asks for where that is automatic
+format: $(READY) ## fix style where ruff can do so automatically
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
@@ -66,7 +66,7 @@ types: $(READY) ## static types of the package
 
 check: lint types test slow ## everything that CI runs
 
-clean: ## delete caches and build products; the environment and the outputs stay
+clean: ## delete caches and build products, but not the environment and outputs
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache projects/*.egg-info
 	find projects tests tools demo datasets benchmarks -name __pycache__ -prune \
 	  -exec rm -rf {} + 2>/dev/null || true

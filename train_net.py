@@ -3,16 +3,13 @@
 import sys
 
 from batchformer_panoptic.engine import argument_parser, run
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import command
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Run with Detectron2's usual arguments; 0 on success, 2 after a user's mistake."""
-    try:
-        run(argument_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run with Detectron2's usual arguments; return 0, or 2 after a user's mistake."""
+    run(argument_parser().parse_args(argv))
     return 0
 
 

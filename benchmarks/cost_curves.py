@@ -1,8 +1,8 @@
-"""How cost grows: with images, pixels, segments, kept queries, objects and the batch.
+"""Growth of time and memory with images, pixels, segments, kept queries, objects and batch size.
 
-Every curve takes one number in steps of two, all steps in turns. The model is the quickstart's,
-random weights. Asserted in the same run: what an image gives does not depend on its batch, as many
-queries are kept as the step says, and the mapper finds every segment.
+Each curve doubles one number per step, and the steps are measured in turns. The model is that of
+the quickstart with random weights. The same run asserts that results do not depend on the batch,
+that the stated number of queries is kept, and that the mapper finds every segment.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,39 +19,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import prepare_shapes_panoptic
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_on_dataset
-from measure import exponent, in_turns, median_ratio, peak_bytes, python_peak_bytes
 from panopticapi.utils import id2rgb
 from PIL import Image
-from quickstart_cost import CONFIG, ROOT, make_model
 from tabulate import tabulate
 from torch.nn import functional as F
-from transformers_cost import training_step
 
 from batchformer_panoptic.data import PanopticDatasetMapper, register_panoptic_dataset
 from batchformer_panoptic.data.loader import build_test_loader
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.evaluation import build_evaluator
-
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "datasets"))
-import prepare_shapes_panoptic
-
 from helpers.tiny_model import random_inputs
+
+from .measure import exponent, in_turns, median_ratio, peak_bytes, python_peak_bytes
+from .quickstart_cost import CONFIG, make_model
+from .transformers_cost import training_step
 
 Function = Callable[[], object]
 Inputs = list[dict[str, Any]]
 SIDE, OBJECTS, QUERIES = 96, 8, 64
 MORE_QUERIES = ["MODEL.DETR.NUM_OBJECT_QUERIES", str(QUERIES)]
-HEADS, HEAD_DIM = 8, 32  # of the attention alone
+HEADS, HEAD_DIM = 8, 32  # of the curve for attention
 PANOPTIC_ONLY = ["MODEL.PANOPTIC.INSTANCES_TEST", "False"]
 
 
 class Curve(NamedTuple):
-    """A function for each step, and how its memory is measured."""
+    """A function for each step, and the function that measures its memory."""
 
     steps: dict[int, Function]
     peak: Callable[[Function], int] = peak_bytes
@@ -60,7 +56,7 @@ class Curve(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
-    parser.add_argument("--points", type=int, default=9, help="at most so many steps of a curve")
+    parser.add_argument("--points", type=int, default=9, help="largest number of steps of a curve")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(curve: Curve, rounds: int) -> dict[str, Any]:
-    """Medians, what each doubling multiplies them by, and the exponent that fits all steps."""
+    """Medians, their ratios at each doubling, and the exponent fitted to all steps."""
     times = in_turns({str(x): step for x, step in curve.steps.items()}, rounds)
     peaks = [curve.peak(step) for step in curve.steps.values()]
     seconds = [statistics.median(values) for values in times.values()]
@@ -89,7 +85,7 @@ def measured(curve: Curve, rounds: int) -> dict[str, Any]:
 
 
 def evaluation_by_images(points: int, folder: Path) -> Curve:
-    """Loading, model and panoptic quality of a whole data set, in batches as in the quickstart."""
+    """Loading, inference and panoptic quality of a data set, in batches as in the quickstart."""
     counts = doublings(16, 4, points)
     with contextlib.redirect_stdout(io.StringIO()):
         numbers = ["--num-train", "1", "--num-val", str(max(counts))]
@@ -101,7 +97,7 @@ def evaluation_by_images(points: int, folder: Path) -> Curve:
 
 
 def registered(folder: Path, number: int) -> str:
-    """The name of a data set of the first images of those in the folder."""
+    """Register the first images of the folder as a data set; return its name."""
     shapes, name = folder / "shapes", f"cost_curves_{number}"
     content = json.loads((shapes / "annotations" / "panoptic_val.json").read_text())
     for key in ("images", "annotations"):
@@ -135,7 +131,7 @@ def mapper_by_segments(points: int, folder: Path) -> Curve:
 
 
 def cut_image(folder: Path, segments: int) -> dict[str, Any]:
-    """A dataset dict whose PNG has so many rectangles, a power of two."""
+    """Return a dataset dict whose PNG has ``segments`` rectangles, a power of two."""
     down = 2 ** ((segments.bit_length() - 1) // 2)
     rows, columns = np.mgrid[:480, :640]
     ids = 1 + (rows * down // 480) * (segments // down) + columns * (segments // down) // 640
@@ -167,7 +163,7 @@ def training_by_pixels(points: int, _: Path) -> Curve:
 
 
 def attention_by_tokens(points: int, _: Path) -> Curve:
-    """The one part that is quadratic in pixels: every token of the encoder looks at every other."""
+    """Self-attention of the encoder, the only part that is quadratic in the number of pixels."""
 
     def step(tokens: int) -> Function:
         x = torch.randn(1, HEADS, tokens, HEAD_DIM)
@@ -177,14 +173,14 @@ def attention_by_tokens(points: int, _: Path) -> Curve:
 
 
 def inference_by_kept_queries(points: int, _: Path) -> Curve:
-    """One image of 192 x 192 and QUERIES queries, of which so many become masks."""
+    """One image of 192 x 192 and QUERIES queries; the kept ones are decoded to masks."""
     model = make_model("conditional", PANOPTIC_ONLY + MORE_QUERIES)
     batch = noise([(2 * SIDE, 2 * SIDE)])
     return Curve({kept: inference(model, batch, kept) for kept in doublings(2, 5, points)})
 
 
 def training_by_objects(points: int, _: Path) -> Curve:
-    """Two images of 192 x 192, QUERIES queries, so many objects in each."""
+    """Two images of 192 x 192 with equal numbers of objects, QUERIES queries."""
     model, sizes = make_model("conditional", MORE_QUERIES), [(2 * SIDE, 2 * SIDE)] * 2
     return Curve(
         {n: partial(training_step, model, noise(sizes, n)) for n in doublings(2, 6, points)}
@@ -207,7 +203,7 @@ def training_by_batch(points: int, _: Path) -> Curve:
     return Curve({n: partial(training_step, model, batch[:n]) for n in counts})
 
 
-# Name in the table: what measures it.
+# Name in the table: function that builds the curve.
 CURVES: dict[str, Callable[[int, Path], Curve]] = {
     "evaluation loop, images": evaluation_by_images,
     "training mapper, segments of an image": mapper_by_segments,
@@ -226,7 +222,7 @@ def doublings(first: int, number: int, points: int) -> list[int]:
 
 
 def image_sizes(number: int, points: int) -> list[tuple[int, int]]:
-    """Heights and widths of twice the pixels each, from 96 x 192."""
+    """Heights and widths from 96 x 192 on, doubling the number of pixels."""
     sides = [SIDE * 2 ** ((k + 1) // 2) for k in range(number + 1)]
     return list(itertools.pairwise(sides))[: min(number, points)]
 
@@ -236,7 +232,7 @@ def noise(sizes: list[tuple[int, int]], objects: int = OBJECTS) -> Inputs:
 
 
 def inference(model: torch.nn.Module, batch: Inputs, kept: int) -> Function:
-    """A call of the model that keeps so many queries of an image, on average over the batch."""
+    """Return a call of the model that keeps ``kept`` queries per image on average."""
     total, scores = kept * len(batch), model.scoring.decode(class_logits(model, batch)).scores
     scores = scores.flatten().sort(descending=True).values
     threshold = scores[total - 1 : total + 1].mean().item()
@@ -266,8 +262,8 @@ def class_logits(model: torch.nn.Module, batch: Inputs) -> torch.Tensor:
 
 def assert_batch_does_not_matter(model: torch.nn.Module, batch: Inputs) -> None:
     together = class_logits(model, batch)
-    alone = torch.cat([class_logits(model, [image]) for image in batch])
-    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-4), (together - alone).abs().max()
+    single = torch.cat([class_logits(model, [image]) for image in batch])
+    assert torch.allclose(together, single, rtol=1e-4, atol=1e-4), (together - single).abs().max()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Handwritten digits with few labels: a vision Transformer with and without BatchFormerV2.
 
-Every run is one of ``train_net.py`` with a config of ``configs/classification``; a round is a seed,
-which decides the training pictures, their order and the first weights, the same for both arms. Both
-take the same number of steps, and a step with the block takes longer. The
-settings were chosen without the block.
+Every run is a training of ``train_net.py`` with a config of ``configs/classification``. A round has
+one seed for both arms, which determines the training images, their order and the initial weights.
+Both arms take the same number of steps, although a step with the block takes longer. The settings
+were chosen without the block.
 """
 
 import argparse
@@ -14,19 +14,17 @@ import logging
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import prepare_digits
 import torch
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "datasets"))
-import prepare_digits  # noqa: E402
+from . import ROOT
 
 CONFIGS = ROOT / "configs" / "classification"
 ARMS = {"plain": "digits_vit.yaml", "block": "batchformer_digits_vit.yaml"}
@@ -36,7 +34,7 @@ PACKAGES = ("torchvision", "timm", "scikit-learn")
 
 
 class Job(NamedTuple):
-    """One training run and its place."""
+    """One training run and its folder."""
 
     labels: int
     seed: int
@@ -46,7 +44,7 @@ class Job(NamedTuple):
 
     @property
     def data(self) -> Path:
-        """The data set of the run, which both arms share."""
+        """Folder of the data set, shared by both arms."""
         return Path(self.folder) / f"digits_{self.labels}_{self.seed}"
 
 
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(opts: list[str]) -> dict[str, Any]:
-    """What the caption says of the training; the rest is in the config files."""
+    """Settings of the training for the caption."""
     from batchformer_panoptic.engine import load_config
 
     cfg = load_config(str(CONFIGS / ARMS["plain"]), opts)
@@ -94,7 +92,7 @@ def settings(opts: list[str]) -> dict[str, Any]:
 
 
 def in_parallel(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
-    """Outcomes in the order of the jobs; each worker has one thread."""
+    """Run the jobs in processes of one thread; return the outcomes in order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         outcomes = []
@@ -105,12 +103,12 @@ def in_parallel(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train and evaluate as ``train_net.py`` does, without its output."""
+    """Train and evaluate with ``train_net.py``, without its output."""
     from batchformer_panoptic.engine import argument_parser
     from batchformer_panoptic.engine import run as train_net
 
     output = Path(job.folder) / f"{job.data.name}_{job.arm}"
-    # registered for the whole process, in which another experiment may have run before
+    # Names are registered for the whole process, which may run several experiments.
     names = [f"{Path(job.folder).name}_{job.data.name}_{split}" for split in ("train", "val")]
     folders = [[name, str(job.data / name.rpartition("_")[2])] for name in names]
     opts = ["DATASETS.CUSTOM_IMAGE_FOLDERS", str(folders), "DATASETS.TRAIN", str((names[0],))]
@@ -145,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean and, of several values, their standard deviation."""
+    """Format the mean and, for several values, their standard deviation."""
     mean = f"{statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 

@@ -1,22 +1,18 @@
 """Panoptic inference at full size: this project, all queries decoded, and transformers' DETR.
 
-The model is that of configs/coco/panoptic (ResNet-50, 100 queries) with the same random weights for
-everybody, one image, float32. The score threshold is where --kept queries pass it; every result is
-compared in the same run.
+The model is that of configs/coco/panoptic (ResNet-50, 100 queries), with the same random weights in
+all implementations, one image, and float32. The score threshold is set to keep --kept queries. All
+results are compared in the same run.
 """
 
 import argparse
 import copy
 import statistics
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from inference_ways import AllQueries, Case, Naive, Peer, as_class, predict
-from measure import in_turns, median_ratio, peak_bytes
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,11 +20,13 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR, prepare_for_inference
 from batchformer_panoptic.checkpoint.conversion import Request, source_named
 from batchformer_panoptic.engine import load_config
+from helpers.official_detr import official_weights
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from test_huggingface_parity import official_weights
+from . import ROOT
+from .inference_ways import AllQueries, Case, Naive, Peer, as_class, predict
+from .measure import in_turns, median_ratio, peak_bytes
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
+CONFIGS = ROOT / "configs" / "coco" / "panoptic"
 PLAIN, WITH_BLOCK = "detr_R50_joint_300ep.yaml", "batchformer_detr_R50_joint_300ep.yaml"
 NUM_CLASSES, NUM_THINGS, HIDDEN_DIM = 250, 200, 256
 SMALL = (256, 320)  # of the comparison in double precision
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_case(config: str, size: list[int], state: dict[str, Tensor] | None = None) -> Case:
-    """Build a model of a config; without ``state`` it gets the random weights of the benchmark."""
+    """Build the model of a config with the weights ``state``, by default random ones."""
     opts = ["MODEL.DEVICE", "cpu", "MODEL.PANOPTIC.INSTANCES_TEST", "False"]
     cfg = load_config(str(CONFIGS / config), opts)
     cfg.MODEL.DETR.NUM_CLASSES = NUM_CLASSES
@@ -104,7 +102,7 @@ def make_case(config: str, size: list[int], state: dict[str, Tensor] | None = No
 
 
 def random_weights() -> dict[str, Tensor]:
-    """Random weights with which queries look at different places, and masks differ."""
+    """Random weights with which the attention and the masks of queries differ."""
     state = dict(source_named("detr").convert(official_weights(), Request()).model)
     for name, value in state.items():
         if "decoder" in name and "multihead_attn.in_proj_weight" in name:
@@ -121,7 +119,7 @@ def random_weights() -> dict[str, Tensor]:
 
 
 def random_input(height: int, width: int) -> dict[str, Any]:
-    """Blobs of the size of a token, and noise."""
+    """An image of noise and blobs of the size of a token."""
     generator = torch.Generator().manual_seed(1)
     blobs = torch.randn(1, 3, height // 16, width // 16, generator=generator)
     blobs = F.interpolate(blobs, size=(height, width), mode="bilinear")[0]
@@ -131,7 +129,7 @@ def random_input(height: int, width: int) -> dict[str, Any]:
 
 
 def keep_best(case: Case, kept: int) -> float:
-    """Set the score threshold half-way between the last query to be kept and the next one."""
+    """Set the score threshold between the last kept query and the next one."""
     predictions, _ = predict(case)
     scores = case.model.scoring.decode(predictions.logits[-1]).scores[0].sort().values
     threshold = scores[-kept - 1 : -kept + 1 or None].mean().item()
@@ -146,7 +144,7 @@ def set_threshold(model: PanopticDETR, threshold: float) -> None:
 
 
 def compare_segments(results: dict[str, Any]) -> dict[str, Any]:
-    """Segments must be the same; so many pixels lie where two random masks are as good as equal."""
+    """Assert equal segments; return the number of differing pixels, where masks nearly tie."""
     reference_map, reference = results[NAIVE]
     counts = {}
     for name, (segment_map, segments) in results.items():
@@ -162,7 +160,7 @@ def compare_segments(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_in_double_precision(model: PanopticDETR) -> None:
-    """There no two masks are as good as equal: every pixel must be the same."""
+    """Assert that every pixel is equal in double precision, in which no masks tie."""
     model = copy.deepcopy(model).double()
     set_threshold(model, 0.0)
     inputs = [random_input(*SMALL)]
@@ -174,7 +172,7 @@ def check_in_double_precision(model: PanopticDETR) -> None:
 
 
 def cost_of_block(case: Case, threshold: float, args: argparse.Namespace) -> dict[str, float]:
-    """A model that was trained with the block against the same one without: equal to the bit."""
+    """Compare a model trained with the block with the same one without it: bit-equal results."""
     other = make_case(WITH_BLOCK, args.size, case.model.state_dict())
     set_threshold(other.model, threshold)
     ways = {

@@ -1,4 +1,4 @@
-"""The models that inference is compared with: naive mask heads, and transformers' DETR."""
+"""Models for comparison with this project's inference: naive mask heads, and transformers' DETR."""
 
 import copy
 import tempfile
@@ -19,7 +19,7 @@ from batchformer_panoptic.modeling.panoptic_detr import Predictions
 
 
 class Case(NamedTuple):
-    """A config, a model of it in evaluation mode, and an image as its input."""
+    """A config, its model in evaluation mode, and an input with one image."""
 
     cfg: CfgNode
     model: PanopticDETR
@@ -34,14 +34,14 @@ def predict(case: Case) -> tuple[Predictions, dict[str, Tensor]]:
 
 
 def as_class(model: PanopticDETR, kind: type[PanopticDETR]) -> PanopticDETR:
-    """The same model, its weights shared, with other methods."""
+    """Return a copy of the model with the same weights and the methods of another class."""
     other = copy.copy(model)
     other.__class__ = kind
     return other
 
 
 class AllQueries(PanopticDETR):
-    """Decodes the masks of all queries and then picks those that are wanted."""
+    """Decodes the masks of all queries and then selects the needed ones."""
 
     decode: Callable[..., Tensor] = PanopticDETR.predict_masks
 
@@ -59,7 +59,7 @@ class AllQueries(PanopticDETR):
 
 
 class Naive(AllQueries):
-    """As the public code goes about it: maps in default layout, copied for every query."""
+    """Decodes as the public code does: maps in default layout, copied for every query."""
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         images = super().preprocess(batched_inputs)
@@ -103,7 +103,7 @@ class Peer:
         self.process = partial(
             transformers.DetrImageProcessor().post_process_panoptic_segmentation,
             threshold=threshold,
-            # The masks of random weights overlap, and are sure of nothing.
+            # Masks of random weights overlap and have probabilities close to 0.5.
             mask_threshold=0.1,
             overlap_mask_area_threshold=0.0,
             label_ids_to_fuse=stuff,
@@ -121,7 +121,7 @@ class Peer:
         return self.process(self.outputs())
 
     def largest_difference(self, case: Case) -> float:
-        """Between its raw predictions and ours, masks of the kept queries; small or an error."""
+        """Return the largest difference of raw predictions and masks; assert that it is small."""
         theirs = self.outputs()
         assert self.process(theirs)[0]["segments_info"], "nothing is found: no fair comparison"
         predictions, features = predict(case)

@@ -1,6 +1,6 @@
 """Convolutions of upsampled maps: the direct computation against upsampling first.
 
-Results and gradients are asserted equal in the same run.
+Results and gradients are asserted to be equal in the same run.
 """
 
 import argparse
@@ -8,15 +8,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measure import compared, table_of_compared
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchformer_panoptic.layers import conv_upsampled
 
+from .measure import compared, table_of_compared
+
 
 class Case(NamedTuple):
-    """Two ways to the same tensor, and the shapes of their inputs."""
+    """Two functions with the same result, and the shapes of their inputs."""
 
     ours: Callable[..., Tensor]
     usual: Callable[..., Tensor]

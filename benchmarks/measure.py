@@ -1,4 +1,4 @@
-"""How numbers are taken: side by side in one run, in turns, medians of ratios."""
+"""Measurement of time and memory: side by side in one run, in turns, medians of ratios."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, what it started on a GPU included."""
+    """Wall time of one call, including the work that it started on a GPU."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -26,10 +26,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one call of each that does not count.
+    """Seconds of each function in each round, after one untimed call of each.
 
-    A round calls all of them one after the other, so that what else the machine does falls on all;
-    every second round goes backwards.
+    A round calls all functions one after the other, so that other load on the machine affects all
+    of them. Every second round is in reverse order.
     """
     for function in functions.values():
         function()
@@ -42,7 +42,7 @@ def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def median_ratio(times: list[float], reference: list[float]) -> float:
-    """Median over the rounds of one time divided by the other."""
+    """Median over the rounds of the ratio of both times."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
@@ -52,9 +52,9 @@ def compared(
     inputs: Sequence[Tensor],
     rounds: int,
 ) -> dict[str, float]:
-    """Two ways to the same tensor, with and without gradients by the inputs, which ask for them.
+    """Time two functions with the same result, with and without the gradients of their inputs.
 
-    Results and gradients are asserted to differ by less than 1e-4 of the largest value of each.
+    Asserts that results and gradients differ by less than 1e-4 relative to the largest value.
     """
     ways = {"ours": ours, "usual": usual}
     found = ([_forward(way, inputs), *_with_backward(way, inputs)] for way in (ours, usual))
@@ -71,7 +71,7 @@ def compared(
 
 
 def table_of_compared(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of rows of :func:`compared` with a ``case`` each."""
+    """Format rows of `compared`, each with a ``case``, as a table."""
     header = ["case", "forward: times as fast", "with backward", "largest relative difference"]
     cells = [
         [
@@ -95,9 +95,9 @@ def _with_backward(way: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tupl
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes of tensors alive during one call, beside those alive before it.
+    """Peak bytes of tensors during one call, in addition to those alive before it.
 
-    On a GPU its allocator counts; on a CPU every allocation is in the profiler's record.
+    Measured by the allocator on a GPU, and from the allocations that the profiler records on a CPU.
     """
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -107,14 +107,14 @@ def peak_bytes(function: Callable[[], object]) -> int:
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
-    # Only the raw events have the allocations in the middle of an operation.
+    # Only the raw events contain the allocations within an operation.
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 def python_peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that Python and numpy hold during one call; PyTorch's tensors are not counted."""
+    """Peak bytes of Python and numpy objects during one call, without PyTorch's tensors."""
     tracemalloc.start()
     try:
         function()
@@ -124,13 +124,13 @@ def python_peak_bytes(function: Callable[[], object]) -> int:
 
 
 def exponent(steps: Sequence[int], costs: Sequence[float]) -> float:
-    """The p of cost = c * step ** p, by least squares in logarithms."""
+    """Fit p in cost = c * step ** p by least squares of logarithms."""
     slope, _ = np.polyfit(np.log(steps), np.log(costs), 1)
     return float(slope)
 
 
 def machine() -> dict[str, Any]:
-    """What a number depends on besides the code."""
+    """Describe the machine and the versions of a measurement."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -36,7 +36,7 @@ class Example(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A registered data set on disk, and predictions both on disk and as a model gives them."""
+    """A registered data set on disk, with predictions on disk and as model outputs."""
 
     folder: Path  # truth.json, truth/, predicted.json, predicted/
     inputs: list[dict[str, Any]]
@@ -44,9 +44,9 @@ class Work(NamedTuple):
 
 
 def random_example(seed: int, height: int, width: int, num_segments: int) -> Example:
-    """Ragged regions, as many changes of id along a row as in annotations of COCO (about 13).
+    """Return ragged regions with as many changes of id per row as in COCO (about 13).
 
-    The prediction is the truth with other, smoother borders, other ids and some wrong classes.
+    The prediction is the ground truth with smoother borders, other ids and some wrong classes.
     """
     rng = np.random.default_rng(seed)
     shape = (num_segments + 1, height, width)  # region 0 is void
@@ -69,7 +69,7 @@ def random_example(seed: int, height: int, width: int, num_segments: int) -> Exa
 def _random_fields(
     rng: np.random.Generator, shape: tuple[int, int, int], octaves: tuple[tuple[int, float], ...]
 ) -> np.ndarray:
-    """Smooth noise (C, H, W) float32: a sum of grids of so many cells with such weights."""
+    """Return smooth noise (C, H, W) float32: a weighted sum of enlarged random grids."""
     total = np.zeros(shape, dtype=np.float32)
     for cells, weight in octaves:
         grid = torch.from_numpy(rng.normal(size=(1, shape[0], cells, cells * 4 // 3))).float()
@@ -81,7 +81,7 @@ def _random_fields(
 def _panoptic(
     regions: np.ndarray, ids: np.ndarray, classes: np.ndarray, crowd: int | None
 ) -> Panoptic:
-    """Give each region (H, W) an id and a class; region 0 is void, ``crowd`` is crowd."""
+    """Assign an id and a class to each region (H, W); 0 is void, ``crowd`` is a crowd."""
     areas = np.bincount(regions.ravel(), minlength=len(ids)).tolist()
     segments = [
         {
@@ -98,7 +98,7 @@ def _panoptic(
 
 @contextlib.contextmanager
 def registered(folder: Path, examples: list[Example], num_images: int) -> Iterator[Work]:
-    """Write and register a data set of so many images, the examples repeated in turn."""
+    """Write and register a data set that repeats the examples in turn."""
     folder.mkdir()
     chosen = [number % len(examples) for number in range(num_images)]
     _write(folder / "truth", [example.truth for example in examples], chosen)
@@ -135,7 +135,7 @@ def _write(folder: Path, images: list[Panoptic], chosen: list[int]) -> None:
 
 
 def _model_output(prediction: Panoptic) -> dict[str, Any]:
-    """A prediction in the form in which models of Detectron2 give it."""
+    """Return a prediction in the output format of Detectron2's models."""
     segments = [
         {
             "id": segment["id"],

@@ -1,6 +1,6 @@
 """Panoptic quality by the streaming evaluator, by Detectron2's evaluator and by panopticapi.
 
-The numbers are asserted equal in the same run; memory held is taken after few and many images.
+The metrics are asserted to be equal in the same run. Memory is measured after few and many images.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
-from measure import in_turns, median_ratio
-from panoptic_examples import DATASET, Work, random_example, registered
 from panopticapi.evaluation import pq_compute
 from tabulate import tabulate
 
 from batchformer_panoptic.evaluation import PanopticEvaluator
+
+from .measure import in_turns, median_ratio
+from .panoptic_examples import DATASET, Work, random_example, registered
 
 OURS, DETECTRON2, PANOPTICAPI = "streaming", "detectron2", "panopticapi"
 LABELS = {
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_evaluator(name: str, work: Work) -> Metrics:
-    """One pass over all images, one at a time, and the averages in percent."""
+    """Evaluate all images one at a time; return the averages in percent."""
     evaluator = EVALUATORS[name]()
     evaluator.reset()
     process(evaluator, work, len(work.inputs))
@@ -101,7 +102,7 @@ def by_evaluator(name: str, work: Work) -> Metrics:
 def process(evaluator: DatasetEvaluator, work: Work, num_images: int) -> None:
     for row, output in zip(work.inputs[:num_images], work.outputs[:num_images], strict=True):
         id_map, segments = output["panoptic_seg"]
-        # copies, because Detectron2's evaluator changes the segments that it is given
+        # Copies, because Detectron2's evaluator changes the segments in place.
         copies = [dict(segment) for segment in segments]
         evaluator.process([row], [{"panoptic_seg": (id_map, copies)}])
 
@@ -113,7 +114,7 @@ def by_panopticapi(work: Work) -> Metrics:
 
 
 def largest_difference(metrics: dict[str, Metrics]) -> float:
-    """Of ratios from 0 to 1, between the streaming evaluator and the others; small or an error."""
+    """Largest difference to the other evaluators, of ratios from 0 to 1; asserted to be small."""
     assert all(set(values) == set(KEYS) for values in metrics.values()), metrics
     difference = max(
         abs(values[key] - metrics[OURS][key]) / 100 for values in metrics.values() for key in KEYS
@@ -123,7 +124,7 @@ def largest_difference(metrics: dict[str, Metrics]) -> float:
 
 
 def held_bytes(name: str, work: Work, numbers: list[int]) -> list[int]:
-    """What an evaluator has come to hold after so many images, in Python and numpy."""
+    """Bytes of Python and numpy objects that an evaluator keeps after a number of images."""
     held = []
     for number in numbers:
         evaluator = EVALUATORS[name]()
@@ -141,7 +142,7 @@ def held_bytes(name: str, work: Work, numbers: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tables that the evaluators log."""
+    """Suppress the tables that the evaluators log."""
     logging.disable(logging.INFO)
     try:
         yield

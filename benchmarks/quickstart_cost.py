@@ -1,24 +1,21 @@
-"""Training step of the quickstart with each transformer: the same config but for the name."""
+"""Training step of the quickstart config with each transformer."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from measure import in_turns, median_ratio
 from tabulate import tabulate
-from transformers_cost import training_step
 
 from batchformer_panoptic.engine import load_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.tiny_model import NUM_CLASSES, NUM_THINGS, random_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+from .measure import in_turns, median_ratio
+from .transformers_cost import training_step
+
 CONFIG = ROOT / "configs" / "quickstart" / "batchformer_conditional_detr_shapes.yaml"
 TRANSFORMERS = ("detr", "conditional", "smca", "deformable")
 

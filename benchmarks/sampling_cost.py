@@ -1,23 +1,20 @@
 """Deformable attention's sampling in pure PyTorch against the usual grid_sample formulation.
 
-Results and gradients are asserted equal in the same run.
+Results and gradients are asserted to be equal in the same run.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import compared, table_of_compared
 from torch import Tensor
 
 from batchformer_panoptic.layers.ms_deform_attn import deform_attn_torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.sampling_references import by_grid_sample
+
+from .measure import compared, table_of_compared
 
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 Shapes = list[tuple[int, int]]
@@ -45,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_inputs(shapes: Shapes, batch: int, queries: int | None) -> tuple[Tensor, ...]:
-    """Values, locations around each query's own place, and weights; all ask for gradients."""
+    """Values, sampling locations around random points, and weights; all require gradients."""
     torch.manual_seed(0)
     tokens = sum(height * width for height, width in shapes)
     queries = tokens if queries is None else queries

@@ -1,14 +1,15 @@
 """A panoptic training step against decoding the masks of all queries, and against transformers.
 
-DETR panoptic R50 in one stream, the same weights in all, dropout 0 so that losses and gradients can
-be compared; they are asserted equal in the same run. "All queries" decodes every query with the
-mask head of this project, and of the masks the matched ones go into losses of plain autograd.
-"Nothing shared" stands in for the published code: its mask head as it is written there, copies of
-an image's maps for every query, default layout.
-Gradients are compared in double precision. In float32 another order of additions opens other ReLUs
-of the nearly equal queries of random weights, which shows in gradients that almost cancel.
-Peak memory is that of a child process which makes one step: ru_maxrss with interpreter, libraries
-and weights, and the most bytes of tensors that the step had alive beside the weights.
+DETR panoptic R50 in one stream, with equal weights and dropout 0, so that losses and gradients can
+be compared; the same run asserts that they are equal. "All queries" decodes every query with the
+mask head of this project and computes the losses of the matched masks with plain autograd. "Nothing
+shared" stands for the published code: its mask head, copies of the maps of an image for every
+query, default layout.
+
+Gradients are compared in double precision. With random weights, queries are nearly equal; another
+order of additions in float32 then changes which ReLUs are active, which is visible in gradients
+that almost cancel. Peak memory is measured in a child process that runs one step: ru_maxrss
+including interpreter, libraries and weights, and the peak of tensors in addition to the weights.
 """
 
 import argparse
@@ -24,8 +25,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from inference_ways import AllQueries, Naive, as_class
-from measure import in_turns, median_ratio, peak_bytes
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,22 +32,23 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.engine.run import tune_allocation
 from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
 from batchformer_panoptic.modeling.set_prediction.targets import gather_masks, to_target
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.tiny_model import random_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+from .inference_ways import AllQueries, Naive, as_class
+from .measure import in_turns, median_ratio, peak_bytes
+
 CONFIG = ROOT / "configs" / "coco" / "panoptic" / "detr_R50_joint_300ep.yaml"
 NUM_CLASSES, OURS, PEER = 133, "this project", "transformers"
 ALL_QUERIES = {"all queries": AllQueries, "all queries, nothing shared among them": Naive}
 ARMS = (OURS, *ALL_QUERIES, PEER)
-# Largest relative difference of losses in float32, and of a parameter's gradient to the largest in
-# it; in double precision, of which losses keep the digits of float32.
+# Largest relative differences: of losses in float32, and of gradients in double precision relative
+# to the largest value of the parameter's gradient. Losses keep only the digits of float32.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-5
-# What MODEL.BACKBONE.FREEZE_AT 2 freezes, in the names of transformers.
+# The parts frozen by MODEL.BACKBONE.FREEZE_AT 2, in transformers' names.
 FROZEN_OF_PEER = ("embedder.", "stages.0.")
 
 
@@ -107,7 +107,7 @@ def make_batch(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def make_cfg(settings: dict[str, Any]) -> CfgNode:
     cfg = load_config(str(CONFIG), ["MODEL.DETR.DROPOUT", "0.0", *settings["opts"]])
-    cfg.MODEL.MASK_HEAD.STEP_MEMORY = 1 << 20  # MiB: all that is asked for, at once
+    cfg.MODEL.MASK_HEAD.STEP_MEMORY = 1 << 20  # MiB, so that all queries are decoded at once
     cfg.MODEL.DETR.NUM_CLASSES = NUM_CLASSES
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(80))
     return cfg
@@ -136,7 +136,7 @@ class Step:
 
 
 class PeerStep(Step):
-    """The same of transformers' model, on the images and targets that ours makes of the batch."""
+    """One pass of transformers' model on the preprocessed images and targets of ours."""
 
     def __init__(self, model: nn.Module, ours: PanopticDETR, batch: list[dict[str, Any]]) -> None:
         super().__init__(model, batch)
@@ -168,7 +168,7 @@ def make_step(
 
 
 def plain_mask_losses(model: PanopticDETR) -> None:
-    """Let the mask losses be those of plain autograd, all masks at once."""
+    """Replace the mask losses by plain autograd on all masks at once."""
 
     def mask_losses(masks: Tensor, targets: Any, matching: Any, count: Tensor) -> dict[str, Tensor]:
         wanted = gather_masks(targets, matching.image, matching.local_target)
@@ -194,7 +194,7 @@ def losses_of(step: Step) -> dict[str, Tensor]:
 
 
 def gradients_of(step: Step) -> dict[str, Tensor]:
-    """In double precision, which the step's model is turned to."""
+    """Gradients of a step in double precision; converts the model."""
     step.model.double()
     step()
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
@@ -203,7 +203,7 @@ def gradients_of(step: Step) -> dict[str, Tensor]:
 def largest_difference(
     found: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float
 ) -> float:
-    """The largest of all, each relative to the largest number of its tensor; small or an error."""
+    """Largest difference relative to the largest value of its tensor; asserted to be small."""
     assert found.keys() == reference.keys()
     differences = [
         ((found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)).item()
@@ -214,14 +214,14 @@ def largest_difference(
 
 
 def memory_of_child(arm: str, weights: Path, settings: dict[str, Any]) -> dict[str, int]:
-    command = [sys.executable, __file__, arm, str(weights), json.dumps(settings)]
+    command = [sys.executable, "-m", __spec__.name, arm, str(weights), json.dumps(settings)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def child(arm: str, weights: str, settings: str) -> int:
-    """Make one step; print the most bytes that were resident, and the most bytes of its tensors."""
+    """Run one step; print the peak resident size of the process and the peak of its tensors."""
     tune_allocation()
     options = json.loads(settings)
     step = make_step(arm, Path(weights), options, make_batch(options))
@@ -236,7 +236,7 @@ def peak_resident() -> int:
 
 
 def peer_of(model: PanopticDETR, settings: dict[str, Any]) -> nn.Module:
-    """transformers' DetrForSegmentation with the weights of ours, the same parts frozen."""
+    """Return transformers' DetrForSegmentation with our weights and the same frozen parts."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:

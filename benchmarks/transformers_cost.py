@@ -7,20 +7,21 @@ losses and backward on two images of --size pixels.
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
+from analyze_model import flop_analysis
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from measure import in_turns, median_ratio
 from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.flops import flop_analysis
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "detection"
+from . import ROOT
+from .measure import in_turns, median_ratio
+
+CONFIGS = ROOT / "configs" / "coco" / "detection"
 SYSTEMS = {
     "DETR": "detr_R50_50ep.yaml",
     "Conditional-DETR": "conditional_detr_R50_50ep.yaml",
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of the table, and the settings they were measured with."""
+    """Return the rows of the table and the settings of the measurement."""
     rows, steps = [], {}
     batch = [random_input(args.size, seed) for seed in range(2)]
     for system in args.systems:
@@ -68,7 +69,7 @@ def make_model(config: str, with_block: bool, opts: list[str]) -> torch.nn.Modul
 
 
 def static_costs(model: torch.nn.Module) -> dict[str, float]:
-    """Parameters in all and of the block, and multiply-adds of one image in evaluation."""
+    """Count all parameters, those of the block, and multiply-adds of one image in evaluation."""
     named = list(model.named_parameters())
     image = torch.zeros(3, *EVALUATION_SIZE, dtype=torch.uint8)
     model.eval()
@@ -99,7 +100,7 @@ def random_input(size: list[int], seed: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as a table of Markdown."""
+    """Format the rows as a Markdown table."""
     first = result["rows"][0]["system"]
     header = [
         "system",

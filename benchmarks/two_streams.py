@@ -1,26 +1,27 @@
-"""A training step in two streams against one in a single stream, for the four transformers.
+"""A training step with two streams against one with a single stream, for the four transformers.
 
-The joint configs of configs/coco with random weights; MODEL.BATCHFORMER.ENABLED is all that
-differs. Backbone and projection are seen to run once for both streams.
+The joint configs of configs/coco with random weights differ only in MODEL.BATCHFORMER.ENABLED. The
+run asserts that the backbone runs once for both streams.
 """
 
 import argparse
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from measure import in_turns, median_ratio
 from tabulate import tabulate
-from training_step import make_batch
-from transformers_cost import training_step
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.engine.run import tune_allocation
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco" / "panoptic"
+from . import ROOT
+from .measure import in_turns, median_ratio
+from .training_step import make_batch
+from .transformers_cost import training_step
+
+CONFIGS = ROOT / "configs" / "coco" / "panoptic"
 SYSTEMS = {
     "DETR": "detr_R50_joint_300ep.yaml",
     "Conditional-DETR": "conditional_R50_joint_50ep.yaml",
@@ -75,7 +76,7 @@ def make_model(config: str, with_block: bool, masks: bool, opts: list[str]) -> t
 
 
 def backbone_entries(model: torch.nn.Module, batch: list[dict[str, Any]]) -> list[int]:
-    """How many images each call of the backbone sees in a step."""
+    """Number of images in each call of the backbone in a step."""
     seen: list[int] = []
     hook = model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     training_step(model, batch)

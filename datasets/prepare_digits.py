@@ -1,14 +1,14 @@
 """Write scikit-learn's handwritten digits as an image folder with few labels per class.
 
-1797 pictures of 8 x 8 pixels and 17 grey levels (UCI, "Optical Recognition of Handwritten Digits",
-its test part), which come with scikit-learn: nothing is downloaded.
+The 1797 images of 8 x 8 pixels with 17 grey levels (UCI, "Optical Recognition of Handwritten
+Digits", test part) come with scikit-learn: nothing is downloaded.
 
-    DIR/train/0 ... DIR/train/9      N pictures of each digit out of the first 898, by the seed
-    DIR/val/0 ... DIR/val/9          all of the other 899, whatever N and the seed are
-    DIR/manifest.json                the arguments, marked complete at the very end
+    DIR/train/0 ... DIR/train/9      N images of each digit out of the first 898, by the seed
+    DIR/val/0 ... DIR/val/9          all of the other 899, for any N and seed
+    DIR/manifest.json                the arguments, marked complete last
 
-The pictures are in the order in which they were collected, so that the two halves are mostly by
-different writers. A file is named for its place in that order: the same digit, the same name.
+The images are in the order in which they were collected, so that most writers occur in one of the
+two halves only. Files are named by their position in that order: the same digit, the same name.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from batchformer_panoptic.data.io import PreparedFolder, integer_between
+from batchformer_panoptic.data.prepared_folder import PreparedFolder, integer_between
 from batchformer_panoptic.errors import UserError
 
 NUM_CLASSES = 10
-NUM_POOL = 898  # pictures that training may draw from; the others are for evaluation
-MAX_LABELS = 86  # what the rarest digit has among these
+NUM_POOL = 898  # images to draw training images from; the others are for evaluation
+MAX_LABELS = 86  # images of the rarest digit among these
 DARKEST = 16  # grey levels are 0 to 16
-FORMAT_VERSION = 1  # raise it whenever the same arguments give other files
+FORMAT_VERSION = 1  # increase it when the same arguments give other files
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (1797, 8, 8) uint8, ink white on black 0 to 255, and digits (1797,) int64.
+    """Return images (1797, 8, 8) uint8, white on black in 0 to 255, and digits (1797,) int64.
 
     Raises:
         UserError: scikit-learn, which is an extra, is not installed.
@@ -46,7 +46,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Places of the training pictures, ascending; with one seed the more include the fewer."""
+    """Return positions of the training images, ascending; for one seed, more include fewer."""
     rng = np.random.default_rng(seed)
     chosen = [
         rng.permutation(np.flatnonzero(labels[:NUM_POOL] == digit))[:per_class]
@@ -63,7 +63,7 @@ def write_split(folder: Path, places: np.ndarray, pictures: np.ndarray, labels: 
 
 
 def is_intact(output: Path, expected: dict[str, int]) -> bool:
-    """Whether no picture of a finished set has been lost since."""
+    """Return whether all images of a finished set still exist."""
     return all(
         sum(1 for _ in (output / split).glob("*/*.png")) == count
         for split, count in expected.items()
@@ -71,7 +71,7 @@ def is_intact(output: Path, expected: dict[str, int]) -> bool:
 
 
 def prepare(output: Path, per_class: int, seed: int, overwrite: bool) -> str:
-    """Make the set unless it is there already; returns one line about what was done.
+    """Make the set if it does not exist; return one line about the result.
 
     Raises:
         UserError: ``output`` holds something else, or an unfinished or different set and
@@ -100,20 +100,20 @@ def prepare(output: Path, per_class: int, seed: int, overwrite: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write, made if needed"
+        "--output", type=Path, required=True, help="folder to write, created if needed"
     )
     parser.add_argument(
         "--labels-per-class",
         type=integer_between(1, MAX_LABELS),
         default=10,
         metavar="N",
-        help="training pictures of each digit (%(default)s)",
+        help="training images of each digit (%(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=integer_between(0, 2**32 - 1),
         default=0,
-        help="which pictures these are (%(default)s)",
+        help="selects these images (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the set in --output")
     args = parser.parse_args(argv)
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         print(prepare(args.output, args.labels_per_class, args.seed, args.overwrite))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -1,16 +1,17 @@
-"""Write the embedded default data set: seeded synthetic pictures in COCO's panoptic layout.
+"""Write the built-in default data set: seeded synthetic images in COCO's panoptic layout.
 
-Stuff (brick, grass, water) differs by texture and things (disc, square, triangle, star) by shape;
-every class has a favourite hue as grass and water have in the world, but only every other segment
-wears it, and things share their hues with stuff: colour is a hint and never an answer.
+Stuff (brick, grass, water) differs by texture and things (disc, square, triangle, star) by shape.
+Every class has a typical hue, as grass and water have in reality, but only about half of its
+segments use it, and things share their hues with stuff. Color is a cue but does not determine the
+class.
 
-    DIR/train, DIR/val                       pictures (PNG)
+    DIR/train, DIR/val                       images (PNG)
     DIR/panoptic_train, DIR/panoptic_val     segment ids (RGB PNG, id = R + 256 G + 256^2 B)
     DIR/annotations/panoptic_{train,val}.json
-    DIR/manifest.json                        the arguments, marked complete at the very end
+    DIR/manifest.json                        the arguments, marked complete last
 
-Shapes below: H = W = size. Pictures are float32 RGB in 0..1 until they are written. ``x`` and ``y``
-are (H, W) float32 pixel centres in units of 1/96 of the side, so that every size looks alike.
+Shapes: H = W = size. Images are float32 RGB in 0..1 until they are written. ``x`` and ``y`` are
+(H, W) float32 pixel centers in units of 1/96 of the side, so that all sizes look alike.
 """
 
 import argparse
@@ -26,34 +27,35 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from batchformer_panoptic.data.io import PreparedFolder, integer_between, write_json
+from batchformer_panoptic.data.io import write_json
+from batchformer_panoptic.data.prepared_folder import PreparedFolder, integer_between
 from batchformer_panoptic.errors import UserError
 
 UNITS = 96.0  # side of a picture in the units of x and y
-SPLITS = {"train": 0, "val": 1_000_000}  # first image id less one; also keeps the seeds apart
-FORMAT_VERSION = 1  # raise it whenever the same arguments give other pictures
+SPLITS = {"train": 0, "val": 1_000_000}  # first image id minus 1
+FORMAT_VERSION = 1  # increase it when the same arguments give other images
 
-MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # what every segment keeps
+MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 25, 0.3  # of every segment
 MAX_THINGS = 4
 THING_DIAMETER = (22.0, 56.0)  # units
-FAVOURITE_HUE_SHARE, HUE_SPREAD = 0.5, 20.0  # segments in about their class's hue; degrees
-THING_CONTRAST, STUFF_CONTRAST = 40.0, 15.0  # least CIE Lab distance to what is beside it
+TYPICAL_HUE_SHARE, HUE_SPREAD = 0.5, 20.0  # share of segments near their class's hue; degrees
+THING_CONTRAST, STUFF_CONTRAST = 40.0, 15.0  # minimum CIE Lab distance to neighboring segments
 
 RGB = tuple[int, int, int]
 
 
 class Category(NamedTuple):
-    """A class as in COCO; the ids have gaps on purpose, as COCO's have."""
+    """A class as in COCO; the ids have gaps, like COCO's."""
 
     id: int
     name: str
     isthing: int
     supercategory: str
     color: RGB
-    hue: float  # favourite, degrees
+    hue: float  # typical, in degrees
 
     def to_coco(self) -> dict[str, Any]:
-        """The record of COCO's ``categories``."""
+        """Return the record of COCO's ``categories``."""
         return {name: value for name, value in self._asdict().items() if name != "hue"}
 
 
@@ -84,7 +86,7 @@ def inside_triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def inside_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five points: fold the plane into one half arm and compare with its straight edge."""
+    """Five points: map the plane onto half an arm by symmetry and compare with its edge."""
     tip, notch, half_arm = 1.2, 0.52, math.pi / 5
     angle = abs(np.mod(np.arctan2(v, u) + half_arm, 2 * half_arm) - half_arm)
     radius = np.hypot(u, v)
@@ -94,7 +96,7 @@ def inside_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def brick_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Courses of bricks in running bond, each brick with its own tone, between mortar lines."""
+    """Rows of bricks in running bond between mortar lines, each brick with its own tone."""
     height = rng.uniform(7.5, 11.0)
     width, mortar = height * rng.uniform(1.9, 2.4), rng.uniform(1.2, 1.8)
     across, down = rotate(x + 40.0, y + 40.0, rng.uniform(-0.2, 0.2))
@@ -108,7 +110,7 @@ def brick_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nda
 
 
 def grass_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Short steep blades over one another, dark ones below and light ones on top."""
+    """Short steep overlapping blades, dark ones below light ones."""
     side = x.shape[0]
     scale = side / UNITS
     wind, count = rng.uniform(-0.35, 0.35), 150
@@ -124,7 +126,7 @@ def grass_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nda
 
 
 def water_tone(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Long rolling ripples, nearly level, with narrow crests of light."""
+    """Long, nearly horizontal ripples with narrow bright crests."""
     across, down = rotate(x, y, rng.uniform(-0.25, 0.25))
     pitch, swell = rng.uniform(8.0, 13.0), rng.uniform(24.0, 42.0)
     phases = rng.uniform(0.0, 2 * math.pi, 3)
@@ -149,14 +151,14 @@ STUFF_TONE: dict[int, Callable[..., np.ndarray]] = {
 
 @dataclass
 class Scene:
-    """A picture being painted.
+    """An image while it is painted.
 
     Attributes:
         picture: (H, W, 3) float32 RGB.
-        owner: (H, W) int64, index of the region that each pixel shows.
+        owner: (H, W) int64, index of the region visible at each pixel.
         categories: one per region, in the order of painting.
-        colors: the plain RGB colour of each region.
-        painted: how many pixels each region had when it was painted.
+        colors: the base RGB color of each region.
+        painted: number of pixels of each region when it was painted.
     """
 
     picture: np.ndarray
@@ -168,7 +170,7 @@ class Scene:
     def paint(
         self, mask: np.ndarray, category: Category, color: np.ndarray, tone: np.ndarray
     ) -> None:
-        """Cover ``mask`` (H, W bool) with ``color``, lightened by ``tone`` (H, W; 0 = as is)."""
+        """Cover ``mask`` (H, W bool) with ``color``, scaled by 1 + ``tone`` (H, W)."""
         self.owner[mask] = len(self.categories)
         self.picture[mask] = color * (1.0 + tone[mask][:, None])
         self.categories.append(category)
@@ -176,7 +178,7 @@ class Scene:
         self.painted.append(int(mask.sum()))
 
     def has_room_for(self, mask: np.ndarray) -> bool:
-        """Whether everything, ``mask`` included, stays visible when ``mask`` is painted on top."""
+        """Return whether every region, ``mask`` included, stays visible if ``mask`` is painted."""
         if mask.sum() < MIN_VISIBLE_PIXELS:
             return False
         left = np.bincount(self.owner[~mask], minlength=len(self.painted))
@@ -190,27 +192,29 @@ def rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.n
 
 
 def pick_color(
-    rng: np.random.Generator, hue: float, beside: list[np.ndarray], contrast: float
+    rng: np.random.Generator, hue: float, others: list[np.ndarray], contrast: float
 ) -> np.ndarray:
-    """Draw an RGB colour at least ``contrast`` (Lab) from each of ``beside``, or the best of 24.
+    """Draw an RGB color at least ``contrast`` (Lab) from all of ``others``, or the best of 24.
 
-    Half of the time its hue is about ``hue`` (degrees) where that stands out, else any.
+    In half of the cases colors near ``hue`` (degrees) are preferred.
     """
     hsv = rng.uniform((0.0, 0.15, 0.35), (360.0, 0.75, 0.9), (24, 3)).astype(np.float32)
-    if rng.random() < FAVOURITE_HUE_SHARE:
-        hsv[:12, 0] = np.mod(rng.normal(hue, HUE_SPREAD, 12), 360.0)  # the first to stand out wins
+    if rng.random() < TYPICAL_HUE_SHARE:
+        hsv[:12, 0] = np.mod(
+            rng.normal(hue, HUE_SPREAD, 12), 360.0
+        )  # the first that contrasts is taken
     candidates = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)
-    if not beside:
+    if not others:
         return candidates[0, 0]
     lab = cv2.cvtColor(candidates, cv2.COLOR_RGB2LAB)[0]
-    other_lab = cv2.cvtColor(np.stack(beside)[None], cv2.COLOR_RGB2LAB)[0]
+    other_lab = cv2.cvtColor(np.stack(others)[None], cv2.COLOR_RGB2LAB)[0]
     distance = np.linalg.norm(lab[:, None] - other_lab, axis=2).min(axis=1)
     enough = np.flatnonzero(distance >= contrast)
     return candidates[0, enough[0] if len(enough) else distance.argmax()]
 
 
 def random_side(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """One side (bool) of a straight or wavy line that passes near the centre."""
+    """Return one side (bool) of a straight or wavy line that passes near the center."""
     half = UNITS / 2
     across, along = rotate(x - half, y - half, rng.uniform(0.0, 2 * math.pi))
     waviness = rng.uniform(3.0, 10.0) if rng.random() < 0.65 else 0.0
@@ -219,7 +223,7 @@ def random_side(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nd
 
 
 def random_layout(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Split the frame into 2 or 3 regions of at least 1/12 each: (H, W) int64 in 0..2."""
+    """Split the image into 2 or 3 regions of at least 1/12 each: (H, W) int64 in 0..2."""
     num_regions = int(rng.integers(2, 4))
     while True:
         layout = random_side(rng, x, y).astype(int)
@@ -230,7 +234,7 @@ def random_layout(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.
 
 
 def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
-    """Fill the frame; regions 0 and 2 are now and then of one class, hence one segment."""
+    """Fill the image; regions 0 and 2 sometimes share a class and thus form one segment."""
     layout = random_layout(rng, x, y)
     classes = rng.permutation(len(STUFF))
     if rng.random() < 0.25:
@@ -242,7 +246,7 @@ def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarr
 
 
 def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Shading from one side, over a plain, striped or dotted finish."""
+    """Return shading from one side on a plain, striped or dotted surface."""
     toward_light, _ = rotate(u, v, rng.uniform(0.0, 2 * math.pi))
     finish, pitch = rng.choice(["plain", "stripes", "dots"]), rng.uniform(0.45, 0.8)
     tone = rng.uniform(0.05, 0.22) * toward_light
@@ -254,7 +258,7 @@ def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.nda
 
 
 def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
-    """Paint 1 to 4 things, the later over the earlier; one that would hide another is left out."""
+    """Paint 1 to 4 things, later ones on top, without those that would hide another."""
     wanted, placed, tries = int(rng.integers(1, MAX_THINGS + 1)), 0, 0
     while placed < wanted and (placed == 0 or tries < 4 * wanted):
         tries += 1
@@ -267,8 +271,8 @@ def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndar
         if not scene.has_room_for(mask):
             continue
         near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-        beside = [scene.colors[region] for region in np.unique(scene.owner[near])]
-        color = pick_color(rng, category.hue, beside, THING_CONTRAST)
+        neighbors = [scene.colors[region] for region in np.unique(scene.owner[near])]
+        color = pick_color(rng, category.hue, neighbors, THING_CONTRAST)
         scene.paint(mask, category, color, thing_tone(rng, u, v))
         placed += 1
 
@@ -276,7 +280,7 @@ def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndar
 def finish_picture(
     rng: np.random.Generator, picture: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Light the picture from one side and add camera noise; returns (H, W, 3) uint8 RGB."""
+    """Light the image from one side and add camera noise; returns (H, W, 3) uint8 RGB."""
     toward_light, _ = rotate(x / UNITS - 0.5, y / UNITS - 0.5, rng.uniform(0.0, 2 * math.pi))
     lit = picture * (1.0 + rng.uniform(0.0, 0.35) * toward_light)[..., None]
     lit += rng.uniform(0.01, 0.03) * rng.standard_normal(picture.shape, dtype=np.float32)
@@ -286,16 +290,16 @@ def finish_picture(
 def make_segments(
     rng: np.random.Generator, scene: Scene
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Number the segments: (H, W) int64 ids and COCO's ``segments_info``.
+    """Return the (H, W) int64 segment map and COCO's ``segments_info``.
 
-    Every thing is a segment; all regions of one stuff class are one. Ids are colours near the
-    class's own, so that the PNG can be looked at.
+    Every thing is a segment; all regions of one stuff class form one. Ids are colors near that of
+    the class, so that the PNG can be viewed as an image.
     """
     members: dict[object, list[int]] = {}
     for region, category in enumerate(scene.categories):
         key = region if category.isthing else category.name
         members.setdefault(key, []).append(region)
-    id_map = np.zeros(scene.owner.shape, np.int64)
+    segment_map = np.zeros(scene.owner.shape, np.int64)
     segments: list[dict[str, Any]] = []
     for regions in members.values():
         category = scene.categories[regions[0]]
@@ -305,7 +309,7 @@ def make_segments(
             red, green, blue = np.clip(category.color + rng.integers(-30, 31, 3), 1, 255).tolist()
             segment_id = red + 256 * green + 256**2 * blue
         mask = np.isin(scene.owner, regions)
-        id_map[mask] = segment_id
+        segment_map[mask] = segment_id
         left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
         segments.append(
             {
@@ -316,16 +320,16 @@ def make_segments(
                 "iscrowd": 0,
             }
         )
-    return id_map, segments
+    return segment_map, segments
 
 
 def make_example(
     seed: int, split: str, index: int, size: int
 ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """Paint image ``index`` of a split; it depends on the arguments alone.
+    """Paint image ``index`` of a split; it depends on the arguments only.
 
     Returns:
-        (H, W, 3) uint8 RGB picture, (H, W) int64 segment ids, and COCO's ``segments_info``.
+        (H, W, 3) uint8 RGB image, (H, W) int64 segment map, and COCO's ``segments_info``.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), index, seed])
     centres = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
@@ -333,8 +337,8 @@ def make_example(
     scene = Scene(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64))
     add_stuff(rng, scene, x, y)
     add_things(rng, scene, x, y)
-    id_map, segments = make_segments(rng, scene)
-    return finish_picture(rng, scene.picture, x, y), id_map, segments
+    segment_map, segments = make_segments(rng, scene)
+    return finish_picture(rng, scene.picture, x, y), segment_map, segments
 
 
 def write_png(path: Path, rgb: np.ndarray) -> None:
@@ -343,17 +347,17 @@ def write_png(path: Path, rgb: np.ndarray) -> None:
 
 
 def write_split(output: Path, split: str, count: int, seed: int, size: int) -> int:
-    """Write the pictures, segment PNGs and JSON of one split; returns the number of segments."""
+    """Write images, panoptic PNGs and JSON of one split; return the number of segments."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for folder in (split, f"panoptic_{split}", "annotations"):
         (output / folder).mkdir(exist_ok=True)
     for index in range(count):
-        picture, id_map, segments = make_example(seed, split, index, size)
+        picture, segment_map, segments = make_example(seed, split, index, size)
         image_id = SPLITS[split] + index + 1
         name = f"{image_id:012d}.png"
         write_png(output / split / name, picture)
-        write_png(output / f"panoptic_{split}" / name, id2rgb(id_map))
+        write_png(output / f"panoptic_{split}" / name, id2rgb(segment_map))
         images.append({"id": image_id, "file_name": name, "height": size, "width": size})
         annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
     content = {
@@ -367,7 +371,7 @@ def write_split(output: Path, split: str, count: int, seed: int, size: int) -> i
 
 
 def is_intact(output: Path, counts: dict[str, int]) -> bool:
-    """Whether no file of a finished set has been lost since."""
+    """Return whether all files of a finished set still exist."""
     return all(
         (output / "annotations" / f"panoptic_{split}.json").is_file()
         and all(
@@ -379,7 +383,7 @@ def is_intact(output: Path, counts: dict[str, int]) -> bool:
 
 
 def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrite: bool) -> str:
-    """Make the set unless it is there already; returns one line about what was done.
+    """Make the set if it does not exist; return one line about the result.
 
     Raises:
         UserError: ``output`` holds something else, or an unfinished or different set and
@@ -407,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     positive = integer_between(1, 999_999)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write, made if needed"
+        "--output", type=Path, required=True, help="folder to write, created if needed"
     )
     parser.add_argument("--num-train", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument("--num-val", type=positive, default=100, help="default: %(default)s")
@@ -422,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         print(prepare(args.output, counts, args.seed, args.size, args.overwrite))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

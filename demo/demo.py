@@ -3,8 +3,8 @@
     python demo/demo.py --config-file F --input IMAGES, FOLDERS, "GLOBS" --output DIR \
         --opts MODEL.WEIGHTS W
 
-Without --output results are shown in a window (Escape or q ends, any other key goes on). Exit
-status: 0, or 1 when an image could not be read or something else went wrong.
+Without --output, results are shown in a window (Escape or q quits, any other key continues). Exit
+status: 0, 1 if some of the images could not be read, 2 after another mistake.
 """
 
 import argparse
@@ -19,23 +19,20 @@ from typing import Any
 import cv2
 import numpy as np
 
-from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
+from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.visualization import draw_result, read_image, write_image
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
-DEFAULT_FPS = 25.0  # of videos that do not say theirs
+DEFAULT_FPS = 25.0  # for videos without a frame rate
 WINDOW = "panoptic segmentation"
 ESCAPE_KEYS = (27, ord("q"))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the model")
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, globs")
     source.add_argument("--video-input", metavar="FILE", help="a video")
@@ -43,34 +40,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="PATH", help="a folder, or a file for one image or video"
     )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="T",
-        help="draw what scores more than T, 0 to 1 (default: as in evaluation; boxes: 0.5)",
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config changes, KEY VALUE ..."
-    )
+    add_threshold_argument(parser)
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        check_output(args)
-        images = find_images(args.input) if args.input else []
-        cfg = load_config(args.config_file, args.opts)
-        configure_for_drawing(cfg, args.confidence_threshold)
-        predictor = Predictor(cfg)
-        if args.webcam:
-            return show_webcam(predictor)
-        if args.video_input:
-            return draw_video(predictor, args.video_input, args.output)
-        return draw_images(predictor, images, args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_output(args)
+    images = find_images(args.input) if args.input else []
+    cfg = load_config(args.config_file, args.opts)
+    configure_for_drawing(cfg, args.confidence_threshold)
+    predictor = Predictor(cfg)
+    if args.webcam:
+        return show_webcam(predictor)
+    if args.video_input:
+        return draw_video(predictor, args.video_input, args.output)
+    return draw_images(predictor, images, args.output)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -78,7 +64,7 @@ def check_output(args: argparse.Namespace) -> None:
         raise UserError("--webcam shows a window: --output is for --input and --video-input")
     if args.output is None and not has_display():
         raise UserError(
-            "there is no display to show a window on: "
+            "there is no display for a window: "
             + ("--webcam needs one" if args.webcam else "give --output DIR")
         )
 
@@ -90,7 +76,7 @@ def has_display() -> bool:
 
 
 def find_images(inputs: Sequence[str]) -> list[str]:
-    """Files of all inputs in order; a missing file stays in the list, to be reported by name."""
+    """List the files of all inputs in order; a missing file is kept and reported later by name."""
     found: list[str] = []
     for name in inputs:
         if os.path.isdir(name):
@@ -106,7 +92,7 @@ def find_images(inputs: Sequence[str]) -> list[str]:
 
 
 def output_paths(images: Sequence[str], output: Path) -> list[Path]:
-    """A file for each image: never an input, never the same one twice."""
+    """Return a different output file for each image, none of which is an input."""
     if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
         if len(images) > 1:
             raise UserError(f"--output {output} is one file, not {len(images)}: give a folder")
@@ -163,7 +149,7 @@ def draw_video(predictor: Predictor, name: str, output: Path | None) -> int:
         raise UserError(f"video {name} does not exist")
     capture = cv2.VideoCapture(name)
     if not capture.isOpened():
-        raise UserError(f"video {name} cannot be read: it is damaged or of an unknown format")
+        raise UserError(f"video {name} cannot be read: it is damaged or has an unknown format")
     path = None if output is None else video_path(name, output)
     frames_per_second = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
     writer = None
@@ -183,7 +169,7 @@ def draw_video(predictor: Predictor, name: str, output: Path | None) -> int:
         if writer is not None:
             writer.release()
     if number == 0:
-        raise UserError(f"video {name} has no frame that can be read")
+        raise UserError(f"video {name} has no readable frame")
     seconds = (time.perf_counter() - start) / number
     where = "" if path is None else f" -> {path}"
     print(f"{name}: {number} frames, {seconds:.2f} s each{where}")
@@ -207,7 +193,7 @@ def open_writer(path: Path, frames_per_second: float, picture: np.ndarray) -> cv
     fourcc = cv2.VideoWriter.fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(path), fourcc, frames_per_second, (width, height))
     if not writer.isOpened():
-        raise UserError(f"{path} cannot be written: is its folder writable, is it .mp4?")
+        raise UserError(f"{path} cannot be written: is its folder writable? is it an .mp4?")
     return writer
 
 
@@ -224,7 +210,7 @@ def drawn_frames(predictor: Predictor, capture: cv2.VideoCapture) -> Iterator[np
 def show_webcam(predictor: Predictor) -> int:
     capture = cv2.VideoCapture(0)
     if not capture.isOpened():
-        raise UserError("no camera can be opened for --webcam")
+        raise UserError("--webcam: no camera can be opened")
     try:
         for picture in drawn_frames(predictor, capture):
             if show(picture, wait=1):
@@ -236,7 +222,7 @@ def show_webcam(predictor: Predictor) -> int:
 
 
 def show(picture: np.ndarray, *, wait: int) -> bool:
-    """Show a picture for so many milliseconds (0: until a key); whether the user wants to stop."""
+    """Show a picture for ``wait`` milliseconds (0: until a key is pressed); True: stop."""
     try:
         cv2.imshow(WINDOW, picture[:, :, ::-1])
         return (cv2.waitKey(wait) & 0xFF) in ESCAPE_KEYS

@@ -29,7 +29,7 @@ def requirements_of(names: list[str]) -> set[str]:
 
 
 def link_distributions(names: set[str], folder: Path) -> None:
-    """Make a folder of packages that holds these distributions alone."""
+    """Make a folder of packages with only these distributions."""
     for name in names:
         distribution = metadata.distribution(name)
         for file in distribution.files or []:

@@ -2,12 +2,13 @@
 
     python tools/analyze_model.py --config-file F --tasks flop parameter activation structure speed
 
-Works on any device. Weights are random when MODEL.WEIGHTS is not a file; inputs are random when the
+Works on any device. Weights are random if MODEL.WEIGHTS is not a file, and inputs are random if the
 test data set is not on disk.
 """
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -19,52 +20,44 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import parameter_count_table
+from detectron2.utils.analysis import FlopCountAnalysis, parameter_count_table
 from fvcore.nn import ActivationCountAnalysis, flop_count_table
+from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import nn
 
 from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from batchformer_panoptic.data import build_test_loader, class_section, setup_datasets
-from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.flops import flop_analysis
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.setup import at_least, command_parser, load_config
+from batchformer_panoptic.errors import UserError, command
 
 Inputs = list[dict[str, Any]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the model")
+    parser = command_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", required=True, choices=sorted(TASKS))
     parser.add_argument(
-        "--num-inputs", type=int, default=5, metavar="N", help="images to average over (default: 5)"
+        "--num-inputs",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="images to average over (default: 5)",
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config changes, KEY VALUE ..."
-    )
-    args = parser.parse_args(argv)
-    if args.num_inputs < 1:
-        parser.error(f"--num-inputs must be at least 1, not {args.num_inputs}")
-    return args
+    return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        notes = fill_classes(cfg)
-        model = build_model(cfg).eval()
-        notes += load_weights(cfg, model)
-        inputs: list[Inputs] = []
-        if not set(args.tasks) <= {"parameter", "structure"}:
-            inputs, note = load_inputs(cfg, args.num_inputs)
-            notes.append(note)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    cfg = load_config(args.config_file, args.opts)
+    notes = fill_classes(cfg)
+    model = build_model(cfg).eval()
+    notes += load_weights(cfg, model)
+    inputs: list[Inputs] = []
+    if not set(args.tasks) <= {"parameter", "structure"}:
+        inputs, note = load_inputs(cfg, args.num_inputs)
+        notes.append(note)
     print("\n".join(f"note: {note}" for note in notes))
     for task in args.tasks:
         print(f"\n== {task} ==\n{TASKS[task](model, inputs)}", flush=True)
@@ -72,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fill_classes(cfg: CfgNode) -> list[str]:
-    """Number of classes and things from the data sets, or else from the weights."""
+    """Take the classes from the data sets, or else from the weights; return notes for the user."""
     try:
         setup_datasets(cfg)
     except UserError as error:
@@ -89,7 +82,7 @@ def fill_classes(cfg: CfgNode) -> list[str]:
 
 def load_weights(cfg: CfgNode, model: nn.Module) -> list[str]:
     if not is_file(cfg.MODEL.WEIGHTS):
-        return [f"weights are random (MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS!r}, which is no file)"]
+        return [f"weights are random (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} is not a file)"]
     settings = SettingsRecord(cfg)
     PanopticCheckpointer(model, training=True, settings=settings).load(cfg.MODEL.WEIGHTS)
     return [f"weights are those of {cfg.MODEL.WEIGHTS}"]
@@ -100,7 +93,7 @@ def is_file(path: str) -> bool:
 
 
 def load_inputs(cfg: CfgNode, num_inputs: int) -> tuple[list[Inputs], str]:
-    """Batches of one image from the test data set, or random ones of the test size."""
+    """Load batches of one image from the test data set, or make random ones of the test size."""
     cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
     if cfg.DATASETS.TEST:
         try:
@@ -117,7 +110,7 @@ def load_inputs(cfg: CfgNode, num_inputs: int) -> tuple[list[Inputs], str]:
 
 
 def random_input(cfg: CfgNode, seed: int) -> Inputs:
-    """Noise of the test size, in the common aspect ratio of 4 to 3; a classifier's is square."""
+    """Make noise of the test size: 4 to 3, or square for a classifier."""
     short = cfg.INPUT.MIN_SIZE_TEST or 480
     long = min(short * 4 // 3, max(short, cfg.INPUT.MAX_SIZE_TEST))
     if class_section(cfg) == "CLASSIFIER":
@@ -144,7 +137,7 @@ def count_flops(model: nn.Module, inputs: list[Inputs]) -> str:
         per_image.append(sum(by_operator.values()))
     table = flop_count_table(analysis, max_depth=3, show_param_shapes=False)
     return (
-        f"{table}\n\nthe table is that of the last image; "
+        f"{table}\n\nthe table is for the last image; "
         f"{per_operator(totals, len(inputs), 1e9, 'G multiply-adds')}\n"
         f"total {mean_and_spread(per_image, 1e9)} G multiply-adds an image\n"
         f"not counted: {', '.join(sorted(analysis.unsupported_ops()))}"
@@ -152,7 +145,7 @@ def count_flops(model: nn.Module, inputs: list[Inputs]) -> str:
 
 
 def count_activations(model: nn.Module, inputs: list[Inputs]) -> str:
-    """Numbers that convolutions and matrix products put out for one image."""
+    """Number of output elements of convolutions and matrix products for one image."""
     totals: Counter[str] = Counter()
     per_image = []
     for batch in inputs:
@@ -179,7 +172,7 @@ def show_structure(model: nn.Module, _: list[Inputs]) -> str:
 
 
 def measure_speed(model: nn.Module, inputs: list[Inputs]) -> str:
-    """Median time of one image, the first run apart."""
+    """Median time of one image, after one untimed run."""
     with torch.inference_mode():
         seconds_each(model, inputs[0])
         seconds = [seconds_each(model, batch) for batch in inputs]
@@ -200,8 +193,33 @@ def seconds_each(model: nn.Module, batch: Inputs) -> float:
     return (time.perf_counter() - start) / len(batch)
 
 
+def flop_analysis(model: nn.Module, batch: Any) -> FlopCountAnalysis:
+    """Detectron2's analysis of ``model(batch)``, with fused operators that fvcore does not count.
+
+    These are scaled dot-product attention and the sampling of deformable attention.
+    """
+    analysis = FlopCountAnalysis(model, batch)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    analysis.set_op_handle("aten::embedding_bag", weighted_sum_flops)
+    # Tracing a model whose output depends on its input warns on every branch.
+    analysis.tracer_warnings("none")
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+def attention_flops(inputs: list[Any], _outputs: list[Any]) -> int:
+    """Multiply-adds of both matrix products: queries (..., L, E), keys (..., S, E)."""
+    query, key = get_shape(inputs[0]), get_shape(inputs[1])
+    return 2 * math.prod(query) * key[-2]
+
+
+def weighted_sum_flops(inputs: list[Any], _outputs: list[Any]) -> int:
+    """Deformable attention: each index adds a weighted row of the table (rows, channels)."""
+    table, indices = get_shape(inputs[0]), get_shape(inputs[1])
+    return math.prod(indices) * table[-1]
+
+
 def activation_analysis(model: nn.Module, batch: Inputs) -> ActivationCountAnalysis:
-    """fvcore's analysis; Detectron2's own helper refuses results that are not tensors alone."""
+    """fvcore's analysis; Detectron2's own helper only accepts models that return only tensors."""
     adapter = TracingAdapter(model, batch, allow_non_tensor=True)
     analysis = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
     analysis.tracer_warnings("none")

@@ -1,6 +1,7 @@
-"""Check a data set in COCO's panoptic layout and list what is wrong with it.
+"""Check a data set in COCO's panoptic layout and list its problems.
 
-Exit status: 0 when it is fit for use (warnings and notes allowed), 1 when there are errors.
+Exit status: 0 if the data set can be used (warnings and notes are allowed), 1 if it has errors, 2
+if the check itself cannot run, for example for a missing file.
 """
 
 import argparse
@@ -10,44 +11,45 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from batchformer_panoptic.data.io import read_coco_json
 from batchformer_panoptic.data.validation import (
     Problem,
     check_panoptic_content,
-    load_panoptic_json,
     records,
     segments_of,
 )
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.setup import at_least
+from batchformer_panoptic.errors import command
 
 SEVERITY_ORDER = ("error", "warning", "note")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True, help="panoptic annotation file")
-    parser.add_argument("--image-root", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--image-root", type=Path, required=True, help="folder of the images")
     parser.add_argument("--panoptic-root", type=Path, required=True, help="folder of the PNGs")
     parser.add_argument(
         "--max-problems",
-        type=int,
+        type=at_least(1),
         default=5,
         metavar="N",
-        help="examples shown of each kind of problem, all are counted (default: %(default)s)",
+        help="examples shown of each kind of problem; all are counted (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-images", type=int, metavar="N", help="open the files of N images only (default: all)"
+        "--max-images",
+        type=at_least(1),
+        metavar="N",
+        help="open the files of N images only (default: all)",
     )
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="read only the headers of the pictures: faster, misses truncated files",
+        help="read only the headers of the images: faster, but misses truncated files",
     )
-    args = parser.parse_args(argv)
-    for name in ("max_problems", "max_images"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    return args
+    return parser.parse_args(argv)
 
 
 def format_problems(problems: list[Problem], max_problems: int) -> list[str]:
@@ -62,21 +64,14 @@ def format_problems(problems: list[Problem], max_problems: int) -> list[str]:
     for _, group in groupby(sorted(problems, key=rank), key=rank):
         found = list(group)
         lines.append(f"{found[0].severity}: {found[0].kind} ({len(found)})")
-        lines += [f"  {format_problem(problem)}" for problem in found[:max_problems]]
+        lines += [f"  {problem}" for problem in found[:max_problems]]
         if len(found) > max_problems:
             lines.append(f"  ... and {len(found) - max_problems} more")
     return lines
 
 
-def format_problem(problem: Problem) -> str:
-    where = [] if problem.image is None else [problem.image]
-    if problem.segment is not None:
-        where.append(f"segment {problem.segment}")
-    return ": ".join([", ".join(where), problem.message] if where else [problem.message])
-
-
 def format_summary(content: dict[str, Any]) -> list[str]:
-    """Totals, and one line per class with its segments and the images that show it."""
+    """Totals, and one line per class with the numbers of its segments and images."""
     annotations = records(content, "annotations")
     segments, images = Counter[str](), Counter[str]()
     for annotation in annotations:
@@ -97,20 +92,17 @@ def format_summary(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        content = load_panoptic_json(args.json)
-        problems = check_panoptic_content(
-            content,
-            args.image_root,
-            args.panoptic_root,
-            max_images=args.max_images,
-            decode_images=not args.no_decode,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    content = read_coco_json(args.json)
+    problems = check_panoptic_content(
+        content,
+        args.image_root,
+        args.panoptic_root,
+        max_images=args.max_images,
+        decode_images=not args.no_decode,
+    )
     counts = Counter(problem.severity for problem in problems)
     totals = ", ".join(f"{counts[severity]} {severity}s" for severity in SEVERITY_ORDER)
     print("\n".join([*format_summary(content), "", *format_problems(problems, args.max_problems)]))

@@ -2,8 +2,8 @@
 
     python tools/compare_merges.py --config-file F --opts MODEL.WEIGHTS W
 
-The model sees each image once; what it predicts goes through all merges of
-MODEL.PANOPTIC.MERGE_TEST with the thresholds of the config.
+The model processes each image once. Every value of MODEL.PANOPTIC.MERGE_TEST is applied to the same
+prediction, with the thresholds of the config.
 """
 
 import argparse
@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import Tensor
 
-from batchformer_panoptic.data import ClassTable, build_test_loader, setup_datasets
-from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.data import build_test_loader
 from batchformer_panoptic.engine.predictor import Predictor
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.setup import choose_dataset, command_parser, load_config
+from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
 from batchformer_panoptic.modeling.postprocessing.panoptic import (
@@ -33,49 +32,30 @@ METRICS = [metric + group for group in ("", "_th", "_st") for metric in ("PQ", "
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the model")
-    parser.add_argument("--dataset", metavar="NAME", help="default: the first of DATASETS.TEST")
+    parser = command_parser(__doc__)
+    parser.add_argument("--dataset", metavar="NAME", help="default: first of DATASETS.TEST")
     parser.add_argument(
         "--merges", nargs="+", choices=list(MERGES), default=list(MERGES), help="default: all"
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config changes, KEY VALUE ..."
     )
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        cfg = prepare(args)
-        metrics = compare(cfg, args.merges)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{cfg.DATASETS.TEST[0]}, {thresholds(cfg)}")
+    cfg = load_config(args.config_file, args.opts)
+    if not cfg.MODEL.MASK_ON:
+        raise UserError("MODEL.MASK_ON is False: a model without masks has nothing to merge")
+    dataset = choose_dataset(cfg, "TEST", args.dataset)
+    cfg.MODEL.PANOPTIC.INSTANCES_TEST = False
+    metrics = compare(cfg, dataset, args.merges)
+    print(f"{dataset}, {thresholds(cfg)}")
     print(table(metrics))
     return 0
 
 
-def prepare(args: argparse.Namespace) -> CfgNode:
-    """The config of a run that returns panoptic maps alone, with its data sets registered."""
-    cfg = load_config(args.config_file, args.opts)
-    if not cfg.MODEL.MASK_ON:
-        raise UserError("MODEL.MASK_ON is False: a model without masks has nothing to merge")
-    if args.dataset:
-        cfg.DATASETS.TEST = (args.dataset,)
-    if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty: name a data set with --dataset")
-    cfg.MODEL.PANOPTIC.INSTANCES_TEST = False
-    setup_datasets(cfg)
-    return cfg
-
-
 class EveryMerge:
-    """In the place of a merge: a panoptic result of each, by name."""
+    """Replaces the merge of a model: returns the panoptic result of each merge by name."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._merges = {name: MERGES[name] for name in names}
@@ -95,13 +75,10 @@ class EveryMerge:
         }
 
 
-def compare(cfg: CfgNode, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Metrics in percent of each merge on the first of DATASETS.TEST; missing groups left out."""
-    dataset = cfg.DATASETS.TEST[0]
+def compare(cfg: CfgNode, dataset: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Metrics of each merge on a data set, in percent; groups without classes are left out."""
     predictor = Predictor(cfg)
-    classes = ClassTable.from_metadata(MetadataCatalog.get(dataset))
-    if difference := classes.difference(predictor.class_table):
-        raise UserError(f"data set {dataset} and checkpoint have other classes: {difference}")
+    predictor.check_classes_of(dataset)
     model: Any = predictor.model
     model.inference_options = model.inference_options._replace(merge=EveryMerge(names))
     evaluators = {name: PanopticEvaluator(dataset) for name in names}

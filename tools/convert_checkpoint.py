@@ -1,6 +1,6 @@
 """Convert weights of another project into a checkpoint of this one.
 
-Reads files of weights without running code that is hidden in them; --allow-pickle runs it.
+Code that may be hidden in the source file is not run, unless --allow-pickle is given.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from batchformer_panoptic.checkpoint.conversion.detr import open_questions, sett
 from batchformer_panoptic.checkpoint.conversion.huggingface import open_folder
 from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
-from batchformer_panoptic.checkpoint.settings import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import UserError, command, one_line
 
 SHOWN = 10
 
@@ -51,27 +51,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--classes",
         default="all",
         metavar="NAME",
-        help="rows of the class layer to keep: coco_panoptic, coco_detection, a JSON file with "
-        '"categories", or all (default)',
+        help="classes whose rows of the class layer are kept: coco_panoptic, coco_detection, a "
+        'JSON file with "categories", or all (default)',
     )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="source keys that may be left behind, as a glob; may be repeated",
+        help="glob of source keys that may be left out; may be repeated",
     )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read any pickle and run the code in it: for files of trusted origin",
+        help="read any pickle, running the code in it: only for files that you trust",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     return parser.parse_args(argv)
 
 
 def load_classes(name: str) -> ClassTable | None:
-    """The class table that --classes asks for; None keeps every row."""
+    """Return the class table named by --classes; None keeps every row."""
     if name == "all":
         return None
     if name == "coco_panoptic":
@@ -84,7 +84,7 @@ def load_classes(name: str) -> ClassTable | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--classes {name} cannot be read: {error}") from error
+        raise UserError(f"--classes {name} cannot be read: {one_line(error)}") from error
     categories = content.get("categories") if isinstance(content, dict) else content
     try:
         return ClassTable.from_categories(categories)
@@ -106,7 +106,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace, source: Source, classes: ClassTable | None) -> Converted:
-    """Read and convert; what else the source says joins the settings."""
+    """Convert the weights; add the settings stated by other files and entries of the source."""
     path, extra = Path(locate_weights(str(args.src))), {}
     if path.is_dir():
         if source.name != "huggingface":
@@ -115,8 +115,8 @@ def convert(args: argparse.Namespace, source: Source, classes: ClassTable | None
     content = read_weights(str(path), allow_pickle=args.allow_pickle)
     if SETTINGS in content:
         raise UserError(
-            f"{path} is a checkpoint of this project already: give it to MODEL.WEIGHTS or "
-            "--init-from as it is"
+            f"{path} is already a checkpoint of this project: use it unchanged as MODEL.WEIGHTS or "
+            "--init-from"
         )
     if "args" in content:
         extra = {**extra, **settings_of_args(content["args"])}
@@ -124,14 +124,14 @@ def convert(args: argparse.Namespace, source: Source, classes: ClassTable | None
     converted = source.convert(tensors_of(content["model"]), request)
     if classes is not None and not any(map(is_class_head, converted.model)):
         raise UserError(
-            f"--classes {args.classes}: {source.name} are weights of a backbone, which has no "
-            "class rows; leave --classes out"
+            f"--classes {args.classes}: {source.name} is a backbone and has no class rows; leave "
+            "out --classes"
         )
     return converted._replace(settings={**converted.settings, **extra})
 
 
 def save(converted: Converted, dst: Path, source: str, classes: ClassTable | None) -> None:
-    """Write the checkpoint, as a whole or not at all."""
+    """Write the checkpoint atomically."""
     model = {name: value.detach().contiguous().clone() for name, value in converted.model.items()}
     rest: dict[str, Any] = {SETTINGS: converted.settings, "converted_from": source}
     if classes is not None:
@@ -144,7 +144,7 @@ def save(converted: Converted, dst: Path, source: str, classes: ClassTable | Non
 
 
 def report(converted: Converted, dst: Path) -> list[str]:
-    """What was kept, dropped and is to be known, as lines."""
+    """Return lines about the kept and dropped keys, the notes and the settings."""
     numbers = sum(value.numel() for value in converted.model.values())
     lines = [f"{dst}: {len(converted.model)} tensors, {numbers} numbers"]
     by_reason: dict[str, list[str]] = {}
@@ -152,7 +152,7 @@ def report(converted: Converted, dst: Path) -> list[str]:
         by_reason.setdefault(reason, []).append(key)
     for reason, keys in by_reason.items():
         more = "" if len(keys) <= SHOWN else f", and {len(keys) - SHOWN} more"
-        lines.append(f"left behind, {reason}: {', '.join(keys[:SHOWN])}{more}")
+        lines.append(f"left out, {reason}: {', '.join(keys[:SHOWN])}{more}")
     notes = [*converted.notes, *open_questions(converted.settings)]
     lines += [f"note: {note}" for note in notes]
     lines.append("these weights need:")
@@ -160,17 +160,14 @@ def report(converted: Converted, dst: Path) -> list[str]:
     return lines
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        source = source_named(args.source)
-        check_paths(args)
-        classes = load_classes(args.classes)
-        converted = convert(args, source, classes)
-        save(converted, args.dst, args.source, classes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    source = source_named(args.source)
+    check_paths(args)
+    classes = load_classes(args.classes)
+    converted = convert(args, source, classes)
+    save(converted, args.dst, args.source, classes)
     print("\n".join(report(converted, args.dst)))
     return 0
 

@@ -16,37 +16,27 @@ from batchformer_panoptic.checkpoint.conversion.export import (
     to_official,
 )
 from batchformer_panoptic.checkpoint.files import read_weights
-from batchformer_panoptic.checkpoint.settings import KEY as SETTINGS
-from batchformer_panoptic.checkpoint.settings import SettingsRecord
+from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically
-from batchformer_panoptic.engine.setup import load_config
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.engine.setup import command_parser, load_config
+from batchformer_panoptic.errors import UserError, command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(__doc__, config_of="the training")
     parser.add_argument("src", type=Path, metavar="SRC", help="a checkpoint of this project")
     parser.add_argument(
         "dst", type=Path, metavar="DST", help="official: a .pth file; huggingface: a folder"
     )
     parser.add_argument("--format", required=True, choices=("official", "huggingface"))
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="the config of its training"
-    )
-    parser.add_argument(
         "--without-block",
         action="store_true",
-        help="official: leave BatchFormer blocks out, for facebookresearch/detr itself",
+        help="official: leave out the BatchFormer blocks, for facebookresearch/detr itself",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys to change; must come last",
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     return parser.parse_args(argv)
 
 
@@ -56,17 +46,17 @@ def check_paths(args: argparse.Namespace) -> None:
     if args.dst.exists() and not args.overwrite:
         raise UserError(f"{args.dst} exists; --overwrite replaces it")
     if args.format == "huggingface" and args.dst.exists() and not is_exported_folder(args.dst):
-        raise UserError(f"{args.dst} is no folder of an earlier export; name another one")
+        raise UserError(f"{args.dst} is not the folder of an earlier export; name another one")
 
 
 def is_exported_folder(path: Path) -> bool:
-    """Whether nothing would be lost: the folder holds a model of Hugging Face and no more."""
+    """Whether a folder holds only the files of an export, so that no other file would be lost."""
     expected = {"config.json", "model.safetensors", "preprocessor_config.json"}
     return path.is_dir() and {file.name for file in path.iterdir()} <= expected
 
 
 def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
-    """Read, export, and return what is to be said about it."""
+    """Export the checkpoint and return lines for the user about the keys that are left out."""
     content = read_weights(str(args.src))
     state: dict[str, Tensor] = content["model"]
     if isinstance(content.get(SETTINGS), dict):
@@ -85,14 +75,11 @@ def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     return [f"left out, {reason}: {name}" for name, reason in dropped]
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        check_paths(args)
-        lines = export(args, load_config(args.config_file, args.opts))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_paths(args)
+    lines = export(args, load_config(args.config_file, args.opts))
     print("\n".join([f"{args.dst}: written for {args.format}", *lines]))
     return 0
 

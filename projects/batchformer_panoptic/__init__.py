@@ -1,7 +1,7 @@
 """BatchFormerV2 (arXiv 2204.01254) for panoptic segmentation with Detectron2.
 
-Importing a public name registers the models with Detectron2. The subpackage ``batchformer`` needs
-torch alone, which is why nothing of Detectron2 is imported before a name is asked for.
+Importing a public name registers the models with Detectron2. Detectron2 is only imported then,
+since the subpackage ``batchformer`` needs only torch.
 """
 
 import importlib

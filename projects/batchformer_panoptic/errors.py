@@ -1,7 +1,15 @@
-"""Exceptions for problems that a user can correct, and the wording that messages share."""
+"""Exceptions for problems that a user can correct, their wording, and how commands report them."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
+
+_P = ParamSpec("_P")
+
+# The exit status of every command after a user's mistake; argparse uses the same one.
+USER_ERROR_STATUS = 2
 
 
 class UserError(ValueError):
@@ -41,3 +49,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean X or Y?"`` for the known names close to ``name``, or ``""``."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def command(main: Callable[_P, int]) -> Callable[_P, int]:
+    """Decorate the ``main`` of a command: report a `UserError` in one line instead of a traceback.
+
+    The line goes to standard error as ``error: MESSAGE``, and the exit status is 2, as for the
+    mistakes that argparse finds. Every other exception passes.
+    """
+
+    @functools.wraps(main)
+    def report(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return USER_ERROR_STATUS
+
+    return report

@@ -22,7 +22,7 @@ SHAPES = {
 
 
 class Layer(nn.Module):
-    """A residual MLP over the channels, wherever they are, with a bias for each image."""
+    """A residual MLP over the channel dimension, with a bias for each image."""
 
     def __init__(self, channel_dim: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def make(layout: str = "BNC", after: Any = ("layers.1",), **options: Any) -> Any
 
 
 @pytest.mark.parametrize("layout", SHAPES)
-def test_layouts_are_undone(layout):
+def test_conversion_to_tokens_is_invertible(layout):
     batch = torch.randn(SHAPES[layout])
     tokens = to_tokens(batch, layout)
     assert tokens.shape[0] == 3
@@ -81,7 +81,7 @@ def test_streams_are_the_plain_model_and_the_block_written_out(layout):
 
 
 @pytest.mark.parametrize("layout", SHAPES)
-def test_what_follows_may_rely_on_the_order_in_memory(layout):
+def test_the_memory_format_is_kept(layout):
     model = nn.Sequential(nn.Identity(), nn.Flatten(0))
     attach(model, after=["0"], layout=layout, embed_dim=CHANNELS)
     batch = torch.randn(SHAPES[layout])
@@ -157,7 +157,7 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize("layout", ["BNC", "NBC"])
-def test_context_reaches_the_later_layers_alone(layout):
+def test_context_reaches_later_layers_only(layout):
     batch_dim = layout.index("B")
     options = {"context": {"layers.*": {"bias": batch_dim}}}
     model, handle = make(layout, **options)
@@ -187,7 +187,7 @@ def test_context_of_a_module_named_twice_is_joined():
         ("layers.3", []),
     ],
 )
-def test_patterns_leave_out_what_runs_before(after, later):
+def test_patterns_skip_modules_before_the_insertion(after, later):
     context = {"layers.*": {"x": 0}}
     if not later:
         with pytest.raises(ValueError, match=r"no module after layers\.3"):
@@ -349,7 +349,7 @@ def test_attached_in_evaluation_mode():
         ({"after": "layers.1"}, "must be a list of module names"),
         ({"after": []}, "at least one"),
         ({"after": ["layers.1", "layers.1"]}, "none twice"),
-        ({"layout": "bnc"}, "unknown layout 'bnc': state how the tokens lie, one of BNC, NBC"),
+        ({"layout": "bnc"}, "unknown layout 'bnc': give the order of dimensions, one of BNC, NBC"),
         ({"num_heads": 3}, "must divide embed_dim"),
         ({"context": {"layers.9": {"bias": 0}}}, "no module 'layers.9'"),
         ({"context": {"layers.1": {"bias": 0}}}, "layers.1 runs before the streams part"),
@@ -410,7 +410,7 @@ def test_a_misread_batch_dimension_is_found_in_the_first_step():
 
 
 @pytest.mark.parametrize("kind", ["list", "nested"])
-def test_other_inputs_that_tell_the_number_of_images(kind):
+def test_other_inputs_that_show_the_number_of_images(kind):
     class Stack(Patches):
         def forward(self, images: Any) -> Tensor:
             pixels = torch.stack(images) if kind == "list" else images.tensors

@@ -21,7 +21,7 @@ IMAGE = 64
 
 
 class Peer(NamedTuple):
-    """A model of somebody else's.
+    """A model of another library.
 
     Attributes:
         build: returns the model.

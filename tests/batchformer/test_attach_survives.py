@@ -1,4 +1,4 @@
-"""What people do to models, done to one that BatchFormerV2 is attached to."""
+"""Copies, checkpoints, compilation, autocast and DDP of a model with attached BatchFormerV2."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ CHANNELS = 8
 
 
 class TinyModel(nn.Module):
-    """An encoder of torch's layers, one way or the other with activation checkpointing."""
+    """An encoder of torch's layers, optionally with activation checkpointing."""
 
     def __init__(self, checkpointing: bool = False) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def test_identity_hook_has_no_state():
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
-def test_padding_takes_part_only_when_asked(mask_padding):
+def test_padding_takes_part_unless_masked(mask_padding):
     hook = make_hook(insert_layers=[0, 1], mask_padding=mask_padding)
     tokens, mask = torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)
     mask[0, 2:] = True

@@ -1,4 +1,4 @@
-"""Every kind of file is read, or refused in one line with nothing of it executed."""
+"""Files of every format are read, or refused in one line without running code in them."""
 
 import argparse
 import io
@@ -31,7 +31,7 @@ class Exploit:
 
 
 class Harmless:
-    """An object that is no weight."""
+    """An object that is not a weight."""
 
 
 def _refusal(path: Path | str) -> str:
@@ -171,7 +171,7 @@ def test_malicious_safetensors_name(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     path = tmp_path / "w.safetensors"
     _plain_pickle(path, {"model": {"w": Exploit(trace)}})
-    assert "no safetensors file" in _refusal(path)
+    assert "not a safetensors file" in _refusal(path)
     assert not trace.exists()
 
 
@@ -199,9 +199,9 @@ def test_old_tar_file(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf<html lang='en'>", "an HTML or XML page: the download failed"),
         (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "the download failed"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
-        (b'{"error": "Repository not found"}', "JSON text and no weights"),
-        (b"\0" * 6000, "nothing but zeros"),
-        (b"no checkpoint", "truncated, damaged or no file"),
+        (b'{"error": "Repository not found"}', "it is JSON text"),
+        (b"\0" * 6000, "zeros only"),
+        (b"no checkpoint", "truncated, damaged or not"),
         (b"\x80\x02garbage", "cannot be read"),
         (b"PK\x03\x04garbage", "it is truncated"),
     ],
@@ -210,7 +210,7 @@ def test_old_tar_file(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     line = _refusal(tmp_path / name)
-    assert words in line or (name == "w.pkl" and "truncated, damaged or no file" in line)
+    assert words in line or (name == "w.pkl" and "truncated, damaged or not" in line)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, name: str, content: bytes, words:
     [
         (b"", "the file is empty"),
         (b"<!DOCTYPE html><html>404</html>", "the download failed"),
-        (b"garbage and more garbage", "no safetensors file"),
+        (b"garbage and more garbage", "not a safetensors file"),
     ],
 )
 def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, words: str) -> None:
@@ -230,7 +230,7 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, words: str)
 @pytest.mark.parametrize("key", ["settings", "class_table"])
 def test_safetensors_with_broken_metadata(tmp_path: Path, key: str) -> None:
     path = write_safetensors(tmp_path / "w.safetensors", {key: "{broken"})
-    assert f"its metadata '{key}' is no JSON" in _refusal(path)
+    assert f"its metadata '{key}' is not JSON" in _refusal(path)
 
 
 def _write_legacy(path: Path) -> Path:
@@ -280,8 +280,8 @@ def test_zip_bomb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "holds no weights"),
-        ({"model": {}}, "holds no weights"),
+        ([1, 2], "contains no weights"),
+        ({"model": {}}, "contains no weights"),
         ({"model": {"w": 3}}, "'w' is a int"),
         ({"model": {3: torch.ones(1)}}, "3 is a Tensor"),
         ({"epoch": 3}, "'epoch' is a int"),

@@ -1,4 +1,4 @@
-"""What fits, what is refused, and with which words."""
+"""Strict loading: allowed mismatches, refused ones, and their messages."""
 
 import json
 import pickle
@@ -113,7 +113,7 @@ def test_mask_head_may_be_absent_in_training_alone(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("training", [False, True])
-def test_misfit_is_refused(
+def test_mismatch_is_refused(
     tmp_path: Path,
     weights: Callable[[], dict[str, Tensor]],
     target: Callable[[], nn.Module],

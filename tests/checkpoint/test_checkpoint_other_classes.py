@@ -1,4 +1,4 @@
-"""Starting from a trained model of other classes: everything but the class head."""
+"""Training from a model of other classes loads everything except the class head."""
 
 import logging
 import re
@@ -38,7 +38,7 @@ def _is_of_classes(name: str) -> bool:
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_class_head_starts_afresh(
+def test_class_head_keeps_its_initial_values(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, classes: int, prefix: str
 ) -> None:
     source = Model(pixels=True, classes=2)
@@ -63,7 +63,7 @@ def test_class_head_starts_afresh(
         (["ball", "grass"], "the classes are the same"),
         (["ball"], "1 classes against 2; the first to differ is class 1, 'grass' in one only"),
         (["ball", "sand"], "2 classes against 2; the first to differ is class 1, 'sand'"),
-        (None, "the classes of .*w.pth are not known"),
+        (None, "the classes of .*w.pth are unknown"),
     ],
 )
 def test_log_compares_classes(
@@ -104,7 +104,7 @@ def test_the_rest_must_fit(
         _start(Model(classes=9), path)
 
 
-def test_class_heads_of_single_layers_start_afresh(tmp_path: Path) -> None:
+def test_class_heads_of_single_layers_keep_their_initial_values(tmp_path: Path) -> None:
     source, target = Model(), Model(classes=9)
     for model in (source, target):
         model.box_head = nn.ModuleDict({"layers": nn.ModuleList([model.box_head])})

@@ -1,4 +1,4 @@
-"""Settings travel with weights, and others are refused."""
+"""Settings are stored with weights, and different ones are refused."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_rounded_pixel_statistics_are_the_same(tmp_path: Path) -> None:
     [
         ({"MODEL.DETR.NUM_OBJECT_QUERIES": 100}, "NUM_OBJECT_QUERIES is 100 for the file and 6 in"),
         ({"MODEL.NO.SUCH_KEY": 1}, "MODEL.NO.SUCH_KEY is 1 for the file and unknown in"),
-        ([1], "its 'settings' are no mapping"),
+        ([1], "its 'settings' are not a mapping"),
     ],
 )
 def test_settings_of_converted_files(tmp_path: Path, settings: Any, words: str) -> None:

@@ -1,4 +1,4 @@
-"""A file is written as a whole or not at all."""
+"""Checkpoints are written atomically."""
 
 import os
 from collections.abc import Callable

@@ -1,23 +1,24 @@
-"""The benchmarks run, and the document shows what their results say."""
+"""The benchmarks run, and docs/benchmarks.md matches their results."""
 
+import importlib
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.commands import REPO_ROOT, load_script
+from helpers.commands import REPO_ROOT, add_benchmarks_to_path
 
 DOCUMENT = REPO_ROOT / "docs" / "benchmarks.md"
 
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO_ROOT / "benchmarks"))
-    yield load_script("benchmarks/run.py")
-    for path in (REPO_ROOT / "benchmarks").glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    """The module that ``benchmarks/run.py`` starts, with the path that it sets."""
+    add_benchmarks_to_path(monkeypatch)
+    return importlib.import_module("benchmarks.__main__")
 
 
 def test_the_document_shows_the_results(run):
@@ -36,12 +37,23 @@ def test_results_are_whole(run):
         assert not result.get("opts"), name
         assert not result.get("options"), name
         assert f"<!-- {name} -->\n<!-- end" not in text
-    arms = sys.modules["training_step"].ARMS
+    arms = sys.modules["benchmarks.training_step"].ARMS
     assert [row["arm"] for row in results["training"]["rows"]] == list(arms)
-    ways = sys.modules["inference"].NAMES
+    ways = sys.modules["benchmarks.inference"].NAMES
     assert [row["way"] for row in results["inference"]["rows"]] == list(ways)
-    streams = sys.modules["two_streams"]
+    streams = sys.modules["benchmarks.two_streams"]
     assert len(results["streams"]["rows"]) == len(streams.SYSTEMS) * len(streams.TASKS)
+
+
+def test_the_command_runs_from_any_folder(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- transformers -->\n<!-- end transformers -->\n")
+    command = [sys.executable, str(REPO_ROOT / "benchmarks" / "run.py"), "--render"]
+    done = subprocess.run([*command, "--document", str(document)], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert document.read_text() == run.rendered(
+        "<!-- transformers -->\n<!-- end transformers -->\n", run.read_results(run.RESULTS)
+    )
 
 
 def test_another_result_changes_the_document(run):
@@ -51,14 +63,14 @@ def test_another_result_changes_the_document(run):
 
 
 def test_ratios_are_medians_of_rounds(run):
-    median_ratio = sys.modules["measure"].median_ratio
+    median_ratio = sys.modules["benchmarks.measure"].median_ratio
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
 
 
 def test_every_function_takes_its_turn(run):
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = sys.modules["measure"].in_turns(functions, 2)
+    times = sys.modules["benchmarks.measure"].in_turns(functions, 2)
     assert "".join(calls) == "abc" + "abc" + "cba"
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
 
@@ -160,13 +172,13 @@ def test_cost_curves_are_measured_in_doublings(run, tmp_path):
 
 
 def test_exponents_are_those_of_powers(run):
-    exponent = sys.modules["measure"].exponent
+    exponent = sys.modules["benchmarks.measure"].exponent
     assert exponent([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
     assert exponent([16, 32], [7.0, 7.0]) == pytest.approx(0)
 
 
 def test_peaks_count_what_is_alive_at_once(run):
-    measure = sys.modules["measure"]
+    measure = sys.modules["benchmarks.measure"]
 
     def function():
         for _ in range(3):

@@ -12,6 +12,7 @@ from batchformer_panoptic.engine.predictor import Predictor
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES
 from helpers.commands import load_script
+from helpers.panoptic_sets import SavingEvaluator
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.trained_files import Run, write_run
 
@@ -28,7 +29,7 @@ def run(
     state = torch.load(run.weights, weights_only=True)
     state["model"]["box_head.class_embed.bias"][0] += 9  # every query a thing of its own
     torch.save(state, run.weights)
-    evaluate(run, "strongest", str(folder))
+    evaluate(run, "strongest", folder / "panoptic_predictions")
     content = json.loads(tiny_panoptic_dataset.panoptic_json.read_text())
     predictions = json.loads((folder / "panoptic_predictions.json").read_text())
     content["annotations"] = predictions["annotations"]
@@ -47,17 +48,15 @@ def run(
 
 
 def evaluate(
-    run: Run, merge: str, predictions_dir: str | None = None, batch_size: int = 1
+    run: Run, merge: str, folder: Path | None = None, batch_size: int = 1
 ) -> dict[str, float]:
-    """What evaluation gives with MODEL.PANOPTIC.MERGE_TEST set to the merge."""
+    """Results of evaluation with MODEL.PANOPTIC.MERGE_TEST set to the merge."""
     cfg = run.cfg.clone()
     cfg.TEST.IMS_PER_BATCH = batch_size
     cfg.MODEL.PANOPTIC.MERGE_TEST, cfg.MODEL.WEIGHTS = merge, str(run.weights)
     setup_datasets(cfg)
     name = cfg.DATASETS.TEST[0]
-    evaluator = PanopticEvaluator(
-        name, predictions_dir, save_predictions=predictions_dir is not None
-    )
+    evaluator = PanopticEvaluator(name) if folder is None else SavingEvaluator(name, folder)
     loader = build_test_loader(cfg, name)
     return inference_on_dataset(Predictor(cfg).model, loader, evaluator)["panoptic_seg"]
 

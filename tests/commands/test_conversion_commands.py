@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: from file to file, or an error and nothing written."""
+"""tools/convert_checkpoint.py: converts a file, or reports an error and writes nothing."""
 
 import argparse
 import json
@@ -47,10 +47,10 @@ def test_a_training_checkpoint_is_converted(
     assert bias[[0, 132, 133]].tolist() == [1, 200, 250]
     assert "optimizer" not in content
     printed = capsys.readouterr().out
-    assert "left behind, a frozen batch norm does not count its batches: detr.backbone" in printed
+    assert "left out, a frozen batch norm does not count its batches: detr.backbone" in printed
     assert "133 of 250 class rows are kept" in printed
     assert "MODEL.DETR.NUM_OBJECT_QUERIES 12" in printed
-    assert "does not tell" not in printed
+    assert "not determine" not in printed
 
 
 def test_what_is_not_known_is_said(
@@ -59,8 +59,8 @@ def test_what_is_not_known_is_said(
     src = save_checkpoint(official_boxes(), tmp_path / "src.pth")
     assert convert.main([src, str(tmp_path / "dst.pth"), "--source", "detr"]) == 0
     printed = capsys.readouterr().out
-    assert "the weights do not tell MODEL.DETR.NHEADS" in printed
-    assert "the weights do not tell whether res5 is dilated" in printed
+    assert "the weights do not determine MODEL.DETR.NHEADS" in printed
+    assert "the weights do not determine whether res5 is dilated" in printed
     assert "class_table" not in read_weights(str(tmp_path / "dst.pth"))
 
 
@@ -163,7 +163,7 @@ def test_a_failing_write_leaves_the_target_untouched(
         (["--source", "detr", "--classes", "lvis"], "--classes lvis"),
         (["--source", "detr", "--classes", "nowhere.json"], "nowhere.json cannot be read"),
         (["--source", "detr", "--classes", "coco_panoptic"], "7 class rows"),
-        (["--source", "detr_batchformer"], "hold no BatchFormer block"),
+        (["--source", "detr_batchformer"], "have no BatchFormer block"),
     ],
 )
 def test_mistakes_are_one_clear_error(
@@ -182,7 +182,7 @@ def test_mistakes_are_one_clear_error(
 def test_a_backbone_has_no_class_rows_to_choose(
     convert: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A class table beside them would refuse every data set but its own.
+    # With a class table, the file would be refused for every other data set.
     src, dst = str(tmp_path / "src.pth"), tmp_path / "dst.pth"
     torch.save(torchvision.models.resnet18().state_dict(), src)
     options = [src, str(dst), "--source", "torchvision_resnet"]
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_this_project_needs_no_conversion(
     src, dst = save_checkpoint(official_boxes(), tmp_path / "src.pth"), tmp_path / "dst.pth"
     assert convert.main([src, str(dst), "--source", "detr"]) == 0
     assert convert.main([str(dst), str(tmp_path / "again.pth"), "--source", "detr"]) == 2
-    assert f"{dst} is a checkpoint of this project already" in capsys.readouterr().err
+    assert f"{dst} is already a checkpoint of this project" in capsys.readouterr().err
 
 
 def test_an_existing_target_needs_overwrite(
@@ -234,7 +234,7 @@ def test_leftovers_may_be_allowed(
     assert convert.main([src, str(dst), "--source", "detr"]) == 2
     assert "left over: ema.decay" in capsys.readouterr().err
     assert convert.main([src, str(dst), "--source", "detr", "--allow", "ema.*"]) == 0
-    assert "left behind, --allow ema.*: ema.decay" in capsys.readouterr().out
+    assert "left out, --allow ema.*: ema.decay" in capsys.readouterr().out
 
 
 def test_a_folder_is_for_huggingface(

@@ -1,4 +1,4 @@
-"""tools/export_checkpoint.py: out, and in again; or an error and nothing written."""
+"""tools/export_checkpoint.py: export and back, or an error and nothing written."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_an_export_never_replaces_other_folders(
     (folder / "thesis.tex").touch()
     options = ["--format", "huggingface", "--config-file", CONFIG, "--overwrite"]
     assert export.main([str(tmp_path / "src.pth"), str(folder), *options]) == 2
-    assert "no folder of an earlier export" in capsys.readouterr().err
+    assert "not the folder of an earlier export" in capsys.readouterr().err
     assert (folder / "thesis.tex").exists()
 
 

@@ -1,4 +1,4 @@
-"""demo/demo.py through its main: images, folders, globs, a video, and what goes wrong."""
+"""demo/demo.py through its main: images, folders, globs, a video, and mistakes."""
 
 import re
 import shutil
@@ -181,7 +181,7 @@ def test_mistakes_get_one_line(
 ) -> None:
     filled = [argument.format(tmp=tmp_path / "empty", images=images) for argument in arguments]
     (tmp_path / "empty").mkdir()
-    assert call(run, *filled) == 1
+    assert call(run, *filled) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert re.search(message, errors[0])
@@ -192,7 +192,7 @@ def test_a_video_is_not_overwritten(
 ) -> None:
     video = write_video(tmp_path / "in.mp4")
     before = video.read_bytes()
-    assert call(run, "--video-input", video, "--output", tmp_path) == 1
+    assert call(run, "--video-input", video, "--output", tmp_path) == 2
     assert "would overwrite the input" in capsys.readouterr().err
     assert video.read_bytes() == before
 
@@ -202,5 +202,5 @@ def test_absent_weights_get_one_line(
 ) -> None:
     arguments = ["--config-file", str(run.config_file), "--input", str(images)]
     arguments += ["--output", str(tmp_path / "out"), "--opts", "MODEL.WEIGHTS", "absent.pth"]
-    assert demo.main(arguments) == 1
+    assert demo.main(arguments) == 2
     assert "error: checkpoint absent.pth not found" in capsys.readouterr().err

@@ -1,26 +1,20 @@
-"""The experiment on digits: runs of the trainer, and what its table says."""
+"""The digits experiment: training runs and the table of results."""
 
 import argparse
 import importlib
-import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
-from helpers.commands import REPO_ROOT
+from helpers.commands import add_benchmarks_to_path
 
 pytest.importorskip("sklearn", reason="the extra [digits]")
 
 
 @pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    # On the path, where the processes that it starts find it, too.
-    for folder in ("datasets", "benchmarks"):
-        monkeypatch.syspath_prepend(str(REPO_ROOT / folder))
-    yield importlib.import_module("digits_accuracy")
-    for name in ("prepare_digits", "digits_accuracy"):
-        sys.modules.pop(name, None)
+def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    add_benchmarks_to_path(monkeypatch)
+    return importlib.import_module("benchmarks.digits_accuracy")
 
 
 def result_of(plain: list[float], block: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""The package as others install it: bare imports, declared and pinned dependencies, set-up."""
+"""The installed package: bare imports, declared and pinned dependencies, set-up."""
 
 import ast
 import configparser
@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(
     setup_env: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(setup_env.SetupError, match="is no virtual environment"):
+    with pytest.raises(setup_env.SetupError, match="is not a virtual environment"):
         setup_env.prepare_venv(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -244,7 +244,7 @@ def fake_venv(folder: Path) -> None:
     (folder / "half-installed").touch()
 
 
-def test_an_interrupted_set_up_starts_afresh(
+def test_an_interrupted_set_up_starts_again(
     setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venv = tmp_path / "venv"
@@ -268,43 +268,97 @@ def test_a_finished_environment_is_kept(setup_env: ModuleType, tmp_path: Path, o
     assert (tmp_path / "half-installed").exists()
 
 
-def test_peers_of_the_tests_are_for_our_environment_alone(
+def record_pip(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, **found: object
+) -> list[list[str]]:
+    """The arguments of each call of pip for an environment of which ``found`` is known."""
+    calls: list[list[str]] = []
+
+    def record(python: Path, arguments: list[str], purpose: str) -> None:
+        calls.append(arguments)
+        path = Path(arguments[1])
+        if arguments[0] == "--constraint" and path != setup_env.CONSTRAINTS:
+            calls[-1] = [*arguments, *path.read_text().splitlines()]
+
+    monkeypatch.setattr(setup_env, "pip", record)
+    monkeypatch.setattr(setup_env, "probe", lambda python: {"site": "site-packages", **found})
+    return calls
+
+
+def test_peers_of_the_tests_are_only_for_our_environment(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed: list[str] = []
-    monkeypatch.setattr(setup_env, "pip", lambda python, words, purpose: installed.extend(words))
-    monkeypatch.setattr(setup_env, "has_module", lambda python, name: True)
-    monkeypatch.setattr(setup_env, "ask", lambda *arguments: "3 11")
     have = {"torch": "2.6.0", setup_env.DETECTRON2: setup_env.pinned(setup_env.DETECTRON2)[-5:]}
-    monkeypatch.setattr(setup_env, "installed_versions", lambda python: have)
+    modules = ["detectron2", "panopticapi"]
+    calls = record_pip(setup_env, monkeypatch, python=[3, 11], modules=modules, versions=have)
     setup_env.fill_foreign(Path("python"))
+    installed = [word for call in calls for word in call]
     assert not any(word.startswith(("timm", "transformers", "efficientnet")) for word in installed)
+    assert "ruff>=0.6" in installed
+    calls.clear()
     setup_env.fill_ours(Path("python"))
-    peers = required("options.extras_require", "test")
-    assert len(peers) >= 4
-    assert set(peers) <= set(installed)
+    assert len(required("options.extras_require", "test")) >= 4
+    (project,) = [word for call in calls for word in call if word.startswith(f"{REPO_ROOT}[")]
+    assert project == f"{REPO_ROOT}[detectron2-needs,test,dev]"
+    assert all("--constraint" in call for call in calls[:-1])
+    assert calls[-1][-1] == setup_env.pinned(setup_env.DETECTRON2)
 
 
 def test_what_an_environment_has_is_frozen(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CUDA build of torch, a Detectron2 and an OpenCV that are there stay as they are."""
+    """An installed CUDA build of torch, Detectron2 and OpenCV are not changed."""
     have = {"torch": "2.6.0+cu126", "numpy": "2.1.0", "opencv-python-headless": "4.12.0.88"}
-    calls: list[list[str]] = []
-    frozen: list[str] = []
-
-    def record(python: Path, arguments: list[str], purpose: str) -> None:
-        calls.append(arguments)
-        if "--constraint" in arguments:
-            path = Path(arguments[arguments.index("--constraint") + 1])
-            frozen.extend(path.read_text().splitlines())
-
-    monkeypatch.setattr(setup_env, "pip", record)
-    monkeypatch.setattr(setup_env, "installed_versions", lambda python: have)
-    monkeypatch.setattr(setup_env, "has_module", lambda python, name: True)
-    monkeypatch.setattr(setup_env, "ask", lambda *arguments: "3 13")
+    modules = ["detectron2", "panopticapi"]
+    calls = record_pip(setup_env, monkeypatch, python=[3, 13], modules=modules, versions=have)
     setup_env.fill_foreign(Path("python"))
-    assert sorted(frozen) == sorted(f"{name}=={version}" for name, version in have.items())
     words = [word for call in calls for word in call]
-    assert not any(word.startswith(("sal-", "opencv", "numpy<", "torch==")) for word in words)
+    frozen = {f"{name}=={version}" for name, version in have.items()}
+    assert {word for word in words if "==" in word} == frozen
+    others = set(words) - frozen
+    assert not any(word.startswith(("sal-", "opencv", "numpy<", "torch==")) for word in others)
     assert calls[-1][-2:] == ["--editable", str(REPO_ROOT)]
+
+
+def test_what_an_environment_lacks_is_added(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_env, "check_disk", lambda folder: None)
+    calls = record_pip(setup_env, monkeypatch, python=[3, 12], modules=[], versions={})
+    setup_env.fill_foreign(Path("python"))
+    missing, panopticapi, detectron2, project = calls
+    assert {setup_env.pinned("torch"), "numpy<2", "opencv-python>=4.6"} <= set(missing)
+    assert panopticapi == ["--no-deps", setup_env.pinned("panopticapi-lite")]
+    assert detectron2[-1] == setup_env.pinned(setup_env.DETECTRON2)
+    assert detectron2[detectron2.index("--target") + 1] == "site-packages"
+    assert project == ["--no-deps", "--editable", str(REPO_ROOT)]
+
+
+def test_an_environment_describes_itself(setup_env: ModuleType, tmp_path: Path) -> None:
+    found = setup_env.probe(Path(sys.executable))
+    assert found["python"] == list(sys.version_info[:2])
+    assert found["modules"] == ["detectron2", "panopticapi"]
+    assert "torch" in found["versions"]
+    assert setup_env.PROJECT not in found["versions"]
+    assert Path(found["site"]).is_dir()
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(setup_env.SetupError, match="does not run"):
+        setup_env.probe(broken)
+
+
+def test_a_failed_set_up_is_one_line_and_status_2(
+    setup_env: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    stamp = tmp_path / "stamp"
+    assert setup_env.main(["--venv", str(tmp_path), "--stamp", str(stamp)]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path} exists and is not a virtual")
+    monkeypatch.setattr(setup_env, "fill_foreign", lambda python: setup_env.run(["false"], "work"))
+    assert setup_env.main(["--system", "--stamp", str(stamp)]) == 2
+    assert capfd.readouterr().err.startswith("error: work: failed (see above)")
+    assert not stamp.exists()

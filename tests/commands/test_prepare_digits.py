@@ -62,10 +62,10 @@ def test_a_finished_set_is_left_alone_and_another_needs_overwrite(
     assert prepare(folder, "--labels-per-class", 2) == 0
     assert "already complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert prepare(folder, "--labels-per-class", 3) == 1
-    assert "labels_per_class 2 (asked: 3); add --overwrite" in capsys.readouterr().err
+    assert prepare(folder, "--labels-per-class", 3) == 2
+    assert "labels_per_class 2 (requested: 3); add --overwrite" in capsys.readouterr().err
     next((folder / "val").rglob("*.png")).unlink()
-    assert prepare(folder, "--labels-per-class", 2) == 1
+    assert prepare(folder, "--labels-per-class", 2) == 2
     assert "incomplete set; add --overwrite" in capsys.readouterr().err
     assert prepare(folder, "--labels-per-class", 3, "--overwrite") == 0
     assert len(names(folder / "train")) == 30
@@ -78,7 +78,7 @@ def test_a_foreign_folder_is_never_touched(
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "holiday.png").write_bytes(b"precious")
     (tmp_path / "manifest.json").write_text(json.dumps({"generator": "shapes_panoptic"}))
-    assert prepare(tmp_path, "--overwrite") == 1
+    assert prepare(tmp_path, "--overwrite") == 2
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "train" / "holiday.png").read_bytes() == b"precious"
 
@@ -95,5 +95,5 @@ def test_no_scikit_learn_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert prepare(tmp_path / "set") == 1
+    assert prepare(tmp_path / "set") == 2
     assert "error: the digits come with scikit-learn: pip install" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The embedded data set: reproducible, consistent in itself, and not solvable by colour alone."""
+"""The built-in data set: reproducible, consistent, and not solvable by color only."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,8 @@ import pytest
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from batchformer_panoptic.data.validation import check_panoptic_dataset
+from batchformer_panoptic.data.io import read_coco_json
+from batchformer_panoptic.data.validation import check_panoptic_content
 from helpers.commands import load_script
 
 shapes = load_script("datasets/prepare_shapes_panoptic.py")
@@ -61,7 +62,9 @@ def test_the_written_set_passes_the_validator(tmp_path: Path) -> None:
     generate(tmp_path, 6, 2, 0, "--size", "72")
     for split in ("train", "val"):
         path = tmp_path / f"annotations/panoptic_{split}.json"
-        problems = check_panoptic_dataset(path, tmp_path / split, tmp_path / f"panoptic_{split}")
+        problems = check_panoptic_content(
+            read_coco_json(path), tmp_path / split, tmp_path / f"panoptic_{split}"
+        )
         assert problems == []
 
 
@@ -77,11 +80,11 @@ def test_records_are_complete_and_agree_with_the_pngs(tmp_path: Path) -> None:
         assert (image["height"], image["width"]) == (96, 96)
         assert Image.open(tmp_path / "train" / image["file_name"]).size == (96, 96)
         rgb = np.array(Image.open(tmp_path / "panoptic_train" / annotation["file_name"]))
-        id_map = rgb2id(rgb)
+        segment_map = rgb2id(rgb)
         found = {segment["id"]: segment for segment in annotation["segments_info"]}
-        assert set(np.unique(id_map)) == set(found)
+        assert set(np.unique(segment_map)) == set(found)
         for segment_id, segment in found.items():
-            mask = (id_map == segment_id).astype(np.uint8)
+            mask = (segment_map == segment_id).astype(np.uint8)
             assert segment["area"] == mask.sum()
             assert segment["bbox"] == list(cv2.boundingRect(mask))
             assert segment["iscrowd"] == 0
@@ -95,8 +98,8 @@ def examples() -> list[tuple[np.ndarray, np.ndarray, list[dict]]]:
 
 def test_the_pictures_are_varied(examples: list) -> None:
     seen = defaultdict(list)
-    for _, id_map, segments in examples:
-        assert id_map.min() > 0  # every pixel belongs to a segment
+    for _, segment_map, segments in examples:
+        assert segment_map.min() > 0  # every pixel belongs to a segment
         assert len({segment["id"] for segment in segments}) == len(segments)
         stuff = [segment["category_id"] for segment in segments if segment["category_id"] > 100]
         things = len(segments) - len(stuff)
@@ -138,12 +141,12 @@ def test_occlusion_leaves_enough_of_every_region(monkeypatch: pytest.MonkeyPatch
     assert sum(share < 0.95 for share in shares) >= 10  # occlusion does occur
 
 
-def test_colour_is_a_hint_and_not_the_answer(examples: list) -> None:
-    """The 15 nearest mean colours vote for the right one of 7 classes far from always."""
+def test_color_is_a_cue_but_does_not_determine_the_class(examples: list) -> None:
+    """A vote of the 15 nearest mean colors is often wrong about the 7 classes."""
     colors, classes = [], []
-    for picture, id_map, segments in examples:
+    for picture, segment_map, segments in examples:
         for segment in segments:
-            colors.append(picture[id_map == segment["id"]].mean(axis=0))
+            colors.append(picture[segment_map == segment["id"]].mean(axis=0))
             classes.append(segment["category_id"])
     color, label = np.stack(colors), np.array(classes)
     distance = np.linalg.norm(color[:, None] - color[None], axis=2)
@@ -154,12 +157,12 @@ def test_colour_is_a_hint_and_not_the_answer(examples: list) -> None:
     assert 0.25 < right < 0.55
 
 
-def test_things_stand_out_from_what_surrounds_them(examples: list) -> None:
+def test_things_contrast_with_their_surroundings(examples: list) -> None:
     outline = np.ones((5, 5), np.uint8)
-    for picture, id_map, segments in examples:
+    for picture, segment_map, segments in examples:
         lab = cv2.cvtColor(picture.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)
         for segment in segments:
-            mask = (id_map == segment["id"]).astype(np.uint8)
+            mask = (segment_map == segment["id"]).astype(np.uint8)
             ring = (cv2.dilate(mask, outline) > 0) & (mask == 0)
             if segment["category_id"] < 100:
                 distance = np.linalg.norm(lab[mask > 0].mean(axis=0) - lab[ring].mean(axis=0))
@@ -196,10 +199,10 @@ def test_an_interrupted_run_is_noticed_and_replaced(
 
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "id2rgb", fail)
-        assert generate(tmp_path / "set") == 1
+        assert generate(tmp_path / "set") == 2
     assert capsys.readouterr().err == "error: disk full\n"
     assert json.loads((tmp_path / "set/manifest.json").read_text())["complete"] is False
-    assert generate(tmp_path / "set") == 1
+    assert generate(tmp_path / "set") == 2
     assert "incomplete set; add --overwrite" in capsys.readouterr().err
     assert generate(tmp_path / "set", 3, 2, 5, "--overwrite") == 0
     generate(tmp_path / "fresh")
@@ -210,10 +213,10 @@ def test_a_lost_file_or_other_arguments_need_overwrite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(tmp_path)
-    assert generate(tmp_path, seed=6) == 1
-    assert "seed 5 (asked: 6); add --overwrite" in capsys.readouterr().err
+    assert generate(tmp_path, seed=6) == 2
+    assert "seed 5 (requested: 6); add --overwrite" in capsys.readouterr().err
     next((tmp_path / "panoptic_val").glob("*.png")).unlink()
-    assert generate(tmp_path) == 1
+    assert generate(tmp_path) == 2
     assert "incomplete set; add --overwrite" in capsys.readouterr().err
     assert generate(tmp_path, 2, 1, 6, "--overwrite") == 0
     assert len(list((tmp_path / "train").iterdir())) == 2
@@ -228,7 +231,7 @@ def test_a_foreign_folder_is_never_touched(
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
     before = read_files(tmp_path)
-    assert generate(tmp_path, 3, 2, 5, "--overwrite") == 1
+    assert generate(tmp_path, 3, 2, 5, "--overwrite") == 2
     assert "holds other files; name a new or empty folder" in capsys.readouterr().err
     assert read_files(tmp_path) == before
 
@@ -237,7 +240,7 @@ def test_an_output_that_is_a_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("x")
-    assert generate(tmp_path / "file") == 1
+    assert generate(tmp_path / "file") == 2
     assert "is a file; name a new folder" in capsys.readouterr().err
 
 
@@ -251,5 +254,5 @@ def test_bad_numbers_name_the_value(
     with pytest.raises(SystemExit) as exit_info:
         shapes.main(["--output", str(tmp_path / "set"), f"{option}={value}"])
     assert exit_info.value.code == 2
-    assert f"{value!r} is not a whole number from" in capsys.readouterr().err
+    assert f"{value!r} is not an integer from" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()

@@ -141,7 +141,7 @@ def test_a_model_is_analysed_without_data_and_weights(
     out = capsys.readouterr().out
     assert "weights are random" in out
     assert "1 random images, 48x64 pixels" in out
-    assert analyze_model.main([*arguments, *opts]) == 1
+    assert analyze_model.main([*arguments, *opts]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len([line for line in errors if line.startswith("error:")]) == 1
     assert "MODEL.DETR.NUM_CLASSES N" in errors[-1]
@@ -169,7 +169,7 @@ def test_mistakes_get_one_line(
     if script is visualize_predictions:
         cases["MODEL.WEIGHTS is empty"] = [*config, *filled_in]
     for message, argv in cases.items():
-        assert script.main(argv) == 1
+        assert script.main(argv) == 2
         errors = capsys.readouterr().err.splitlines()
         assert errors, message
         assert message in errors[-1]

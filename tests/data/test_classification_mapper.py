@@ -154,7 +154,7 @@ def test_flip_follows_its_probability(cfg: CfgNode, tmp_path: Path) -> None:
     [
         ("TRAIN_CROP", "center", "choose one of resized, padded"),
         ("INTERPOLATION", "area", "choose one of bilinear, bicubic, random"),
-        ("AUTO_AUGMENT", "rant-m9", "'rant-m9' is not what timm takes"),
+        ("AUTO_AUGMENT", "rant-m9", "timm does not support .* 'rant-m9'"),
         ("HFLIP", 1.5, "HFLIP is 1.5: give 0 to 1"),
         ("RANDOM_ERASING", -0.1, "RANDOM_ERASING is -0.1: give 0 to 1"),
         ("SCALE", [0.5, 0.1], "SCALE is"),
@@ -165,7 +165,7 @@ def test_flip_follows_its_probability(cfg: CfgNode, tmp_path: Path) -> None:
         ("REPEATED_AUGMENTATION", 0, "REPEATED_AUGMENTATION is 0: give 1 or more"),
     ],
 )
-def test_bad_values_are_told(cfg: CfgNode, key: str, value: Any, message: str) -> None:
+def test_bad_values_are_reported(cfg: CfgNode, key: str, value: Any, message: str) -> None:
     cfg.INPUT.CLASSIFICATION[key] = value
     with pytest.raises(UserError, match=message):
         build_train_loader(cfg)
@@ -214,7 +214,7 @@ def test_repetitions_of_an_image_are_different_views(cfg: CfgNode) -> None:
 
 
 def test_repeats_are_those_of_deits_sampler() -> None:
-    """An epoch of N draws: N / R images, R times each, shared out over the processes."""
+    """An epoch of N draws: N / R images, R times each, distributed over the processes."""
     size, repeats, world_size = 12, 3, 2
     shares = []
     for rank in range(world_size):
@@ -229,7 +229,7 @@ def test_repeats_are_those_of_deits_sampler() -> None:
 
 
 def _pattern(images: list[int]) -> list[int]:
-    """Which draws show the same image, whichever it is."""
+    """For each draw, the first draw of the same image."""
     return [images.index(image) for image in images]
 
 

@@ -1,4 +1,4 @@
-"""An image of a thousand segments costs what its pixels cost, not a mask for each segment."""
+"""The cost of an image with a thousand segments is that of its pixels, not of a thousand masks."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
 from batchformer_panoptic.data import PanopticDatasetMapper
+from batchformer_panoptic.data.io import read_segment_map
 from batchformer_panoptic.data.panoptic_mapper import number_segments, panoptic_instances
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.set_prediction.targets import to_target
@@ -22,7 +23,7 @@ HEIGHT, WIDTH = 240, 320
 
 
 def image_of(segments: int, folder: Path) -> dict[str, Any]:
-    """A dataset dict whose PNG is a grid of that many wavy cells, the ids in no order."""
+    """A dataset dict whose PNG is a grid of that many wavy cells, the ids in random order."""
     side = int(np.ceil(segments**0.5))
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     rows = (rows + 2 * np.sin(columns / 7)).clip(0, HEIGHT - 1).astype(int)
@@ -41,7 +42,7 @@ def image_of(segments: int, folder: Path) -> dict[str, Any]:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Most bytes that Python and numpy hold during a call, after one that does not count."""
+    """Peak bytes of Python and numpy during a call, after a warm-up call."""
     function()
     tracemalloc.start()
     try:
@@ -70,8 +71,11 @@ def test_the_mapper_needs_no_memory_for_each_segment(
 def test_ids_are_numbered_in_a_few_bytes_a_pixel(tmp_path: Path) -> None:
     for segments in (10, 1000):
         image = image_of(segments, tmp_path)
-        png = np.asarray(Image.open(image["pan_seg_file_name"]))
-        used = peak(lambda png=png, image=image: number_segments(png, image["segments_info"]))
+        used = peak(
+            lambda image=image: number_segments(
+                read_segment_map(image["pan_seg_file_name"]), image["segments_info"], png_name="a"
+            )
+        )
         assert used < 12 * HEIGHT * WIDTH  # an int32 for each channel would be as much
 
 
@@ -105,10 +109,10 @@ def test_boxes_and_map_are_those_of_the_masks(
         np.testing.assert_array_equal(mapped["segment_map"].numpy() == index, mask)
 
 
-def test_segments_out_of_sight_leave_no_gap() -> None:
+def test_segments_without_pixels_leave_no_gap() -> None:
     infos = [{"category_id": category} for category in (5, 6, 7, 8)]
-    numbers = np.array([[0, 3, 3], [1, 1, 0]], dtype=np.uint8)
-    instances, segment_map = panoptic_instances(numbers, infos)
+    numbered = np.array([[0, 3, 3], [1, 1, 0]], dtype=np.uint8)
+    instances, segment_map = panoptic_instances(numbered, infos)
     assert instances.gt_classes.tolist() == [5, 7]
     assert instances.gt_boxes.tensor.tolist() == [[0, 1, 2, 2], [1, 0, 3, 1]]
     assert segment_map.tolist() == [[-1, 1, 1], [0, 0, -1]]
@@ -125,9 +129,21 @@ def test_numbers_are_those_of_a_search_for_each_pixel(shape: tuple[int, int]) ->
     for number, info in enumerate(infos):
         if not info["iscrowd"]:
             expected[ids == info["id"]] = number + 1
-    numbers = number_segments(id2rgb(ids), infos)
-    np.testing.assert_array_equal(numbers, expected)
-    assert numbers.dtype == np.uint8
+    segment_map = number_segments(ids, infos, png_name="a.png")
+    np.testing.assert_array_equal(segment_map, expected)
+    assert segment_map.dtype == np.uint8
     ids[-1, -1] = 9
-    with pytest.raises(UserError, match="id 9, which"):
-        number_segments(id2rgb(ids), infos)
+    with pytest.raises(UserError, match=r"a\.png, segment 9: not listed in segments_info"):
+        number_segments(ids, infos, png_name="a.png")
+
+
+def test_ids_listed_twice_are_refused() -> None:
+    infos = [{"id": 3, "iscrowd": 0}] * 2
+    with pytest.raises(UserError, match=r"a\.png, segment 3: 2 entries of segments_info have"):
+        number_segments(np.full((2, 2), 3), infos, png_name="a.png")
+
+
+def test_more_segments_than_the_map_can_count_are_refused() -> None:
+    infos = [{"id": segment_id, "iscrowd": 0} for segment_id in range(1, 2**15 + 1)]
+    with pytest.raises(UserError, match=r"a\.png: 32768 segments; at most 32767 are possible"):
+        number_segments(np.ones((2, 2), dtype=np.int32), infos, png_name="a.png")

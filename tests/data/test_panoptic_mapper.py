@@ -16,7 +16,7 @@ from PIL import Image
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.data import PanopticDatasetMapper, build_augmentations
-from batchformer_panoptic.data.panoptic_mapper import number_segments, transform_numbers
+from batchformer_panoptic.data.panoptic_mapper import number_segments, transform_segment_map
 from batchformer_panoptic.errors import UserError
 
 
@@ -209,11 +209,13 @@ def test_image_without_boxes(dicts: list[dict[str, Any]], cfg: CfgNode) -> None:
 def test_many_segments_survive_a_resize(segments: int) -> None:
     png_ids = np.arange(30 * 40).reshape(30, 40) % segments + 1
     infos = [{"id": number + 1, "iscrowd": 0} for number in range(segments)]
-    numbers = number_segments(id2rgb(png_ids), infos)
-    np.testing.assert_array_equal(numbers, png_ids)
+    segment_map = number_segments(png_ids.astype(np.int32), infos, png_name="a.png")
+    np.testing.assert_array_equal(segment_map, png_ids)
     resize = T.TransformList([T.ResizeTransform(30, 40, 21, 52), T.HFlipTransform(52)])
     expected = np.asarray(Image.fromarray(png_ids.astype(np.int32)).resize((52, 21), Image.NEAREST))
-    np.testing.assert_array_equal(transform_numbers(numbers, resize), expected[:, ::-1])
+    moved = transform_segment_map(segment_map, resize)
+    assert moved.dtype == segment_map.dtype
+    np.testing.assert_array_equal(moved, expected[:, ::-1])
 
 
 def _with_png(dataset_dict: dict[str, Any], ids: np.ndarray, folder: Path) -> dict[str, Any]:
@@ -230,12 +232,17 @@ def test_png_that_disagrees_with_the_json(
     for unlisted in (2, 16_000_000):  # between the listed ids, and above them
         changed = ids.copy()
         changed[0, 0] = unlisted
-        with pytest.raises(UserError, match=rf"image 100, .*changed\.png.* id {unlisted}, which"):
+        with pytest.raises(
+            UserError, match=rf"changed\.png, segment {unlisted}: not listed in segments_info"
+        ):
             mapper(_with_png(dicts[0], changed, tmp_path))
     changed = np.where(ids == 5, 1, ids)
-    with pytest.raises(UserError, match=r"image 100, .*the JSON lists segment id 5"):
+    with pytest.raises(
+        UserError,
+        match=r"changed\.png, segment 5: listed in segments_info, but no pixel has this id",
+    ):
         mapper(_with_png(dicts[0], changed, tmp_path))
-    with pytest.raises(UserError, match=r"changed\.png is 60x48, but image .*000\.png is 64x48"):
+    with pytest.raises(UserError, match=r"changed\.png is 60x48, but its image is 64x48"):
         mapper(_with_png(dicts[0], ids[:, :60], tmp_path))
 
 
@@ -254,7 +261,7 @@ def test_files_that_cannot_be_read(
         ({"file_name": str(text)}, r"^image .*text\.jpg cannot be read"),
         ({"pan_seg_file_name": missing}, r"^panoptic PNG .*missing\.png does not exist"),
         ({"pan_seg_file_name": str(text)}, r"^panoptic PNG .*text\.jpg cannot be read"),
-        ({"width": 63}, r"000\.png has a width of 64, but the JSON says 63"),
+        ({"width": 63}, r"000\.png is 64x48, but in the JSON 63x48"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             mapper({**dicts[0], **changes})

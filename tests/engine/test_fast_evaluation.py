@@ -1,4 +1,4 @@
-"""TEST.FAST in the commands: the same numbers, and a trained model that nobody touched."""
+"""TEST.FAST in the commands: the same numbers, and the trained model is not modified."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches without objects in two processes: every parameter takes part, gradients are finite."""
+"""Batches without objects in two processes: every parameter gets a finite gradient."""
 
 from pathlib import Path
 

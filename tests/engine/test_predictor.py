@@ -1,4 +1,4 @@
-"""The predictor: evaluation's results, classes from the checkpoint, clear refusals."""
+"""Predictor: the results of evaluation, classes from the checkpoint, clear errors."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_classes_come_from_the_checkpoint_without_the_data_set(run: Run) -> None
     assert predictor.class_table == run.table
     assert predictor.model.inference_options.thing_class_ids == (0, 2)
     assert not predictor.model.training
-    assert cfg.dump() == before, "the caller's config is left alone"
+    assert cfg.dump() == before, "the caller's config is not changed"
 
 
 def test_classes_come_from_the_data_set_when_the_checkpoint_has_none(

@@ -1,4 +1,4 @@
-"""Stopping and resuming equals never stopping."""
+"""A resumed run equals an uninterrupted one."""
 
 import json
 from pathlib import Path

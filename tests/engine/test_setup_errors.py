@@ -1,4 +1,4 @@
-"""Mistakes on the command line end in one line and exit code 2."""
+"""Mistakes on the command line are one line and exit status 2."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from batchformer_panoptic.engine import load_config
-from batchformer_panoptic.engine.run import user_error_line
 from batchformer_panoptic.errors import UserError
 from helpers.commands import load_script
 
@@ -26,10 +25,10 @@ def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("MODEL: {DETR: {NUM_CLASES: 3}}", "unknown config key MODEL.DETR.NUM_CLASES"),
         ("MODEL: {DETR: {NUM_CLASES: 3}}", "did you mean MODEL.DETR.NUM_CLASSES"),
         ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER"),
-        ("MODEL: [", "no readable YAML file"),
-        ("MODEL: !!python/object/apply:os.getcwd []", "no readable YAML file"),
+        ("MODEL: [", "not a readable YAML file"),
+        ("MODEL: !!python/object/apply:os.getcwd []", "not a readable YAML file"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist"),
-        ("just words", "no mapping of config keys"),
+        ("just words", "not a mapping of config keys"),
     ],
 )
 def test_config_file(
@@ -74,9 +73,9 @@ def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing.yaml does not exist" in _error(capsys, "--config-file", "nothing.yaml", *CPU)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda() -> None:
-    with pytest.raises(UserError, match=r"no CUDA here; use MODEL\.DEVICE cpu"):
+    with pytest.raises(UserError, match=r"CUDA is not available; use MODEL\.DEVICE cpu"):
         load_config("", ["MODEL.DEVICE", "cuda:0"])
 
 
@@ -85,9 +84,3 @@ def test_options_overrule_the_file(tmp_path: Path) -> None:
     config.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.5}")
     cfg = load_config(str(config), [*CPU, "SOLVER.MAX_ITER", "7"])
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (7, 0.5)
-
-
-def test_line_is_found_in_the_traceback_of_a_process() -> None:
-    text = "Process 1 terminated:\nTraceback\nbatchformer_panoptic.errors.UserError: no such file\n"
-    assert user_error_line(RuntimeError(text)) == "no such file"
-    assert user_error_line(RuntimeError("something else")) is None

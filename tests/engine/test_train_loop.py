@@ -83,9 +83,9 @@ def test_console_line_shows_progress_and_totals(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = stand_in_cfg(tmp_path)
-    with caplog.at_level(logging.INFO, logger="batchformer_panoptic.engine.hooks"):
+    with caplog.at_level(logging.INFO, logger="batchformer_panoptic.engine.writers"):
         trained(cfg)
-    name = "batchformer_panoptic.engine.hooks"
+    name = "batchformer_panoptic.engine.writers"
     lines = [r.getMessage() for r in caplog.records if r.name == name]
     assert [line.split("  ")[0] for line in lines] == ["iter: 1/6", "iter: 6/6"]
     for word in ("eta:", "total_loss:", "batchformer/total_loss:", "loss_ce:", "grad_norm:", "lr:"):

@@ -9,10 +9,11 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.run import _run_and_leave, launch_processes
-from batchformer_panoptic.errors import NonFiniteError
+from batchformer_panoptic.engine.run import _run_and_close_groups, launch_processes
+from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, stand_in_cfg
 
 
@@ -72,14 +73,56 @@ def _reduce_a_gradient() -> None:
 
 
 def _leave(folder: Path) -> None:
-    _run_and_leave(_reduce_a_gradient, ())
+    _run_and_close_groups(_reduce_a_gradient, (), None)
     (folder / f"threads_{os.getpid()}.txt").write_text(" ".join(_thread_names()))
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads: Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads: only on Linux")
 def test_no_thread_of_a_process_group_outlives_the_work(tmp_path: Path) -> None:
     launch(_leave, 2, dist_url="auto", args=(tmp_path,))
     left = [file.read_text() for file in tmp_path.iterdir()]
     assert len(left) == 2
     assert "gloo" not in "".join(left)
+
+
+def _fail(error: Exception) -> None:
+    if comm.get_rank() == 1:
+        raise error
+    comm.synchronize()  # the other process waits for the one that failed
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a line\nand a second one, as a conversion lists keys"),
+        NonFiniteError("the class of the error is kept"),
+    ],
+    ids=["UserError", "subclass"],
+)
+def test_a_user_error_of_a_launched_process_arrives_as_the_same_object(error: UserError) -> None:
+    with pytest.raises(UserError) as raised:
+        launch_processes(_fail, 2, args=(error,))
+    assert type(raised.value) is type(error)
+    assert raised.value.args == error.args
+    assert raised.value.__cause__ is None, "no traceback text of another process"
+
+
+@pytest.mark.distributed
+def test_another_error_of_a_launched_process_keeps_its_traceback() -> None:
+    # The words that an earlier version looked for in the text.
+    text = "batchformer_panoptic.errors.UserError: not one"
+    with pytest.raises(ProcessRaisedException, match="RuntimeError"):
+        launch_processes(_fail, 2, args=(RuntimeError(text),))
+
+
+def test_a_single_process_raises_the_error_itself() -> None:
+    error = UserError("a line")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(UserError) as raised:
+        launch_processes(fail, 1)
+    assert raised.value is error

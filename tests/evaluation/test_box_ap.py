@@ -1,4 +1,4 @@
-"""Box AP on home-made annotations: perfect, missing and wrong predictions."""
+"""Box AP on handmade annotations: perfect, missing and wrong predictions."""
 
 import copy
 import json
@@ -99,8 +99,18 @@ def test_complete_annotations_are_used_as_they_are(tmp_path: Path) -> None:
 
 def test_annotations_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     path = Path(MetadataCatalog.get(name).json_file)
-    for text in ("{", json.dumps({"annotations": [{"id": 1}]}), json.dumps([1])):
+    for text, words in (
+        ("{", "is not valid JSON"),
+        (json.dumps({"annotations": [{"id": 1}]}), "is not readable COCO-instances JSON"),
+        (json.dumps([1]), "holds a list"),
+    ):
         path.write_text(text)
-        with pytest.raises(UserError, match="no readable COCO-instances JSON") as caught:
+        with pytest.raises(UserError, match=words) as caught:
             build_box_evaluator(name, str(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_without_json_shows_how_to_register_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"names no 'json_file': register it with DATASETS\.CUSTOM"):
+        build_box_evaluator("box_ap_without_json", str(tmp_path))
+    MetadataCatalog.pop("box_ap_without_json")

@@ -1,4 +1,4 @@
-"""The panoptic evaluator in two real processes, and what it leaves on disk."""
+"""The panoptic evaluator in two real processes, and the files it writes."""
 
 import contextlib
 import io
@@ -58,7 +58,7 @@ def test_two_processes_give_panopticapi_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("has_folder", [False, True])
-def test_no_predictions_are_written_unless_asked_for(tmp_path, monkeypatch, has_folder):
+def test_the_results_are_the_only_file_and_need_a_folder(tmp_path, monkeypatch, has_folder):
     truths, predictions = random_set(21, num_images=2)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "out"
@@ -85,5 +85,7 @@ def test_an_area_that_gives_panopticapi_an_iou_above_1_is_refused(tmp_path):
         with contextlib.redirect_stdout(io.StringIO()):
             published = pq_compute(str(tmp_path / "truth.json"), str(prediction_json))
         assert published["All"]["pq"] > 1
-        with pytest.raises(UserError, match="pixels in the PNG; correct the annotation"):
+        with pytest.raises(
+            UserError, match=r"the PNG has .* pixels; panopticapi divides by the stated area"
+        ):
             PanopticEvaluator(name).process(model_inputs(1), outputs)

@@ -1,3 +1,5 @@
+"""Panoptic quality of single images against panopticapi and hand-made counts."""
+
 import contextlib
 import io
 
@@ -19,9 +21,9 @@ from helpers.panoptic_sets import (
 
 def _counts(truth: PanopticImage, prediction: PanopticImage) -> PQStat:
     return image_pq_counts(
-        prediction.id_map,
+        prediction.segment_map,
         Segments.from_segments_info(prediction.segments_info),
-        truth.id_map,
+        truth.segment_map,
         Segments.from_segments_info(truth.segments_info),
         image_name="street.png",
     )
@@ -53,13 +55,13 @@ def _as_rows(counts: PQStat) -> dict[int, tuple[int, int, int, float]]:
 
 
 def _image(rows: list[str], *segments: tuple[int, int, int]) -> PanopticImage:
-    """An id map from digits, with (id, category, iscrowd) per segment."""
-    id_map = np.array([[int(digit) for digit in row] for row in rows])
+    """A segment map from digits, with (id, category, iscrowd) per segment."""
+    segment_map = np.array([[int(digit) for digit in row] for row in rows])
     infos = [
-        {"id": i, "category_id": c, "iscrowd": crowd, "area": int((id_map == i).sum())}
+        {"id": i, "category_id": c, "iscrowd": crowd, "area": int((segment_map == i).sum())}
         for i, c, crowd in segments
     ]
-    return PanopticImage(id_map, infos)
+    return PanopticImage(segment_map, infos)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -128,7 +130,9 @@ def test_nothing_predicted_and_nothing_annotated():
 def test_a_wrong_area_is_refused_with_image_and_segment(error):
     truth = _image(["5566"], (5, 3, 0), (6, 7, 0))
     truth.segments_info[1]["area"] += error
-    with pytest.raises(UserError, match=r"segment 6 of image street\.png .* 2 pixels"):
+    with pytest.raises(
+        UserError, match=r"^street\.png, segment 6: area is [13], but the PNG has 2 pixels"
+    ):
         _counts(truth, _image(["1100"], (1, 3, 0)))
 
 
@@ -141,10 +145,13 @@ def test_an_area_that_is_not_stated_is_counted():
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([(5, 3, 0)], "segment 6 has pixels"),
-        ([(5, 3, 0), (6, 7, 0), (6, 7, 0)], "segment 6 more than once"),
+        (
+            [(5, 3, 0)],
+            r"street\.png, segment 6: not listed in segments_info \(pixels: 2\)",
+        ),
+        ([(5, 3, 0), (6, 7, 0), (6, 7, 0)], "2 entries of segments_info have the id 6"),
         ([(5, 3, 0), (6, 7, 0), (0, 7, 0)], "the id 0"),
-        ([(5, 3, 0), (6, 7, 0), (8, 7, 0)], "segment 8 .* but 0 pixels"),
+        ([(5, 3, 0), (6, 7, 0), (8, 7, 0)], "segment 8: area is 1, but the PNG has 0 pixels"),
     ],
 )
 def test_ground_truth_that_contradicts_itself_is_refused(segments, message):
@@ -169,13 +176,13 @@ def test_predictions_that_contradict_themselves_are_refused(rows, segments, mess
 
 def test_negative_ids_of_a_prediction_are_refused():
     prediction = _image(["1111"], (1, 3, 0))
-    prediction.id_map[0, 0] = -1
-    with pytest.raises(ValueError, match=r"the prediction for image street\.png contradicts"):
+    prediction.segment_map[0, 0] = -1
+    with pytest.raises(ValueError, match=r"the prediction for image street\.png is inconsistent"):
         _counts(_image(["5555"], (5, 3, 0)), prediction)
 
 
 def _speckled(seed: int, num_segments: int) -> tuple[PanopticImage, PanopticImage]:
-    """Every pixel its own run; each segment is found again, partly, with another id."""
+    """Every pixel is a run; each segment is found again, partly, with another id."""
     rng = np.random.default_rng(seed)
     ids = np.concatenate(([0], rng.choice(MAX_ID, num_segments, replace=False) + 1))
     other_ids = np.concatenate(([0], rng.choice(MAX_ID, num_segments, replace=False) + 1))
@@ -206,10 +213,10 @@ def test_ids_of_a_prediction_may_be_larger_than_a_png_holds(dtype):
     truth, prediction = truth[0], prediction[0]
     largest = 2**31 - 1
     shifted = PanopticImage(
-        (largest - prediction.id_map).astype(dtype),
+        (largest - prediction.segment_map).astype(dtype),
         [{**info, "id": largest - info["id"]} for info in prediction.segments_info],
     )
-    shifted.id_map[prediction.id_map == 0] = 0
+    shifted.segment_map[prediction.segment_map == 0] = 0
     assert _as_rows(_counts(truth, shifted)) == _as_rows(_counts(truth, prediction))
 
 
@@ -220,6 +227,6 @@ def test_an_image_without_pixels_has_no_counts():
 
 def test_a_map_that_is_a_view_is_read_in_its_own_order():
     truth, prediction = (images[0] for images in random_set(2, num_images=1))
-    turned = PanopticImage(prediction.id_map.T.copy().T, prediction.segments_info)
-    assert not turned.id_map.flags.c_contiguous
+    turned = PanopticImage(prediction.segment_map.T.copy().T, prediction.segments_info)
+    assert not turned.segment_map.flags.c_contiguous
     assert _as_rows(_counts(truth, turned)) == _as_rows(_counts(truth, prediction))

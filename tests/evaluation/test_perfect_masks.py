@@ -1,7 +1,7 @@
-"""Perfect masks lose next to nothing on the way to the panoptic quality, however they are batched.
+"""Perfect masks keep almost all of their panoptic quality, in any batch.
 
-The public code gives PQ 95 at one image a batch and half of it at two: it resizes the padded mask
-to the size of the image.
+The public code gives PQ 95 with one image per batch and half of that with two, because it resizes
+the padded mask to the size of the image.
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_perfect_masks_score_95_in_batches_of_1_2_and_4(tmp_path, merge, setting
     assert scores[0].counts == scores[1].counts == scores[2].counts
     assert sum(tp for tp, _, _ in scores[0].counts) > 4 * len(SIZES)
     assert all(fp == fn == 0 for _, fp, fn in scores[0].counts)
-    # What is left is the last cell of a map, which blends into the padding.
+    # The rest is lost in the last cell of a map, which blends into the padding.
     assert scores[1].pq == pytest.approx(scores[0].pq, abs=0.5)
     assert scores[2].pq == pytest.approx(scores[0].pq, abs=0.5)
 
@@ -80,7 +80,7 @@ def test_images_in_turn_score_the_same_to_the_last_digit(tmp_path):
 
 
 def _uncropped(masks: ImageMasks) -> torch.Tensor:
-    """As the public code: the map of the padded batch is taken for a map of the image."""
+    """Resize like the public code, which treats the padded map as that of the image."""
     return F.interpolate(masks.logits[:, None], masks.image_size, mode="bilinear")[:, 0]
 
 

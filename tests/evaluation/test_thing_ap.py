@@ -1,3 +1,5 @@
+"""AP of the things of panoptic data sets, and the choice of evaluators."""
+
 import json
 import logging
 import os
@@ -36,9 +38,9 @@ TASKS = ("bbox", "segm")
 
 
 def _instances(image: PanopticImage, classes: dict[int, int]) -> Instances:
-    """The segments of an image that are not crowd as instances, stuff too."""
+    """All segments of an image except crowds as instances, stuff included."""
     infos = [info for info in image.segments_info if not info["iscrowd"]]
-    masks = torch.stack([torch.from_numpy(image.id_map == info["id"]) for info in infos])
+    masks = torch.stack([torch.from_numpy(image.segment_map == info["id"]) for info in infos])
     boxes = []
     for mask in masks.numpy():
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -111,7 +113,7 @@ def test_annotations_are_the_thing_segments(tmp_path):
     )
     assert [row["name"] for row in content["categories"]] == ["cat", "dog", "never seen"]
     things = [
-        (100 + index, truth.id_map == info["id"], info)
+        (100 + index, truth.segment_map == info["id"], info)
         for index, truth in enumerate(truths)
         for info in truth.segments_info
         if info["category_id"] in (3, 90)
@@ -131,8 +133,19 @@ def test_a_segment_without_pixels_is_refused(tmp_path):
     truths[0].segments_info.append({"id": 1, "category_id": 3, "iscrowd": 0, "area": 0})
     with registered("ap_set", tmp_path / "truth", truths) as name:
         truth = PanopticGroundTruth(MetadataCatalog.get(name))
-        with pytest.raises(UserError, match=r"segment 1 of image 000100\.png .* no pixels"):
+        with pytest.raises(
+            UserError, match=r"000100\.png, segment 1: listed in segments_info, but no pixel has"
+        ):
             thing_annotations(truth)
+
+
+def test_a_missing_png_is_named(tmp_path):
+    truths, _ = random_set(1, num_images=1)
+    with registered("ap_set", tmp_path / "truth", truths) as name:
+        truth = PanopticGroundTruth(MetadataCatalog.get(name))
+        (tmp_path / "truth" / "000100.png").unlink()
+        with pytest.raises(UserError, match=r"panoptic PNG .*000100\.png does not exist"):
+            cached_thing_annotations(truth, str(tmp_path / "out"))
 
 
 def _truncate(cache, folder):

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 against hand-made numbers and timm's accuracy."""
+"""Top-1 and top-5 against handmade numbers and timm's accuracy."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor
 from batchformer_panoptic.engine.run import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import TopKEvaluator
-from batchformer_panoptic.evaluation.top_k import true_class_places
+from batchformer_panoptic.evaluation.top_k import true_class_ranks
 from helpers.image_folders import unique_name
 
 
@@ -33,7 +33,7 @@ def process(evaluator: TopKEvaluator, logits: Tensor, ids: list[int]) -> None:
 
 
 def test_hand_made_numbers(tmp_path: Path) -> None:
-    # places of the true class: 0, 1, 4, 5
+    # Ranks of the true class: 0, 1, 4, 5.
     logits = torch.arange(7.0).flip(0).repeat(4, 1)
     name = register([0, 1, 4, 5], 7)
     evaluator = TopKEvaluator(name, str(tmp_path / "out"))
@@ -87,7 +87,7 @@ def test_equal_scores_and_scores_that_are_no_numbers_do_not_help() -> None:
         [[1.0, 1, 1], [1, 1, 1], [nan, nan, nan], [0, nan, 0], [inf, 0, inf], [3, 2, 1]]
     )
     labels = torch.tensor([0, 2, 0, 0, 2, 1])
-    assert true_class_places(logits, labels).tolist() == [0, 2, 3, 1, 1, 1]
+    assert true_class_ranks(logits, labels).tolist() == [0, 2, 3, 1, 1, 1]
 
 
 def test_half_precision_logits_are_compared_in_full() -> None:
@@ -100,11 +100,11 @@ def test_half_precision_logits_are_compared_in_full() -> None:
     ("ids", "output", "message"),
     [
         ([9], {"class_logits": torch.zeros(3)}, "image 9 is not in the data set"),
-        ([0], {"panoptic_seg": None}, "gives no class of an image"),
+        ([0], {"panoptic_seg": None}, "does not classify images"),
         ([0], {"class_logits": torch.zeros(4)}, r"shape \(4,\), but the data set .* has 3 classes"),
     ],
 )
-def test_unusable_outputs_are_told(ids: list[int], output: dict, message: str) -> None:
+def test_unusable_outputs_are_reported(ids: list[int], output: dict, message: str) -> None:
     evaluator = TopKEvaluator(register([0, 1], 3))
     with pytest.raises(UserError, match=message):
         evaluator.process([{"image_id": i} for i in ids], [output])

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from batchformer_panoptic.batchformer import IdentityHook
-from batchformer_panoptic.checkpoint.conversion.conditional_smca import (
-    DYNAMIC_SCALES,
-    official_smca_to_ours,
-)
+from batchformer_panoptic.checkpoint.conversion.conditional_smca import official_smca_to_ours
 from batchformer_panoptic.modeling.set_prediction.scoring import FocalScoring
 from batchformer_panoptic.modeling.transformer import MultiScaleSMCA, SingleScaleTransformer
 from batchformer_panoptic.modeling.transformer.layers import DETREncoder, EncoderLayer
@@ -21,6 +18,7 @@ from batchformer_panoptic.modeling.transformer.smca_multiscale import (
     ScaleMixingLayer,
     decoder_strides,
 )
+from helpers.conversion_models import DYNAMIC_SCALE_OF_FLAG
 from helpers.golden_compare import OUTPUTS
 from helpers.golden_models import (
     assemble,
@@ -62,7 +60,7 @@ def smca_decoder(config, args, strides):
         SMCADecoderLayer(
             **layer_arguments(config),
             strides=strides,
-            dynamic_scale=DYNAMIC_SCALES[args["dynamic_scale"]],
+            dynamic_scale=DYNAMIC_SCALE_OF_FLAG[args["dynamic_scale"]],
             smooth=config["smooth"],
         )
         for _ in range(config["dec_layers"])

@@ -1,9 +1,12 @@
 """Loads the scripts of this repository as modules."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,3 +22,12 @@ def load_script(relative_path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def add_benchmarks_to_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the package ``benchmarks`` importable, in processes that are started, too."""
+    folders = [str(REPO_ROOT / name) for name in load_script("benchmarks/run.py").FOLDERS]
+    for folder in folders:
+        monkeypatch.syspath_prepend(folder)
+    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)

@@ -14,6 +14,13 @@ from helpers.commands import REPO_ROOT
 WIDTHS = (16, 32, 64, 128)
 R50_DEPTHS = (3, 4, 6, 3)
 ATOL = 1e-5
+# --dynamic_scale of gaopengcuhk/SMCA-DETR: MODEL.SMCA.DYNAMIC_SCALE.
+DYNAMIC_SCALE_OF_FLAG = {
+    "type1": "fixed",
+    "type2": "isotropic",
+    "type3": "per_axis",
+    "type4": "per_axis_and_product",
+}
 
 
 class Predicted(NamedTuple):

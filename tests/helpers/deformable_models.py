@@ -1,4 +1,4 @@
-"""Tiny Deformable-DETR models away from their start."""
+"""Tiny Deformable-DETR models with perturbed weights."""
 
 import zlib
 
@@ -15,7 +15,7 @@ KINDS = {"plain": {}, "refine": REFINE, "two_stage": TWO_STAGE}
 
 
 def make(**overrides):
-    """A tiny model away from its start, where offsets and boxes would not depend on anything."""
+    """A tiny model with perturbed weights: fresh ones give constant offsets and boxes."""
     model = tiny_model(**DEFORMABLE, **overrides)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():

@@ -13,7 +13,7 @@ _numbers = itertools.count()
 def write_image_folder(
     root: Path, counts: tuple[int, ...] = (2, 3, 1), size: tuple[int, int] = (12, 16)
 ) -> Path:
-    """Noise around one grey level a class; PNG and JPEG in turns. ``size`` is height, width."""
+    """Noise around one grey level per class, alternately PNG and JPEG; ``size``: height, width."""
     for label, (name, count) in enumerate(zip(CLASSES, counts, strict=False)):
         (root / name).mkdir(parents=True)
         for number in range(count):

@@ -1,4 +1,4 @@
-"""A tiny COCO-instances data set on disk, as people make them at home."""
+"""A tiny handmade COCO-instances data set on disk."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ class InstanceFiles(NamedTuple):
 
 
 def content() -> dict[str, Any]:
-    """Two boxes and a crowd in every image but the last one, without area; ids from 0."""
+    """Two boxes and a crowd in every image except the last one, without area; ids from 0."""
     images = [
         {"id": 10 + k, "file_name": f"{k}.png", "height": height, "width": width}
         for k, (height, width) in enumerate(SIZES)

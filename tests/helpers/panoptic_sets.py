@@ -1,7 +1,7 @@
-"""Small random panoptic data sets on disk, with predictions, for the tests of this folder."""
+"""Small random panoptic data sets on disk, with predictions."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,14 @@ from detectron2.data import MetadataCatalog
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-# stuff between the things, ids with gaps: nothing may rely on their order
+from batchformer_panoptic.evaluation import (
+    ClassQuality,
+    GroupQuality,
+    PanopticEvaluator,
+    PanopticQuality,
+)
+
+# Stuff between the things, and ids with gaps: nothing may rely on their order.
 CATEGORIES = [
     {"id": 3, "name": "cat", "isthing": 1, "color": [255, 0, 0]},
     {"id": 7, "name": "grass", "isthing": 0, "color": [0, 255, 0]},
@@ -28,36 +35,36 @@ MAX_ID = 256**3 - 1
 
 @dataclass
 class PanopticImage:
-    """An id map (H, W) int64 with its segments in COCO's form (data set category ids)."""
+    """A segment map (H, W) int64 with its segments in COCO's form (data set category ids)."""
 
-    id_map: np.ndarray
+    segment_map: np.ndarray
     segments_info: list[dict[str, Any]]
 
 
 def random_truth(
     rng: np.random.Generator, category_ids: list[int], num_segments: int = 9
 ) -> PanopticImage:
-    """Rectangles over each other, some void, some crowd."""
-    id_map = np.zeros(SIZE, dtype=np.int64)
+    """Overlapping rectangles, some void, some crowd."""
+    segment_map = np.zeros(SIZE, dtype=np.int64)
     ids = rng.choice(MAX_ID, num_segments, replace=False) + 1
     ids[0] = MAX_ID
     for segment_id in ids:
         top, left = rng.integers(0, SIZE[0] - 8), rng.integers(0, SIZE[1] - 8)
         bottom, right = top + rng.integers(6, 24), left + rng.integers(6, 32)
-        id_map[top:bottom, left:right] = segment_id
-    return describe(id_map, rng, category_ids, crowd_share=0.25)
+        segment_map[top:bottom, left:right] = segment_id
+    return describe(segment_map, rng, category_ids, crowd_share=0.25)
 
 
 def random_prediction(
     rng: np.random.Generator, truth: PanopticImage, category_ids: list[int]
 ) -> PanopticImage:
     """The truth shifted a little, with other ids, some wrong classes, new and lost segments."""
-    id_map = np.roll(truth.id_map, rng.integers(-2, 3, 2), axis=(0, 1))
+    segment_map = np.roll(truth.segment_map, rng.integers(-2, 3, 2), axis=(0, 1))
     for _ in range(3):
         top, left = rng.integers(0, SIZE[0] - 8), rng.integers(0, SIZE[1] - 8)
-        id_map[top : top + rng.integers(3, 12), left : left + rng.integers(3, 30)] = -top - 1
+        segment_map[top : top + rng.integers(3, 12), left : left + rng.integers(3, 30)] = -top - 1
     classes = {info["id"]: info["category_id"] for info in truth.segments_info}
-    values, compact = np.unique(id_map, return_inverse=True)
+    values, compact = np.unique(segment_map, return_inverse=True)
     compact = compact.reshape(SIZE) + rng.integers(0, 2)  # with and without void
     prediction = describe(compact, rng, category_ids, crowd_share=0.0)
     offset = int(compact.min())
@@ -69,7 +76,7 @@ def random_prediction(
 
 
 def describe(
-    id_map: np.ndarray, rng: np.random.Generator, category_ids: list[int], crowd_share: float
+    segment_map: np.ndarray, rng: np.random.Generator, category_ids: list[int], crowd_share: float
 ) -> PanopticImage:
     """Give every id but 0 a random class."""
     segments_info = [
@@ -80,18 +87,18 @@ def describe(
             "iscrowd": int(rng.random() < crowd_share),
             "bbox": [0, 0, 1, 1],
         }
-        for segment_id, area in zip(*np.unique(id_map, return_counts=True), strict=True)
+        for segment_id, area in zip(*np.unique(segment_map, return_counts=True), strict=True)
         if segment_id != 0
     ]
     rng.shuffle(segments_info)
-    return PanopticImage(id_map, segments_info)
+    return PanopticImage(segment_map, segments_info)
 
 
 def without_crowd(truth: PanopticImage) -> PanopticImage:
-    """The best prediction: the truth without crowd, not all of which panopticapi forgives."""
+    """The best prediction: the truth without crowds, some of which would count as errors."""
     kept = [info for info in truth.segments_info if not info["iscrowd"]]
-    on_kept = np.isin(truth.id_map, [info["id"] for info in kept])
-    return PanopticImage(np.where(on_kept, truth.id_map, 0), kept)
+    on_kept = np.isin(truth.segment_map, [info["id"] for info in kept])
+    return PanopticImage(np.where(on_kept, truth.segment_map, 0), kept)
 
 
 def random_set(
@@ -111,7 +118,7 @@ def write_panoptic(
     annotations = []
     for image_id, image in enumerate(images, 100):
         name = f"{image_id:06d}.png"
-        Image.fromarray(id2rgb(image.id_map)).save(folder / name)
+        Image.fromarray(id2rgb(image.segment_map)).save(folder / name)
         annotations.append(
             {"image_id": image_id, "file_name": name, "segments_info": image.segments_info}
         )
@@ -128,7 +135,7 @@ def registered(
     categories: list[dict[str, Any]] | None = None,
     **extra: Any,
 ) -> Iterator[str]:
-    """Write a data set and give it metadata of the one-id-space form for a while."""
+    """Write a data set and register metadata with one id space until the end of the block."""
     categories = CATEGORIES if categories is None else categories
     contiguous = {category["id"]: index for index, category in enumerate(categories)}
     things = {category["id"] for category in categories if category["isthing"]}
@@ -151,12 +158,12 @@ def registered(
 
 
 def model_inputs(num_images: int) -> list[dict[str, Any]]:
-    """What the evaluators read of the model's inputs."""
+    """The part of the model's inputs that evaluators read."""
     return [{"image_id": 100 + index, "file_name": f"{index}.jpg"} for index in range(num_images)]
 
 
 def model_output(image: PanopticImage) -> dict[str, Any]:
-    """A prediction in the form that the model gives it."""
+    """A prediction in the form of a model output."""
     segments_info = [
         {
             "id": info["id"],
@@ -166,4 +173,44 @@ def model_output(image: PanopticImage) -> dict[str, Any]:
         }
         for info in image.segments_info
     ]
-    return {"panoptic_seg": (torch.from_numpy(image.id_map).to(torch.int32), segments_info)}
+    return {"panoptic_seg": (torch.from_numpy(image.segment_map).to(torch.int32), segments_info)}
+
+
+class SavingEvaluator(PanopticEvaluator):
+    """Also writes the predictions as annotations: ``folder``/*.png and ``folder``.json."""
+
+    def __init__(self, dataset_name: str, folder: Path) -> None:
+        super().__init__(dataset_name)
+        self._folder = folder
+        self._annotations: list[dict[str, Any]] = []
+        folder.mkdir()
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        super().process(inputs, outputs)
+        for row, output in zip(inputs, outputs, strict=True):
+            segment_map, segments = output["panoptic_seg"]
+            name = self._truth.images[row["image_id"]].png_name
+            Image.fromarray(id2rgb(segment_map.numpy())).save(self._folder / name)
+            infos = [
+                {"id": x["id"], "category_id": self._truth.dataset_ids[x["category_id"]]}
+                for x in segments
+            ]
+            self._annotations.append(
+                {"image_id": row["image_id"], "file_name": name, "segments_info": infos}
+            )
+
+    def evaluate(self) -> Any:
+        content = {"annotations": self._annotations}
+        self._folder.with_suffix(".json").write_text(json.dumps(content))
+        return super().evaluate()
+
+
+def quality_from_json(values: Mapping[str, Any]) -> PanopticQuality:
+    """Invert `PanopticQuality.to_json`; other keys are ignored."""
+    groups = {
+        name: None if values[name] is None else GroupQuality(**values[name])
+        for name in ("all", "things", "stuff")
+    }
+    return PanopticQuality(
+        **groups, per_class=tuple(ClassQuality(**row) for row in values["per_class"])
+    )

@@ -1,4 +1,4 @@
-"""A model whose masks are the truth, in the way of the real one: resolution is all that is lost."""
+"""A model whose masks are the truth, inside the real pipeline: only resolution is lost."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ LOGIT = 10.0
 
 
 class PassOn(nn.Module):
-    """In the place of a backbone: hands the padded batch on."""
+    """Replaces the backbone: returns the padded batch."""
 
     def __init__(self, size_divisibility: int) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class PassOn(nn.Module):
 
 
 class PerfectModel(PanopticDETR):
-    """Reads its predictions off its input; batching, padding, resizing and merging are real.
+    """Takes its predictions from its input; batching, padding, resizing and merging are real.
 
-    An "image" is (2, H, W): the number of each pixel's segment and its class, both from 1; 0 is
-    void, and padding. See :func:`perfect_inputs`.
+    An "image" is (2, H, W): the segment of each pixel and its class, both numbered from 1; 0 is
+    void and padding. See `perfect_inputs`.
     """
 
     def __init__(
@@ -89,22 +89,22 @@ class PerfectModel(PanopticDETR):
 
 
 def perfect_inputs(
-    id_map: np.ndarray, class_of_id: dict[int, int], image_id: int, size: tuple[int, int]
+    segment_map: np.ndarray, class_of_id: dict[int, int], image_id: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The model's input for one image.
 
     Args:
-        id_map: (H, W) ids, 0 and those not in ``class_of_id`` are void.
+        segment_map: (H, W) ids; 0 and those not in ``class_of_id`` are void.
         class_of_id: contiguous class of each segment.
         image_id: as in the annotation.
         size: (height, width) at which the model sees the image.
     """
-    truth = torch.zeros(2, *id_map.shape)
+    truth = torch.zeros(2, *segment_map.shape)
     for number, (segment_id, label) in enumerate(class_of_id.items(), 1):
-        mask = torch.from_numpy(id_map == segment_id)
+        mask = torch.from_numpy(segment_map == segment_id)
         truth[0][mask], truth[1][mask] = number, label + 1
     resized = F.interpolate(truth[None], size=size, mode="nearest-exact")[0]
-    height, width = id_map.shape
+    height, width = segment_map.shape
     return {"image": resized, "image_id": image_id, "height": height, "width": width}
 
 
@@ -115,35 +115,35 @@ def shapes_image(
     rng = np.random.default_rng(seed)
     height, width = size
     rows, columns = np.mgrid[:height, :width]
-    id_map = np.where(rows < height * 0.5 + 0.1 * columns, 11, 22)
+    segment_map = np.where(rows < height * 0.5 + 0.1 * columns, 11, 22)
     classes = {11: 200, 22: 7}
     for number in range(num_things):
         radius = rng.uniform(0.15, 0.22) * min(size)
         y, x = rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width
-        id_map[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = 300 + number
+        segment_map[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = 300 + number
         classes[300 + number] = int(rng.choice([3, 90]))
-    id_map[: height // 10, : width // 10] = 0
-    # What is nearly hidden is no fair question at a stride of 4.
-    areas = {segment_id: int((id_map == segment_id).sum()) for segment_id in classes}
+    segment_map[: height // 10, : width // 10] = 0
+    # Segments that are almost hidden cannot be predicted at a stride of 4.
+    areas = {segment_id: int((segment_map == segment_id).sum()) for segment_id in classes}
     for segment_id, area in areas.items():
-        if area < min_share * id_map.size:
-            id_map[id_map == segment_id] = 0
+        if area < min_share * segment_map.size:
+            segment_map[segment_map == segment_id] = 0
     segments_info = [
         {"id": segment_id, "category_id": classes[segment_id], "iscrowd": 0, "area": area}
         for segment_id, area in areas.items()
-        if area >= min_share * id_map.size
+        if area >= min_share * segment_map.size
     ]
-    return PanopticImage(id_map, segments_info)
+    return PanopticImage(segment_map, segments_info)
 
 
 def inputs_of(images: list[PanopticImage], scale: float = 1.0) -> list[dict[str, Any]]:
     """Inputs for a data set written with `panoptic_sets.registered`."""
     return [
         perfect_inputs(
-            image.id_map,
+            image.segment_map,
             {info["id"]: CONTIGUOUS[info["category_id"]] for info in image.segments_info},
             image_id,
-            (round(scale * image.id_map.shape[0]), round(scale * image.id_map.shape[1])),
+            (round(scale * image.segment_map.shape[0]), round(scale * image.segment_map.shape[1])),
         )
         for image_id, image in enumerate(images, 100)
     ]

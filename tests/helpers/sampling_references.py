@@ -1,4 +1,4 @@
-"""Deformable attention's sampling done slowly: the definition as loops, and by ``grid_sample``."""
+"""Slow references of deformable sampling: the definition as loops, and ``grid_sample``."""
 
 import math
 
@@ -14,7 +14,7 @@ LEVELS = [
 
 
 def random_inputs(shapes, *, batch=2, queries=3, heads=2, head_dim=3, points=2, spread=0.7):
-    """Locations around the middle; ``spread`` 0.7 puts a good part of them outside."""
+    """Locations around the centre; with ``spread`` 0.7 many of them are outside."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*size):

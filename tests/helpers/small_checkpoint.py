@@ -81,7 +81,7 @@ def write_image_net_pkl(path: Path, extra: dict[str, np.ndarray]) -> str:
 
 
 def resnet_cfg(**overrides: Any) -> CfgNode:
-    """What the recipes with a ResNet-50 of torchvision set."""
+    """Settings of the recipes with torchvision's ResNet-50."""
     defaults = {
         "INPUT__FORMAT": "RGB",
         "MODEL__PIXEL_MEAN": [123.675, 116.28, 103.53],

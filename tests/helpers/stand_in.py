@@ -11,9 +11,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
+from batchformer_panoptic.batchformer import Losses
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.engine import PanopticTrainer
-from batchformer_panoptic.modeling.losses import Losses
 
 DATASET = "stand_in_set"
 CLASSES = ["ball", "grass"]
@@ -60,7 +60,7 @@ class WeightEvaluator(DatasetEvaluator):
         self._value = outputs[-1]["weights"]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Return it in the place of panoptic quality."""
+        """Return it as panoptic quality."""
         return {"panoptic_seg": {"PQ": self._value}}
 
 

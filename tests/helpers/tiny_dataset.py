@@ -46,7 +46,7 @@ def write_tiny_dataset(root: Path) -> TinyPanopticDataset:
     for number in range(5):
         height, width = ((48, 64), (40, 32))[number % 2]
         category_ids, ids = _tiny_segments(number, height, width)
-        # One kind of file each: readers must not assume an extension.
+        # PNG and JPEG: readers must not assume an extension.
         file_name = f"{number:03d}.{('png', 'jpg')[number % 2]}"
         noise = np.random.default_rng(number).integers(0, 40, (height, width, 3))
         colors = noise + (ids[..., None] * np.array([53, 101, 17])) % 200

@@ -1,4 +1,4 @@
-"""Deformable attention against the definition, at the borders, and how long it takes."""
+"""Deformable attention against its definition, at the borders, and its running time."""
 
 import statistics
 import time
@@ -36,12 +36,12 @@ def test_gradients_equal_those_of_grid_sample(shapes):
 
 
 def test_gradients_on_cell_centres_equal_those_of_grid_sample():
-    """All points start on centres of cells, where the slope to the left and right differ."""
+    """All points start on centres of cells, where left and right derivatives differ."""
     shapes = [(4, 4), (2, 2)]
     gradients = []
     for function in (deform_attn_torch, by_grid_sample):
         value, locations, weights = random_inputs(shapes, spread=0.0)
-        locations = (locations - 0.125).requires_grad_()  # centres on the finer level alone
+        locations = (locations - 0.125).requires_grad_()  # centres on the finer level only
         function(value, shapes, locations, weights).square().sum().backward()
         gradients.append(locations.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
@@ -85,7 +85,7 @@ def test_no_queries():
     assert not value.grad.any()
 
 
-def test_gradients_of_what_is_asked_for_alone():
+def test_only_required_gradients_are_computed():
     for wanted in range(3):
         inputs = random_inputs([(2, 3)])
         inputs[wanted].requires_grad_()
@@ -187,5 +187,5 @@ def test_padding_reads_as_zero():
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="8 is no multiple of num_heads 3"):
+    with pytest.raises(ValueError, match="8 is not a multiple of num_heads 3"):
         make_module(num_heads=3)

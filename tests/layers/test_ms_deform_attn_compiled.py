@@ -15,7 +15,7 @@ each_shapes = pytest.mark.parametrize("shapes", LEVELS)
 
 
 def stand_in(calls):
-    """What the compiled module offers, computed by the usual formulation."""
+    """A stand-in for the compiled module, by the ``grid_sample`` formulation."""
 
     def run(value, shapes, locations, weights):
         return by_grid_sample(value, [tuple(s) for s in shapes.tolist()], locations, weights)
@@ -52,7 +52,7 @@ def test_compiled_operator_gives_the_same_results_and_gradients(shapes):
     assert [call[1:] for call in calls] == [(starts, 2, torch.float64, True)] * 2
 
 
-def test_compiled_operator_never_sees_half_precision():
+def test_compiled_operator_runs_in_full_precision():
     calls = []
     value, locations, weights = (x.half() for x in random_inputs([(2, 3)]))
     out = deform_attn_compiled(stand_in(calls), value, [(2, 3)], locations, weights)
@@ -62,7 +62,7 @@ def test_compiled_operator_never_sees_half_precision():
 
 @pytest.mark.parametrize(("batch", "step"), [(2, 2), (64, 64), (66, 33), (96, 48), (67, 1)])
 def test_images_of_a_step_divide_the_batch(batch, step):
-    """The operator refuses a batch that its step does not divide."""
+    """The operator needs steps that divide the batch."""
     calls = []
     inputs = [x.requires_grad_() for x in random_inputs([(2, 3)], batch=batch)]
     deform_attn_compiled(stand_in(calls), inputs[0], [(2, 3)], *inputs[1:]).sum().backward()
@@ -78,14 +78,14 @@ def test_compiled_operator_is_found_by_the_published_name(monkeypatch):
     assert find() is module
 
 
-def test_compiled_operator_that_is_broken_is_told(monkeypatch, tmp_path):
+def test_a_broken_compiled_operator_is_reported(monkeypatch, tmp_path):
     (tmp_path / f"{where._COMPILED_OP}.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match="undefined symbol"):
         assert where._compiled_op.__wrapped__() is None
 
 
-def test_processor_tensors_never_reach_the_compiled_operator(monkeypatch):
-    monkeypatch.setattr(where, "_compiled_op", lambda: pytest.fail("asked for"))
+def test_cpu_tensors_never_reach_the_compiled_operator(monkeypatch):
+    monkeypatch.setattr(where, "_compiled_op", lambda: pytest.fail("imported"))
     value, locations, weights = random_inputs([(2, 3)])
     assert deform_attn(value, [(2, 3)], locations, weights).shape == (2, 3, 6)

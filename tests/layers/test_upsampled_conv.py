@@ -15,7 +15,7 @@ OTHERS = [(5, 7), (10, 7), (15, 21), (8, 14), (10, 12), (11, 14), (3, 4)]
 
 @pytest.mark.parametrize("size", DOUBLED + OTHERS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_values_and_gradients_are_those_of_the_enlarged_map(size, channels_last):
+def test_values_and_gradients_equal_those_of_the_upsampled_map(size, channels_last):
     x = torch.randn(3, 4, 5, 7, dtype=torch.float64)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     if channels_last:
@@ -51,7 +51,7 @@ def test_no_maps_give_none_and_gradients_of_zero():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-def test_a_doubled_map_is_never_written_out(monkeypatch):
+def test_a_doubled_map_is_never_materialised(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the large map was made")
 

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: decided by numpy's generator, images and targets mixed alike."""
+"""Mixup and CutMix: numpy's generator, and the same ratio for images and targets."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_switching(switch_prob):
     assert is_cutmix == (switch_prob == 1.0)
 
 
-def test_numpys_generator_alone_decides():
+def test_only_numpys_generator_is_used():
     mixing = make()
     torch.manual_seed(0)
     results = []

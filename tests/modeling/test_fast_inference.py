@@ -1,24 +1,29 @@
 """The faster copy: equal up to rounding, the original untouched, refusals in one line."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_backbone
 from torch import nn
 
 from batchformer_panoptic import prepare_for_inference
+from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling import fast_inference
 from batchformer_panoptic.modeling.backbone import TESTED_TIMM_MODELS
 from batchformer_panoptic.modeling.fast_inference import (
     InBFloat16,
-    fold_following_norms,
-    fold_own_norms,
+    breaks_channels_last,
+    check_fast,
+    fuse_conv_bn,
     model_for_evaluation,
 )
 from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(48, 64), (64, 56), (48, 64)]
 TRANSFORMERS = ["detr", "conditional", "smca", "deformable"]
 
@@ -80,7 +85,7 @@ def test_segments_and_instances_are_identical_in_double_precision(merge):
         assert torch.equal(fast["instances"].pred_classes, expected["instances"].pred_classes)
 
 
-def test_the_original_is_left_alone():
+def test_the_original_is_unchanged():
     model = tiny_model(MODEL__BATCHFORMER__ENABLED=True).train()
     before = copy.deepcopy(model.state_dict())
     inputs = random_inputs(SIZES)
@@ -96,7 +101,7 @@ def test_the_original_is_left_alone():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_can_be_made_where_no_gradients_are_wanted(mode):
+def test_it_can_be_made_without_gradients(mode):
     model = tiny_model().eval()
     expected = batch_norms(prepare_for_inference(model))
     with mode():
@@ -105,11 +110,39 @@ def test_it_can_be_made_where_no_gradients_are_wanted(mode):
     assert batch_norms(fast) == expected
 
 
-def test_maps_lie_channels_last():
-    fast = prepare_for_inference(tiny_model())
+WIDE = {  # no strided 1 x 1 convolution of fewer than 16 channels
+    "MODEL__SMALL_RESNET__STEM_CHANNELS": 16,
+    "MODEL__SMALL_RESNET__STAGE_CHANNELS": [16, 20, 24, 28],
+}
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_maps_are_channels_last_unless_a_convolution_breaks_it(wide):
+    fast = prepare_for_inference(tiny_model(**WIDE) if wide else tiny_model())
     images = torch.randn(1, 3, 32, 32)
     for name, features in fast.backbone(images).items():
-        assert features.is_contiguous(memory_format=torch.channels_last), name
+        assert features.is_contiguous(memory_format=torch.channels_last) == wide, name
+
+
+@pytest.mark.parametrize(
+    ("convolution", "breaks"),
+    [
+        (nn.Conv2d(8, 32, 1, stride=2), True),
+        (nn.Conv2d(32, 32, 1, stride=2, groups=4), True),
+        (nn.Conv2d(8, 32, 1, stride=(1, 2)), True),
+        (nn.Conv2d(16, 32, 1, stride=2), False),
+        (nn.Conv2d(8, 32, 1), False),
+        (nn.Conv2d(8, 32, 3, stride=2, padding=1), False),
+        (nn.Conv2d(8, 32, 1, stride=2, device="meta"), False),
+    ],
+)
+def test_convolutions_that_break_channels_last(convolution, breaks):
+    assert breaks_channels_last(nn.Sequential(nn.Conv2d(3, 8, 3), convolution)) == breaks
+
+
+def test_the_published_backbone_is_channels_last():
+    published = load_config(str(ROOT / "configs/coco/panoptic/detr_R50_joint_300ep.yaml"), [])
+    assert not breaks_channels_last(build_backbone(published))
 
 
 def test_the_switch_is_off_by_default_and_returns_the_model_itself():
@@ -141,9 +174,12 @@ def test_a_compiler_that_does_not_work_is_explained_in_one_line(monkeypatch):
         return call
 
     monkeypatch.setattr(fast_inference.torch, "compile", no_compiler)
-    with pytest.raises(UserError, match=r"TEST\.FAST\.COMPILE: .*no C\+\+ compiler") as info:
+    with pytest.raises(UserError, match=r"^torch\.compile does not .*no C\+\+ compiler") as info:
         prepare_for_inference(tiny_model(), compile=True)
     assert "\n" not in str(info.value)
+    cfg = tiny_cfg(TEST__FAST__ENABLED=True, TEST__FAST__COMPILE=True)
+    with pytest.raises(UserError, match=r"TEST\.FAST\.COMPILE: .*compiler.* set it to False$"):
+        check_fast(cfg)
 
 
 @pytest.mark.slow
@@ -185,7 +221,7 @@ def test_bfloat16_is_close_and_returns_float32():
     "name", [name for name in TESTED_TIMM_MODELS if not name.startswith(("swin", "convnext"))]
 )
 @torch.no_grad()
-def test_norms_of_timm_models_fold(name, frozen):
+def test_norms_of_timm_models_are_fused(name, frozen, caplog):
     pytest.importorskip("timm")
     overrides = {
         "MODEL__BACKBONE__NAME": "build_timm_backbone",
@@ -203,8 +239,9 @@ def test_norms_of_timm_models_fold(name, frozen):
     before, after = (
         [m for m in one.backbone.modules() if hasattr(m, "running_mean")] for one in (model, fast)
     )
-    # Convolutions that pad as TensorFlow does are a class of their own; norms of sums stay.
+    # Convolutions that pad as TensorFlow does are a subclass; norms of sums have no convolution.
     remaining = {"tf_efficientnet_lite0": 5, "fastvit_t8": 24}.get(name, 0)
+    assert "not fused" not in caplog.text
     assert len(after) == remaining
     assert len(before) > remaining
     images = torch.randn(1, 3, 64, 96)
@@ -215,38 +252,51 @@ def test_norms_of_timm_models_fold(name, frozen):
 
 
 class Net(nn.Module):
-    """A convolution whose result is also read beside its norm, and one that is called twice."""
+    """A network that runs its modules in the order of registration, or its first norm too late."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_order: bool) -> None:
         super().__init__()
         self.one, self.norm_one = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.two, self.norm_two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.three, self.norm_three = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.two, self.norm_two = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.three, self.norm_three = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(4)
+        self.in_order = in_order
 
     def forward(self, x):
         x = self.one(x)
-        x = x + self.norm_one(x)
-        x = self.norm_two(self.two(self.norm_two(self.two(x))))
-        return [self.norm_three(self.three(x)).relu()]
+        x = self.norm_one(x) if self.in_order else x + self.norm_one(x)
+        x = self.norm_three(self.norm_two(self.two(x)))
+        return [self.three(x).relu()]
 
 
 @torch.no_grad()
-def test_only_norms_that_alone_read_a_convolution_are_folded():
-    net = Net().eval()
+def test_norms_are_fused_into_the_convolution_before_them():
+    net = Net(in_order=True).eval()
     randomise(net)
     example = torch.randn(2, 3, 9, 9)
-    (expected,) = net(example)
-    assert fold_following_norms(net, example) == 1
-    assert batch_norms(net) == ["norm_one", "norm_two"]
-    torch.testing.assert_close(net(example)[0], expected)
-    assert expected.abs().max() > 0
+    fused = fuse_conv_bn(net, example)
+    assert batch_norms(net) == ["norm_one", "norm_two", "norm_three"]
+    assert batch_norms(fused) == ["norm_three"]  # another width than the convolution before it
+    torch.testing.assert_close(fused(example)[0], net(example)[0])
+    assert net(example)[0].abs().max() > 0
 
 
+@torch.no_grad()
+def test_a_network_that_fusion_would_change_is_returned_as_it_is(caplog):
+    net = Net(in_order=False).eval()
+    randomise(net)
+    assert fuse_conv_bn(net, torch.randn(2, 3, 9, 9)) is net
+    assert "changes the outputs of Net" in caplog.text
+    assert batch_norms(net) == ["norm_one", "norm_two", "norm_three"]
+
+
+@torch.no_grad()
 def test_norms_in_training_mode_and_other_norms_stay():
     net = nn.Sequential(
         Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4)), Conv2d(4, 4, 3, norm=nn.GroupNorm(2, 4)).eval()
     )
-    assert fold_own_norms(net) == 0
-    assert fold_own_norms(net.eval()) == 1
-    assert net[0].norm is None
-    assert isinstance(net[1].norm, nn.GroupNorm)
+    example = torch.randn(2, 3, 9, 9)
+    assert batch_norms(fuse_conv_bn(net, example)) == ["0.norm"]
+    fused = fuse_conv_bn(net.eval(), example)
+    assert fused[0].norm is None
+    assert isinstance(fused[1].norm, nn.GroupNorm)
+    torch.testing.assert_close(fused(example), net(example))

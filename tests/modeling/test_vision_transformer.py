@@ -1,4 +1,4 @@
-"""Vision Transformers of timm: which are taken, what is passed on, and what is said otherwise."""
+"""Vision Transformers of timm: supported models, their arguments, and error messages."""
 
 import sys
 
@@ -138,7 +138,7 @@ def test_a_layer_that_does_not_exist():
         build(MODEL__BATCHFORMER__ENABLED=True, MODEL__BATCHFORMER__INSERT_LAYERS=[4])
 
 
-def test_parts_that_are_not_there():
+def test_activation_checkpointing_of_missing_parts():
     with pytest.raises(UserError, match="names 'mask_head'; an image classifier"):
         build(MODEL__ACTIVATION_CHECKPOINTING=["encoder", "mask_head"])
 
@@ -150,7 +150,7 @@ def test_missing_timm_is_explained(monkeypatch):
         build_vision_transformer(cfg)
 
 
-def test_pretrained_weights_want_the_network_and_their_images(monkeypatch):
+def test_pretrained_weights_need_a_download_and_their_pixel_statistics(monkeypatch):
     timm = pytest.importorskip("timm")
     create = timm.create_model
     pretrained = {"MODEL__CLASSIFIER__PRETRAINED": True}

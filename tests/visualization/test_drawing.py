@@ -170,7 +170,7 @@ def test_targets_are_drawn_with_masks_and_boxes() -> None:
     picture = draw_targets(gray_image(), mapped, TABLE, scale=10)
     np.testing.assert_allclose(patch(picture, 20, 25) - filled(TABLE.colors[2]), 0, atol=3)
     assert picture[10:60, 10:60].std() > 2, "what has no target is void"
-    # Without the segment map: the box alone.
+    # Without the segment map: only the box.
     boxes_only = draw_targets(gray_image(), {"instances": instances}, TABLE, scale=10)
     assert (patch(boxes_only, 20, 25) == GRAY).all()
     np.testing.assert_allclose(boxes_only[200, 320], TABLE.colors[2], atol=3)

@@ -1,4 +1,4 @@
-"""Pictures beside each other, and image files."""
+"""Panels: pictures in rows and sheets, and image files."""
 
 from pathlib import Path
 

@@ -7,6 +7,7 @@ from .batchformer import (
     BatchFormerHook,
     BatchFormerV2,
     IdentityHook,
+    Losses,
     StreamState,
     encode,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "BatchFormerHook",
     "BatchFormerV2",
     "IdentityHook",
+    "Losses",
     "StreamState",
     "attach",
     "encode",

@@ -88,7 +88,7 @@ def attach(
     _check_model(model, name)
     if layout not in LAYOUTS:
         raise ValueError(
-            f"unknown layout {layout!r}: state how the tokens lie, one of {', '.join(LAYOUTS)} "
+            f"unknown layout {layout!r}: give the order of dimensions, one of {', '.join(LAYOUTS)} "
             "(B images, N or H x W positions, C channels)"
         )
     if isinstance(after, str):
@@ -113,7 +113,6 @@ def attach(
         name=name,
         after=after,
         layout=layout,
-        embed_dim=embed_dim,
         hook=hook,
         context=_resolve(model, context or {}, first=after[0]),
     )
@@ -142,13 +141,11 @@ class AttachedBatchFormer(nn.Module):
         name: str,
         after: Sequence[str],
         layout: str,
-        embed_dim: int,
         hook: BatchFormerHook,
         context: Context,
     ) -> None:
         super().__init__()
         self.hook = hook
-        self.embed_dim = embed_dim
         self.layout = layout
         self.after = tuple(after)
         # In a tuple, because a module that is assigned becomes a submodule.
@@ -211,11 +208,10 @@ class AttachedBatchFormer(nn.Module):
             ValueError: an odd number of entries along the first dimension of a tensor.
         """
         streams = self.streams
-
-        def part(index: int) -> Any:
-            return map_tensors(outputs, lambda x: streams.split(x)[index] if x.dim() else x)
-
-        return {name: part(index) for index, name in enumerate(streams.names)}
+        return {
+            name: map_tensors(outputs, partial(_part_of, streams, index))
+            for index, name in enumerate(streams.names)
+        }
 
     def original(self, outputs: Any) -> Any:
         """Return the original stream of the outputs: those of the B images, in both modes."""
@@ -224,7 +220,7 @@ class AttachedBatchFormer(nn.Module):
     def plain_state_dict(self) -> dict[str, Any]:
         """Return the state dict of the model without the blocks, under unchanged keys."""
         (model,) = self._model
-        state = model.state_dict()
+        state = model.state_dict()  # edited in place, because it also holds version metadata
         for key in [key for key in state if key.startswith(f"{self._name}.")]:
             del state[key]
         return state
@@ -260,9 +256,8 @@ class AttachedBatchFormer(nn.Module):
 
     def _remove_hooks(self) -> None:
         self._first_pass.stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._handles:
+            self._handles.pop().remove()
 
     def _after_module(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the ``index``-th module of ``after``."""
@@ -278,10 +273,10 @@ class AttachedBatchFormer(nn.Module):
     def _insert(self, index: int, tokens: Tensor) -> Tensor:
         self._first_pass.at_insertion(index, tokens)
         batch = to_tokens(tokens, self.layout)
-        if batch.shape[-1] != self.embed_dim:
+        if batch.shape[-1] != self.hook.embed_dim:
             raise ValueError(
                 f"{self.after[index]} returned {tuple(tokens.shape)}, in layout {self.layout} "
-                f"{batch.shape[-1]} channels, but embed_dim is {self.embed_dim}"
+                f"{batch.shape[-1]} channels, but embed_dim is {self.hook.embed_dim}"
             )
         joined, _ = self.hook.after_layer(index, batch, TWO_STREAMS if index else SINGLE, None)
         return from_tokens(joined.to(tokens.dtype), self.layout, tokens)
@@ -373,15 +368,12 @@ class ContextExpander:
         """Return the arguments, with the named ones expanded."""
         new_args, new_kwargs = list(args), dict(kwargs)
         for name, position, dim in self.arguments:
+            expand = partial(TWO_STREAMS.expand, dim=dim)
             if name is not None and name in new_kwargs:
-                new_kwargs[name] = _expanded(new_kwargs[name], dim)
+                new_kwargs[name] = map_tensors(new_kwargs[name], expand)
             elif position is not None and position < len(new_args):
-                new_args[position] = _expanded(new_args[position], dim)
+                new_args[position] = map_tensors(new_args[position], expand)
         return tuple(new_args), new_kwargs
-
-
-def _expanded(value: Any, dim: int) -> Any:
-    return map_tensors(value, lambda x: TWO_STREAMS.expand(x, dim))
 
 
 def _positions(module: nn.Module) -> dict[str, int | None]:
@@ -434,17 +426,13 @@ def to_tokens(batch: Tensor, layout: str) -> Tensor:
     """A batch in ``layout`` -> (B, N, C).
 
     Raises:
-        ValueError: the number of dimensions is not the one of the layout.
+        ValueError: the number of dimensions is not that of the layout.
     """
     if batch.dim() != len(layout):
         raise ValueError(f"a tensor of shape {tuple(batch.shape)} is not {layout}")
-    if layout == "NBC":
-        return batch.transpose(0, 1)
-    if layout == "BHWC":
-        return batch.flatten(1, 2)
-    if layout == "BCHW":
-        return batch.flatten(2).transpose(1, 2)
-    return batch[:, None] if layout == "BC" else batch
+    if layout == "BC":
+        return batch[:, None]
+    return batch.movedim((layout.index("B"), layout.index("C")), (0, -1)).flatten(1, -2)
 
 
 def from_tokens(tokens: Tensor, layout: str, like: Tensor) -> Tensor:
@@ -452,14 +440,12 @@ def from_tokens(tokens: Tensor, layout: str, like: Tensor) -> Tensor:
 
     Inverse of :func:`to_tokens`. Later modules may rely on the memory format (``view``).
     """
-    if layout == "NBC":
-        batch = tokens.transpose(0, 1)
-    elif layout == "BHWC":
-        batch = tokens.unflatten(1, like.shape[1:3])
-    elif layout == "BCHW":
-        batch = tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    if layout == "BC":
+        batch = tokens[:, 0]
     else:
-        batch = tokens[:, 0] if layout == "BC" else tokens
+        sizes = [size for size, dim in zip(like.shape, layout, strict=True) if dim not in "BC"]
+        batch = tokens.unflatten(1, sizes)
+        batch = batch.movedim((0, -1), (layout.index("B"), layout.index("C")))
     return batch.contiguous() if like.is_contiguous() else batch
 
 
@@ -469,12 +455,9 @@ def from_tokens(tokens: Tensor, layout: str, like: Tensor) -> Tensor:
 class FirstPass:
     """Checks, in the first training step, what cannot be known before the model runs.
 
-    That is the execution order of the modules of ``after``, and the batch dimension of their
-    tokens. Checks end with the first pass without an error; compiled code is not checked.
-
-    Args:
-        after: names of the modules after which a block acts.
-        layout: the layout of their tokens.
+    That is the execution order of the modules ``after`` which a block acts, and the batch dimension
+    of their tokens in ``layout``. Checks end with the first pass without an error; compiled code is
+    not checked.
     """
 
     def __init__(self, after: Sequence[str], layout: str) -> None:
@@ -494,9 +477,8 @@ class FirstPass:
     def stop(self) -> None:
         """Remove the checks."""
         self.seen = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._handles:
+            self._handles.pop().remove()
 
     def at_insertion(self, index: int, tokens: Tensor) -> None:
         """Check one insertion.
@@ -546,3 +528,8 @@ def _count_images(value: Any) -> int | None:
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() == 4 else None
     return len(value) if isinstance(value, list) and value else None
+
+
+def _part_of(streams: StreamState, index: int, value: Tensor) -> Tensor:
+    """The part of one stream; 0-d tensors, such as losses, belong to all of them."""
+    return streams.split(value)[index] if value.dim() else value

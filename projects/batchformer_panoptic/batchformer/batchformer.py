@@ -88,6 +88,20 @@ class StreamState:
         }
 
 
+class Losses(dict[str, Tensor]):
+    """Weighted 0-d losses by name, whose sum is the objective, with metrics besides.
+
+    It is a plain dict for every trainer that adds up the values.
+
+    Attributes:
+        metrics: detached 0-d tensors to log that are not part of the objective.
+    """
+
+    def __init__(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        super().__init__(losses)
+        self.metrics = {name: value.detach() for name, value in metrics.items()}
+
+
 SINGLE = StreamState()
 TWO_STREAMS = StreamState((ORIGINAL, BATCHFORMER))
 
@@ -236,6 +250,7 @@ class BatchFormerHook(nn.Module):
             raise ValueError(
                 f"insert_layers must name distinct layers from 0 on, not {list(insert_layers)}"
             )
+        self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
         self.shared = shared
@@ -264,8 +279,8 @@ class BatchFormerHook(nn.Module):
                 padding. It is per image: both streams share it.
 
         Returns:
-            The tokens, and the streams that they have now. The caller expands what is per image
-            when the streams have changed; :func:`encode` does.
+            The tokens, and the streams that they have now. If they have changed, the caller
+            expands its per-image tensors, as :func:`encode` does.
         """
         if not self.training or index not in self.insert_layers:
             return tokens, streams

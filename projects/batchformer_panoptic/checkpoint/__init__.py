@@ -1,9 +1,8 @@
-"""Checkpoints: safe reading, strict fitting, the class table and the settings inside."""
+"""Checkpoints: safe reading, strict loading, and the stored class table and settings."""
 
-from .class_table import ClassTableRecord, read_class_table
 from .files import read_weights
 from .loading import PanopticCheckpointer
-from .settings import SettingsRecord
+from .records import ClassTableRecord, SettingsRecord, read_class_table
 
 __all__ = [
     "ClassTableRecord",

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: nothing hidden in them is run, nothing is half written."""
+"""Reads checkpoint files of all formats without running code that may be hidden in them."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
 
-# What an array, and a dictionary of arrays, needs to be unpickled; anything else is refused.
+# The names that unpickling dictionaries of arrays needs; all others are refused.
 _PICKLED_NAMES = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
@@ -26,9 +26,9 @@ _PICKLED_NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
 }
-# Official training checkpoints keep their command line under "args": a bag of values, no code.
+# Official training checkpoints keep their command line under "args"; a namespace runs no code.
 _HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
-# Metadata of a .safetensors file is text; these entries are JSON.
+# Metadata of a .safetensors file are texts; these entries are JSON.
 _JSON_METADATA = ("settings", "class_table")
 _HEAD_BYTES = 4096
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -36,11 +36,11 @@ _WRAPPED = "module."
 
 
 class _ForeignObject(pickle.UnpicklingError):
-    """A pickle names something that is no weight; its only argument is the name."""
+    """A pickle contains an object that is not a weight; the only argument is its name."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of numpy arrays and refuses everything else."""
+    """Unpickles dictionaries of numpy arrays and refuses all other objects."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED_NAMES:
@@ -49,27 +49,27 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of any kind into CPU memory without running code hidden in it.
+    """Read a checkpoint of any format to CPU memory without running code hidden in it.
 
-    * ``.safetensors``: the metadata "settings" and "class_table" are JSON, the rest is text.
-    * ``.pth``, ``.pt``, ``.bin``: as ``torch.save`` writes them; tensors, numbers, texts,
+    * ``.safetensors``: the metadata "settings" and "class_table" are JSON, all others are texts.
+    * ``.pth``, ``.pt``, ``.bin``: written by ``torch.save``, with tensors, numbers, texts,
       containers and ``argparse.Namespace``.
-    * ``.pkl`` of Detectron2's model zoo: dictionaries of arrays. One in Caffe2's layout (the files
-      of MSRA) gets the entries that Detectron2 gives it, so that its names are translated later.
+    * ``.pkl`` of Detectron2's model zoo: dictionaries of arrays. A file in Caffe2's layout (those
+      of MSRA) gets the same entries as in Detectron2, which later translates its names.
 
-    Weights that stand alone, or under "state_dict", come back under "model", without the "module."
-    that a model wrapped for distributed training puts before every name.
+    Weights at the top level or under "state_dict" are returned under "model". The prefix "module."
+    of models wrapped for distributed training is removed.
 
     Args:
         path: a local file.
-        allow_pickle: read any pickle, and run the code in it: for files of trusted origin.
+        allow_pickle: read any pickle and run the code in it. Only for trusted files.
 
     Returns:
-        ``{"model": {name: Tensor or ndarray}}``, and what else the file holds.
+        ``{"model": {name: Tensor or ndarray}}``, and the other entries of the file.
 
     Raises:
-        UserError: no such file, not a checkpoint, damaged, one with other Python objects than
-            weights, or one without weights.
+        UserError: the file does not exist, is damaged, is not a checkpoint, or contains no weights
+            or Python objects other than weights.
     """
     head = _head_of(path)
     if path.endswith(".safetensors"):
@@ -81,11 +81,11 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
 
 
 def check_is_file(path: str, *, hint: str = "") -> None:
-    """Refuse a path of nothing or of a folder.
+    """Refuse a path that does not exist or is a folder.
 
     Args:
         path: of a checkpoint.
-        hint: end of the message about a missing file, as in "; see MODEL.WEIGHTS".
+        hint: end of the message about a missing file, such as "; see MODEL.WEIGHTS".
 
     Raises:
         UserError: see above.
@@ -113,24 +113,24 @@ def _refuse(path: str, reason: str) -> NoReturn:
 
 
 def _refuse_text(head: bytes, path: str) -> None:
-    """Refuse what a failed download or copy leaves under the name of a checkpoint."""
+    """Refuse the remains of a failed download or copy."""
     if not head.strip(b"\0"):
-        _refuse(path, "it begins with nothing but zeros: copy or download it again")
+        _refuse(path, "it starts with zeros only: copy or download it again")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         _refuse(path, "it is an HTML or XML page: the download failed")
     if start.startswith(b"version https://git-lfs"):
-        _refuse(path, "it is a pointer of Git LFS and not the file itself: run git lfs pull")
+        _refuse(path, "it is a Git LFS pointer instead of the file itself: run git lfs pull")
     if start.startswith((b"{", b"[")) and b"\0" not in head:
-        _refuse(path, "it is JSON text and no weights: a failed download, or an index of files")
+        _refuse(path, "it is JSON text: a failed download, or an index of files")
 
 
 def _refuse_object(path: str, name: str | None) -> NoReturn:
     what = f"the Python object {name}" if name else "Python objects"
     _refuse(
         path,
-        f"it holds {what} besides weights, and a pickle can run any code; "
-        "use it with --allow-pickle of tools/convert_checkpoint.py if you trust its origin",
+        f"it contains {what} besides weights, and a pickle can run any code; "
+        "if you trust its origin, use --allow-pickle of tools/convert_checkpoint.py",
     )
 
 
@@ -142,14 +142,13 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         with open(path, "rb") as plain:
             _refuse_text(plain.read(_HEAD_BYTES), path)
-        reason = one_line(error)
-        _refuse(path, f"it is truncated, damaged or no safetensors file ({reason})")
+        _refuse(path, f"it is truncated, damaged or not a safetensors file ({one_line(error)})")
     for key in _JSON_METADATA:
         if key in rest:
             try:
                 rest[key] = json.loads(rest[key])
             except json.JSONDecodeError as error:
-                _refuse(path, f"its metadata {key!r} is no JSON ({error})")
+                _refuse(path, f"its metadata {key!r} is not JSON ({one_line(error)})")
     return {**rest, "model": weights}
 
 
@@ -162,18 +161,18 @@ def _read_pickled_arrays(path: str, allow_pickle: bool) -> Any:
         _refuse_object(path, str(error))
     except Exception as error:  # garbage read as a pickle can raise anything
         raise UserError(
-            f"checkpoint {path} cannot be read: it is truncated, damaged or no file of Detectron2's"
-            f" model zoo ({type(error).__name__})"
+            f"checkpoint {path} cannot be read: it is truncated, damaged or not from Detectron2's "
+            f"model zoo ({type(error).__name__})"
         ) from error
 
 
 def _zoo_layout(loaded: Any, path: str) -> Any:
-    """Give a file in Caffe2's layout, bare weights, the entries Detectron2's loading looks for."""
+    """Add the entries that Detectron2's loading reads to a file in Caffe2's layout."""
     if not isinstance(loaded, dict) or "model" in loaded:
         return loaded
     weights = loaded.get("blobs", loaded)
     if not isinstance(weights, dict):
-        _refuse(path, "it is no file of Detectron2's model zoo")
+        _refuse(path, "it is not from Detectron2's model zoo")
     weights = {k: v for k, v in weights.items() if not str(k).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -182,11 +181,13 @@ def _read_torch(path: str, head: bytes, allow_pickle: bool) -> Any:
     if head.startswith(_ZIP):
         _check_zip(path)
     elif tarfile.is_tarfile(path):
-        # Older versions of torch unpickle these whatever weights_only says.
+        # Older versions of torch unpickle these even with weights_only.
         if not allow_pickle:
-            _refuse(path, "it is a tar file of a torch before 0.4; save it again with a newer one")
+            _refuse(
+                path, "it is a tar file of torch before 0.4; save it again with a newer version"
+            )
     elif not head.startswith(_PICKLE):
-        _refuse(path, "it is truncated, damaged or no file of torch.save; download it again")
+        _refuse(path, "it is truncated, damaged or not written by torch.save; download it again")
     try:
         with torch.serialization.safe_globals(_HARMLESS_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
@@ -203,9 +204,9 @@ def _read_torch(path: str, head: bytes, allow_pickle: bool) -> Any:
 
 
 def _check_zip(path: str) -> None:
-    """Refuse a zip file that is incomplete, is a program, or would grow when it is read.
+    """Refuse a zip file that is incomplete, contains a program, or is compressed.
 
-    ``torch.save`` stores without compression.
+    ``torch.save`` stores without compression, so a file that grows when unpacked is not its own.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -216,14 +217,14 @@ def _check_zip(path: str) -> None:
             f"checkpoint {path} cannot be read: it is truncated; copy or download it again"
         ) from error
     if any(name.endswith("/constants.pkl") for name in names):
-        _refuse(path, "it is a TorchScript program; name the checkpoint it was made from")
+        _refuse(path, "it is a TorchScript program; use the checkpoint that it was made from")
     size = os.path.getsize(path)
     if unpacked > size:
         _refuse(path, f"its {size} bytes would unpack to {unpacked}, which torch.save never writes")
 
 
 def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
-    """Return the content with its weights under "model", all of them arrays or tensors."""
+    """Return the content with its weights, arrays or tensors only, under "model"."""
     if isinstance(loaded, dict) and "model" not in loaded:
         if isinstance(loaded.get("state_dict"), dict):
             loaded["model"] = loaded.pop("state_dict")
@@ -231,11 +232,12 @@ def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
             loaded = {"model": loaded}
     weights = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights:
-        raise UserError(f"checkpoint {path} holds no weights")
+        raise UserError(f"checkpoint {path} contains no weights")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
             raise UserError(
-                f"checkpoint {path} holds no plain weights: {name!r} is a {type(value).__name__}"
+                f"checkpoint {path} is not a dictionary of weights: {name!r} is a "
+                f"{type(value).__name__}"
             )
     if all(name.startswith(_WRAPPED) for name in weights):
         loaded["model"] = {name.removeprefix(_WRAPPED): v for name, v in weights.items()}

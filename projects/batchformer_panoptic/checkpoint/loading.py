@@ -1,4 +1,4 @@
-"""A checkpointer that refuses what does not fit, and says why."""
+"""Checkpointer: strict loading of weights, resuming, and saving."""
 
 import os
 from collections.abc import Sequence
@@ -11,44 +11,43 @@ from torch import nn
 
 from ..data.class_table import ClassTable
 from ..data.io import write_atomically
-from ..errors import UserError
-from .class_table import KEY as CLASS_TABLE
-from .class_table import ClassTableRecord
+from ..errors import UserError, one_line
 from .files import check_is_file, read_weights
-from .mismatch import Misfit, describe, first, is_block, is_class_head, is_mask_head, without
-from .settings import KEY as SETTINGS
-from .settings import SettingsRecord, implied_settings
+from .mismatch import Mismatch, describe, first, is_block, is_class_head, is_mask_head, without
+from .records import CLASS_TABLE_KEY as CLASS_TABLE
+from .records import SETTINGS_KEY as SETTINGS
+from .records import ClassTableRecord, SettingsRecord, implied_settings
 
 LIVE_MODEL = "live_model"
-# Checkpoints that are no point to resume from: they are saved beside the regular ones.
+# Checkpoints that are saved next to the regular ones and are not resumed from.
 _SIDE_CHECKPOINTS = ("model_best", "model_nonfinite")
-# The classifier of an ImageNet network, and a bias that Detectron2's MSRA files carry unused.
+# The classifier of an ImageNet network, and an unused bias in Detectron2's MSRA files.
 _CLASSIFIER_PARTS = {"fc", "fc1000", "pred", "classifier"}
 _UNUSED_BIAS = "stem.conv1.bias"
 
 
 class PanopticCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, strict: weights that do not fit are an error and not a log line.
+    """Detectron2's checkpointer with strict loading: a mismatch is an error instead of a log line.
 
-    Loading weights alone (``MODEL.WEIGHTS``) tolerates, each with one logged line:
+    Loading only weights (``MODEL.WEIGHTS``) allows the following mismatches and logs each of them:
 
-    * keys of the BatchFormer block, absent or superfluous, so that models with and without the
-      block read each other's checkpoints;
-    * for training only, a backbone-only file (ImageNet weights), its classifier apart;
-    * for training only, a whole mask head that is absent (boxes first, masks second).
+    * missing or unexpected BatchFormer blocks, so that models with and without the block load each
+      other's checkpoints;
+    * for training, a file with only a backbone (ImageNet weights), with or without its classifier;
+    * for training, a missing mask head (boxes are trained first, masks second).
 
-    `load_all_but_classes` leaves the class head out as well. Resuming tolerates nothing. Files are
-    read by `read_weights`, which runs no code in them, and written as a whole or not at all.
+    `load_all_but_classes` also skips the class head. Resuming allows no mismatch. Files are read by
+    `read_weights`, which runs no code in them, and written atomically.
 
-    With an ``ema``, a checkpoint holds the averaged weights under "model", which is what
-    evaluation and the demo load, and the weights being trained under "live_model".
+    With an ``ema``, a checkpoint has the averaged weights under "model", which evaluation and the
+    demo load, and the trained weights under "live_model".
 
     Args:
         model: the model, wrapped for distributed training or not.
-        save_dir: where checkpoints are saved and ``last_checkpoint`` is kept.
-        training: whether the weights are a starting point (see above) or about to be evaluated.
-        class_table: classes of the data set, to be stored and compared.
-        settings: settings that the weights depend on, to be stored and compared.
+        save_dir: folder of the checkpoints and of the file ``last_checkpoint``.
+        training: whether the weights are a starting point of training or are evaluated.
+        class_table: classes of the data set; stored, and compared when loading.
+        settings: settings that the weights depend on; stored, and compared when loading.
         ema: an object with ``averaged_state_dict()``, ``state_dict()``, ``load_state_dict()``.
         checkpointables: further objects to save and resume, as in Detectron2.
     """
@@ -79,7 +78,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Save model, class table, settings and all checkpointables to ``save_dir/name.pth``.
 
-        A file of that name is replaced only when the new one is complete.
+        An existing file is replaced only after the new one is complete.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -97,22 +96,23 @@ class PanopticCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Remember the file to resume from, unless it is a side checkpoint."""
+        """Record the file to resume from, except for the best and the non-finite checkpoint."""
         if not last_filename_basename.startswith(_SIDE_CHECKPOINTS):
             super().tag_last_checkpoint(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights and, unless ``checkpointables`` says otherwise, everything to resume.
+        """Load the model and, by default, everything that is needed to resume.
 
         Args:
             path: file or URL; empty: nothing is loaded.
-            checkpointables: names to load beside the model. None: all, that is resume.
+            checkpointables: names to load besides the model. None: all of them, to resume.
 
         Returns:
-            What else the file holds.
+            The remaining entries of the file.
 
         Raises:
-            UserError: no such file, unreadable, other classes or settings, or it does not fit.
+            UserError: the file does not exist, cannot be read, has other classes or settings, or
+                does not fit the model.
         """
         if path and "://" not in path:
             source = "--init-from" if self._fresh_classes else "MODEL.WEIGHTS or --resume"
@@ -122,14 +122,14 @@ class PanopticCheckpointer(DetectionCheckpointer):
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
         except OSError as error:
-            raise UserError(f"checkpoint {path} cannot be read: {error}") from error
+            raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
         except UserError:
             raise
         except ValueError as error:
-            # The optimizer, whose groups follow from the config, does not find its own state.
+            # From the optimizer, if its parameter groups differ under another config.
             raise UserError(
-                f"cannot resume from {path}: {error}; resume with the config of the run, or start "
-                "another OUTPUT_DIR with MODEL.WEIGHTS"
+                f"cannot resume from {path}: {one_line(error)}; resume with the config of the run, "
+                "or start another OUTPUT_DIR with MODEL.WEIGHTS"
             ) from error
         finally:
             self._parsed_url_during_load = None
@@ -140,10 +140,10 @@ class PanopticCheckpointer(DetectionCheckpointer):
         return rest
 
     def load_all_but_classes(self, path: str) -> None:
-        """Start from a trained model of other classes: the class head keeps its initial values.
+        """Load a model trained on other classes; the class head keeps its initial values.
 
-        Left out are the class layer of the box head and the auxiliary classifiers of pixels, which
-        the log lists. The rest must fit as usual; ImageNet weights are no trained model.
+        Skipped are the class layer of the box head and the auxiliary pixel classifiers, which are
+        logged. The rest must fit as usual; files with only a backbone are refused.
 
         Raises:
             UserError: as in `load`.
@@ -168,89 +168,89 @@ class PanopticCheckpointer(DetectionCheckpointer):
                 del weights[key]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = list(incompatible.incorrect_shapes)
-        # fvcore sets aside what has the wrong shape, and then misses it.
+        # fvcore removes tensors with a wrong shape, and then reports them as missing.
         missing = without(
             incompatible.missing_keys, [*fresh, *(name for name, _, _ in wrong_shape)]
         )
-        self._refuse_misfit(Misfit(missing, list(incompatible.unexpected_keys), wrong_shape))
+        self._refuse_mismatch(Mismatch(missing, list(incompatible.unexpected_keys), wrong_shape))
         if self._fresh_classes:
             self._log_fresh_classes(fresh, checkpoint)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[], incorrect_shapes=[])
 
     def _compare(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse other settings and, unless the class head starts afresh, other classes."""
+        """Refuse other settings and, unless the class head is skipped, other classes."""
         if self._settings is not None:
             stored = checkpoint.get(SETTINGS, {})
             if not isinstance(stored, dict):
-                raise UserError(f"checkpoint {self._path}: its {SETTINGS!r} are no mapping")
+                raise UserError(f"checkpoint {self._path}: its {SETTINGS!r} are not a mapping")
             implied = implied_settings(checkpoint, self.model.state_dict())
             self._settings.check(
                 {**implied, **stored},
                 self._path,
                 class_head=not self._fresh_classes,
-                reason=" (its stem.conv1.bias says: ImageNet weights of MSRA)" if implied else "",
+                reason=" (its stem.conv1.bias marks ImageNet weights of MSRA)" if implied else "",
             )
         if self._classes is not None and CLASS_TABLE in checkpoint and not self._fresh_classes:
             self._classes.check(checkpoint[CLASS_TABLE], self._path)
 
     def _log_fresh_classes(self, fresh: Sequence[str], checkpoint: dict[str, Any]) -> None:
         if self._classes is not None and CLASS_TABLE in checkpoint:
-            why = f"this data set against {self._path}: "
-            why += self._classes.compare(checkpoint[CLASS_TABLE])
+            classes = f"this data set and {self._path}: "
+            classes += self._classes.compare(checkpoint[CLASS_TABLE])
         else:
-            why = f"the classes of {self._path} are not known"
+            classes = f"the classes of {self._path} are unknown"
         self.logger.warning(
-            f"--init-from keeps everything but the class head. Left at their initial values: "
-            f"{', '.join(fresh)} ({why})"
+            f"--init-from loads everything except the class head. Not loaded: {', '.join(fresh)} "
+            f"({classes})"
         )
 
-    def _refuse_misfit(self, misfit: Misfit) -> None:
+    def _refuse_mismatch(self, mismatch: Mismatch) -> None:
         if not self._resuming:
-            misfit = self._without_block(misfit)
+            mismatch = self._without_block(mismatch)
             if self._training:
-                misfit = self._without_absent_heads(misfit)
-        if any(misfit):
+                mismatch = self._without_absent_heads(mismatch)
+        if any(mismatch):
             training = self._training and not self._resuming
-            raise UserError(describe(misfit, self._path, training=training))
+            raise UserError(describe(mismatch, self._path, training=training))
 
-    def _without_block(self, misfit: Misfit) -> Misfit:
-        missing = list(filter(is_block, misfit.missing))
-        unexpected = list(filter(is_block, misfit.unexpected))
+    def _without_block(self, mismatch: Mismatch) -> Mismatch:
+        missing = list(filter(is_block, mismatch.missing))
+        unexpected = list(filter(is_block, mismatch.unexpected))
         if missing:
             self.logger.info(
-                f"{self._path} has no BatchFormer block: the model's keeps its initial values "
+                f"{self._path} has no BatchFormer block: it keeps its initial values "
                 f"({first(missing)})"
             )
         if unexpected:
             self.logger.info(f"the BatchFormer block of {self._path} is not used by this model")
-        return misfit._replace(
-            missing=without(misfit.missing, missing),
-            unexpected=without(misfit.unexpected, unexpected),
+        return mismatch._replace(
+            missing=without(mismatch.missing, missing),
+            unexpected=without(mismatch.unexpected, unexpected),
         )
 
-    def _without_absent_heads(self, misfit: Misfit) -> Misfit:
-        """Drop what may be absent when weights are a starting point of training."""
+    def _without_absent_heads(self, mismatch: Mismatch) -> Mismatch:
+        """Remove mismatches that are allowed if the weights are a starting point of training."""
         ours = list(self.model.state_dict())
         outside_backbone = [k for k in ours if not k.startswith("backbone.")]
         mask_head = list(filter(is_mask_head, ours))
-        missing = set(misfit.missing)
+        missing = set(mismatch.missing)
         has_backbone = len(outside_backbone) < len(ours)
         if has_backbone and not self._fresh_classes and _all_missing(outside_backbone, missing):
-            self.logger.info(f"{self._path} initialises the backbone; the rest starts afresh")
-            return misfit._replace(
+            self.logger.info(f"{self._path} only initialises the backbone")
+            return mismatch._replace(
                 missing=[
                     k
-                    for k in misfit.missing
+                    for k in mismatch.missing
                     if k.startswith("backbone.") and not k.endswith("num_batches_tracked")
                 ],
-                unexpected=[k for k in misfit.unexpected if not _is_classifier(k)],
+                unexpected=[k for k in mismatch.unexpected if not _is_classifier(k)],
             )
         if mask_head and missing.issuperset(mask_head):
             self.logger.info(
-                f"{self._path} has no mask head: it starts afresh ({first(mask_head)})"
+                f"{self._path} has no mask head: it keeps its initial values ({first(mask_head)})"
             )
-            return misfit._replace(missing=without(misfit.missing, mask_head))
-        return misfit
+            return mismatch._replace(missing=without(mismatch.missing, mask_head))
+        return mismatch
 
 
 def _is_classifier(key: str) -> bool:
@@ -258,6 +258,6 @@ def _is_classifier(key: str) -> bool:
 
 
 def _all_missing(keys: Sequence[str], missing: set[str]) -> bool:
-    """Whether nothing outside the backbone (the block and image statistics apart) was found."""
+    """Whether the file has no weights besides the backbone, the block and pixel statistics."""
     ignored = ("pixel_mean", "pixel_std")
     return all(k in missing or is_block(k) or k in ignored for k in keys)

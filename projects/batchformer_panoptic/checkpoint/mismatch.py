@@ -1,4 +1,4 @@
-"""What of a checkpoint does not fit a model, in words."""
+"""Describes mismatches between a checkpoint and a model."""
 
 import re
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from typing import NamedTuple
 _SHOWN = 5
 _BLOCK = "batchformer"
 _MASK_HEAD = "mask_head."
-# Everything whose shape follows from the number of classes; some models have a box head a layer.
+# Parameters whose shape depends on the number of classes; a box head may exist per layer.
 _CLASS_HEADS = re.compile(
     r"box_head\.(layers\.\d+\.)?class_embed\.|semantic_head\.|vit\.model\.head\."
 )
 _QUERIES = "query_embed"
 
 
-class Misfit(NamedTuple):
-    """Keys of a checkpoint and of a model that do not go together.
+class Mismatch(NamedTuple):
+    """Differences between the keys of a checkpoint and those of a model.
 
     Attributes:
-        missing: the model has them, the checkpoint has not.
-        unexpected: the other way round.
-        wrong_shape: name, shape in the checkpoint, shape in the model.
+        missing: keys in the model only.
+        unexpected: keys in the checkpoint only.
+        wrong_shape: key, shape in the checkpoint, shape in the model.
     """
 
     missing: list[str]
@@ -28,68 +28,73 @@ class Misfit(NamedTuple):
     wrong_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
-def describe(misfit: Misfit, path: str, *, training: bool) -> str:
-    """Return one line: what does not fit, and the remedy."""
+def describe(mismatch: Mismatch, path: str, *, training: bool) -> str:
+    """Return one line with the differences and the remedy.
+
+    Args:
+        mismatch: not empty.
+        path: of the checkpoint.
+        training: whether the weights are a starting point of training.
+    """
     found = []
-    if misfit.missing:
-        found.append(f"{len(misfit.missing)} keys missing ({first(misfit.missing)})")
-    if misfit.unexpected:
-        found.append(f"{len(misfit.unexpected)} keys unknown ({first(misfit.unexpected)})")
-    if misfit.wrong_shape:
-        shapes = [f"{k} {theirs} instead of {ours}" for k, theirs, ours in misfit.wrong_shape]
+    if mismatch.missing:
+        found.append(f"{len(mismatch.missing)} keys missing ({first(mismatch.missing)})")
+    if mismatch.unexpected:
+        found.append(f"{len(mismatch.unexpected)} keys unknown ({first(mismatch.unexpected)})")
+    if mismatch.wrong_shape:
+        shapes = [f"{k} {theirs} instead of {ours}" for k, theirs, ours in mismatch.wrong_shape]
         found.append(f"{len(shapes)} shapes differ ({first(shapes)})")
-    remedy = _remedy(misfit, path, training=training)
+    remedy = _remedy(mismatch, path, training=training)
     return f"checkpoint {path} does not fit the model: {'; '.join(found)}. {remedy}"
 
 
-def _remedy(misfit: Misfit, path: str, *, training: bool) -> str:
-    if misfit.unexpected and all(map(is_mask_head, misfit.unexpected)):
-        return "It has a mask head and the model has none: set MODEL.MASK_ON True"
-    if misfit.missing and all(map(is_mask_head, misfit.missing)):
+def _remedy(mismatch: Mismatch, path: str, *, training: bool) -> str:
+    if mismatch.unexpected and all(map(is_mask_head, mismatch.unexpected)):
+        return "It has a mask head, the model does not: set MODEL.MASK_ON True"
+    if mismatch.missing and all(map(is_mask_head, mismatch.missing)):
         return "It has no mask head: set MODEL.MASK_ON False, or train the head first"
-    if misfit.wrong_shape and not misfit.missing and not misfit.unexpected:
-        return _remedy_for_shapes(misfit, path, training=training)
-    remedy = "Use the config it was trained with, usually config.yaml beside it"
-    if misfit.missing and misfit.unexpected:
+    if mismatch.wrong_shape and not mismatch.missing and not mismatch.unexpected:
+        return _remedy_for_shapes(mismatch, path, training=training)
+    remedy = "Use the config of its training, usually config.yaml in the same folder"
+    if mismatch.missing and mismatch.unexpected:
         remedy += "; weights of another project need tools/convert_checkpoint.py first"
     return remedy
 
 
-def _remedy_for_shapes(misfit: Misfit, path: str, *, training: bool) -> str:
-    names = [name for name, _, _ in misfit.wrong_shape]
+def _remedy_for_shapes(mismatch: Mismatch, path: str, *, training: bool) -> str:
+    names = [name for name, _, _ in mismatch.wrong_shape]
     if all(map(is_class_head, names)):
         if training:
             return f"It was trained on other classes: {start_from(path)}"
-        return "It was trained on other classes: use the data set it was trained on"
+        return "It was trained on other classes: use the data set of its training"
     if all(_QUERIES in name for name in names):
-        queries = misfit.wrong_shape[0][1][:1]
-        if all(theirs[:1] == queries for _, theirs, _ in misfit.wrong_shape):
+        queries = mismatch.wrong_shape[0][1][:1]
+        if all(theirs[:1] == queries for _, theirs, _ in mismatch.wrong_shape):
             return f"It has {queries[0]} queries: set MODEL.DETR.NUM_OBJECT_QUERIES {queries[0]}"
     return (
-        "Sizes of the model (MODEL.DETR.NUM_CLASSES, which the data set decides, "
-        "NUM_OBJECT_QUERIES, HIDDEN_DIM, ...; MODEL.CLASSIFIER.IMAGE_SIZE, TIMM_KWARGS) must be "
-        "those of its training"
+        "The sizes of the model (MODEL.DETR.NUM_CLASSES, from the data set, NUM_OBJECT_QUERIES, "
+        "HIDDEN_DIM, ...; MODEL.CLASSIFIER.IMAGE_SIZE, TIMM_KWARGS) must be those of its training"
     )
 
 
 def start_from(path: str) -> str:
-    """Return the remedy for a training on other classes."""
-    return f"to start from all of it but the class head, give --init-from {path}"
+    """Return the remedy for training on other classes."""
+    return f"to start from everything except the class head, use --init-from {path}"
 
 
 def first(items: Sequence[str]) -> str:
-    """Return the first few of many names, for a line."""
+    """Join the first few names for a message."""
     return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
 def without(keys: Sequence[str], dropped: Sequence[str]) -> list[str]:
-    """Return the keys that are not dropped, in order."""
+    """Return the keys that are not in ``dropped``, in order."""
     gone = set(dropped)
     return [k for k in keys if k not in gone]
 
 
 def is_block(key: str) -> bool:
-    """Whether a weight belongs to a BatchFormer block, which evaluation does without."""
+    """Whether a weight belongs to a BatchFormer block, which evaluation does not use."""
     return _BLOCK in key
 
 
@@ -99,5 +104,5 @@ def is_mask_head(key: str) -> bool:
 
 
 def is_class_head(key: str) -> bool:
-    """Whether a weight's shape follows from the number of classes."""
+    """Whether the shape of a weight depends on the number of classes."""
     return _CLASS_HEADS.match(key) is not None

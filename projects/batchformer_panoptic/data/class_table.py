@@ -1,4 +1,4 @@
-"""The classes of a data set: names, things and stuff, colours, ids in the data set's own files."""
+"""The classes of a data set: names, things and stuff, colors, and ids in the data set's files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,26 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.colormap import colormap
 
 from ..errors import UserError
+from .validation import (
+    check_categories,
+    check_color,
+    check_entries,
+    check_lists,
+    raise_first_error,
+)
 
 Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Things and stuff in one contiguous id space; the position in every field is the class id.
+    """Things and stuff in one contiguous id space; every field is indexed by the class id.
 
     Attributes:
         names: one name per class.
         is_thing: whether a class has countable instances.
         colors: RGB, 0 to 255.
-        dataset_ids: the ids that the data set's JSON uses for the classes.
+        dataset_ids: the ids of the classes in the data set's JSON.
     """
 
     names: tuple[str, ...]
@@ -29,7 +36,7 @@ class ClassTable:
     dataset_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse fields of different lengths."""
+        """Raise ValueError for fields of different lengths."""
         fields = (self.names, self.is_thing, self.colors, self.dataset_ids)
         if len({len(field) for field in fields}) != 1:
             raise ValueError(f"fields of different lengths: {[len(field) for field in fields]}")
@@ -51,13 +58,13 @@ class ClassTable:
 
     @classmethod
     def from_categories(cls, categories: Sequence[Mapping[str, Any]]) -> "ClassTable":
-        """Read the "categories" of a COCO-panoptic JSON; contiguous ids follow the dataset ids.
+        """Read the "categories" of COCO-panoptic JSON; contiguous ids follow the dataset ids.
 
-        A category without a colour gets one from Detectron2's colour map.
+        A category without a color gets one from Detectron2's color map.
 
         Raises:
-            UserError: no categories, a category without id, name or isthing, or one id or name
-                given twice.
+            UserError: no categories, a category without id, name or isthing, a color that is not
+                one, or one id or name given twice.
         """
         table = cls.from_json(categories)
         order = sorted(range(table.num_classes), key=table.dataset_ids.__getitem__)
@@ -70,28 +77,23 @@ class ClassTable:
 
     @classmethod
     def from_json(cls, categories: Sequence[Mapping[str, Any]]) -> "ClassTable":
-        """Read what `to_json` wrote; contiguous ids follow the order of the list.
+        """Read the result of `to_json`; contiguous ids follow the order of the list.
 
         Raises:
             UserError: as in `from_categories`.
         """
-        if not isinstance(categories, Sequence) or not categories:
-            raise UserError('"categories" is empty: list every class with id, name and isthing')
-        for category in categories:
-            _check_category(category)
-        names = tuple(category["name"] for category in categories)
-        dataset_ids = tuple(int(category["id"]) for category in categories)
-        for values, field in ((names, "name"), (dataset_ids, "id")):
-            if repeated := _first_repeated(values):
-                raise UserError(f"categories: {field} {repeated[0]!r} is given twice")
+        content = {"categories": categories}
+        raise_first_error(check_lists(content, ["categories"]))
+        raise_first_error(check_entries(content, "categories"))
+        raise_first_error(check_categories(content))
         return cls(
-            names=names,
+            names=tuple(category["name"] for category in categories),
             is_thing=tuple(bool(category["isthing"]) for category in categories),
             colors=tuple(
                 _color(category.get("color"), class_id)
                 for class_id, category in enumerate(categories)
             ),
-            dataset_ids=dataset_ids,
+            dataset_ids=tuple(category["id"] for category in categories),
         )
 
     @classmethod
@@ -99,7 +101,7 @@ class ClassTable:
         """Read Detectron2's metadata of a panoptic set or of a set of boxes (every class a thing).
 
         Raises:
-            UserError: the metadata names no classes, or counts things and stuff separately.
+            UserError: the metadata names no classes, or numbers things and stuff separately.
         """
         names = metadata.get("thing_classes")
         stuff_names = metadata.get("stuff_classes")
@@ -114,13 +116,14 @@ class ClassTable:
                 "thing_classes and stuff_classes both list all classes "
                 "(coco_2017_val_panoptic, not coco_2017_val_panoptic_separated)"
             )
-        thing_ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        stuff_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
         all_things = stuff_names is None
-        dataset_ids = {class_id: dataset_id for dataset_id, class_id in stuff_ids.items()}
-        dataset_ids |= {class_id: dataset_id for dataset_id, class_id in thing_ids.items()}
-        things = set(thing_ids.values())
+        things = set((metadata.get("thing_dataset_id_to_contiguous_id") or {}).values())
+        dataset_ids = dataset_ids_of(metadata)
         colors = metadata.get("thing_colors") or metadata.get("stuff_colors") or [None] * len(names)
+        # Metadata set by other code may hold arrays.
+        colors = [None if color is None else [int(value) for value in color] for color in colors]
+        for class_id, color in enumerate(colors):
+            raise_first_error(check_color(color, f"class {class_id} of {metadata.name!r}"))
         return cls(
             names=tuple(names),
             is_thing=tuple(all_things or class_id in things for class_id in range(len(names))),
@@ -129,7 +132,7 @@ class ClassTable:
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """COCO category dicts in contiguous order: id (of the data set), name, isthing, color."""
+        """Return COCO categories (id, name, isthing, color) in contiguous order."""
         rows = zip(self.dataset_ids, self.names, self.is_thing, self.colors, strict=True)
         return [
             {"id": dataset_id, "name": name, "isthing": int(is_thing), "color": list(color)}
@@ -137,9 +140,9 @@ class ClassTable:
         ]
 
     def difference(self, other: "ClassTable") -> str:
-        """What a model would notice between two tables; "" if nothing.
+        """Describe the first difference that matters to a model; "" if there is none.
 
-        Colours and dataset ids may differ: they do not reach the model.
+        Colors and dataset ids may differ: they do not reach the model.
         """
         if self.num_classes != other.num_classes:
             return f"{self.num_classes} classes against {other.num_classes}"
@@ -155,41 +158,28 @@ class ClassTable:
         return ""
 
 
-def _check_category(category: Any) -> None:
-    if not isinstance(category, Mapping):
-        raise UserError(f"category {category!r} is not an object with id, name and isthing")
-    if missing := [key for key in ("id", "name", "isthing") if key not in category]:
-        raise UserError(f"category {dict(category)!r} has no {missing[0]!r}")
-    if not isinstance(category["id"], int) or not isinstance(category["name"], str):
-        raise UserError(f"category {dict(category)!r}: id must be an integer and name a text")
-    if category["isthing"] not in (0, 1):
-        raise UserError(f"category {category['name']!r}: isthing must be 0 or 1")
+def dataset_ids_of(metadata: Metadata) -> dict[int, int]:
+    """Return the id in the data set's files of every contiguous class id in the metadata.
+
+    Raises:
+        UserError: a contiguous id stands for two classes, one a thing and one stuff.
+    """
+    dataset_ids: dict[int, int] = {}
+    for key in ("thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"):
+        for dataset_id, class_id in (metadata.get(key) or {}).items():
+            if dataset_ids.setdefault(class_id, dataset_id) != dataset_id:
+                raise UserError(
+                    f"data set {metadata.name!r} numbers things and stuff separately: class "
+                    f"{class_id} is both {dataset_ids[class_id]} and {dataset_id}; use the form "
+                    "with one id space (Detectron2's names without '_separated')"
+                )
+    return dataset_ids
 
 
-def _first_repeated(values: Sequence[Any]) -> list[Any]:
-    """The first value that stands in the sequence a second time, as a list of at most one."""
-    seen: set[Any] = set()
-    for value in values:
-        if value in seen:
-            return [value]
-        seen.add(value)
-    return []
-
-
-def _color(color: Any, class_id: int) -> Color:
-    """The colour as three integers; one of Detectron2's map where there is none."""
+def _color(color: Sequence[int] | None, class_id: int) -> Color:
+    """Return a checked color as a tuple; None: one of Detectron2's color map."""
     if color is None:
         palette = colormap(rgb=True)
         color = palette[class_id % len(palette)]
-    red, green, blue = _three_bytes(color, class_id)
+    red, green, blue = (int(value) for value in color)
     return red, green, blue
-
-
-def _three_bytes(color: Any, class_id: int) -> list[int]:
-    try:
-        values = [int(value) for value in color]
-    except (TypeError, ValueError):
-        values = []
-    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
-        raise UserError(f"colour {color!r} of class {class_id} is not three numbers from 0 to 255")
-    return values

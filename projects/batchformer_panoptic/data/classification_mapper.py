@@ -1,8 +1,6 @@
-"""From one dataset dict of an image folder to what a classifier takes.
+"""Maps a dataset dict of an image folder to the input of a classifier, with timm's transforms.
 
-From the INPUT.CLASSIFICATION section to timm's transforms.
-
-Pictures are Pillow images in RGB until the last step, then (3, S, S) tensors in 0 to 255.
+Images are Pillow images in RGB until the last step, then (3, S, S) tensors in 0 to 255.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,36 +13,37 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
-from .panoptic_mapper import check_image_format, read_image_file
+from .io import read_image
+from .panoptic_mapper import check_image_format
 
 TRAIN_CROPS = ("resized", "padded")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 
 
 def build_image_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], Tensor]:
-    """Build timm's transform for training or evaluation without its normalisation.
+    """Build timm's transform for training or evaluation, without its normalization.
 
-    In training: a crop (``TRAIN_CROP`` "resized": an area of ``SCALE`` of the image; "padded": the
-    whole image, moved by up to ``PADDING`` pixels), horizontal flip, ``AUTO_AUGMENT`` or else
-    ``COLOR_JITTER``. In evaluation: the short side resized to the image size over ``CROP_PCT``,
-    and the centre of that.
+    Training: a crop (``TRAIN_CROP`` "resized": a share ``SCALE`` of the image's area; "padded": the
+    whole image, shifted by up to ``PADDING`` pixels), horizontal flip, and ``AUTO_AUGMENT`` or else
+    ``COLOR_JITTER``. Evaluation: the short side is resized to the image size divided by
+    ``CROP_PCT``, then the center is cropped.
 
     Args:
         cfg: INPUT.CLASSIFICATION, MODEL.CLASSIFIER.IMAGE_SIZE, INPUT.FORMAT and MODEL.PIXEL_MEAN.
         is_train: training or evaluation.
 
     Returns:
-        RGB picture of any size -> uint8 (3, S, S), RGB.
+        A function from an RGB image of any size to uint8 (3, S, S), RGB.
 
     Raises:
-        UserError: timm is not there, or a value that it does not take.
+        UserError: timm is not installed or does not support a value.
     """
     node = cfg.INPUT.CLASSIFICATION
     size = int(cfg.MODEL.CLASSIFIER.IMAGE_SIZE)
     _check(node, size)
     create_transform = _timm_data().create_transform
     if not is_train:
-        # "random" is for training alone
+        # "random" is for training only.
         interpolation = "bicubic" if node.INTERPOLATION == "random" else node.INTERPOLATION
         evaluation: Callable[[Image.Image], Tensor] = create_transform(
             size, interpolation=interpolation, crop_pct=float(node.CROP_PCT), normalize=False
@@ -60,15 +59,16 @@ def build_image_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image
             color_jitter=float(node.COLOR_JITTER) or None,
             auto_augment=node.AUTO_AUGMENT or None,
             interpolation=node.INTERPOLATION,
-            # what shears and rotations are filled with, RGB in 0 to 1
+            # Fill color of shears and rotations, RGB in 0 to 1.
             mean=tuple(value / 255 for value in rgb_of(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN)),
             normalize=False,
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"INPUT.CLASSIFICATION.AUTO_AUGMENT {node.AUTO_AUGMENT!r} is not what timm takes "
-            f"({type(error).__name__}: {error}): for example rand-m9-mstd0.5-inc1, or '' for none"
+            f"timm does not support INPUT.CLASSIFICATION.AUTO_AUGMENT {node.AUTO_AUGMENT!r} "
+            f"({type(error).__name__}: {error}): give '' for none or, for example, "
+            "rand-m9-mstd0.5-inc1"
         ) from error
     if node.TRAIN_CROP == "padded":
         crop_and_flip = _padded_crop(size, int(node.PADDING), float(node.HFLIP))
@@ -76,16 +76,16 @@ def build_image_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image
 
 
 class PixelErasing:
-    """Timm's random erasing by noise, on images in 0 to 255.
+    """Timm's random erasing by noise, for images in 0 to 255.
 
-    Timm erases after the normalisation, with normal noise of deviation 1. The model normalises
-    here, so the noise has the mean and the deviation that make it the same after that. It is
-    neither rounded nor cut to 0 to 255.
+    Timm erases after normalization, with Gaussian noise of standard deviation 1. Here the model
+    normalizes the image, so the noise gets the mean and standard deviation of the data, which
+    makes it the same after normalization. It is neither rounded nor clipped to 0 to 255.
 
     Args:
-        probability: that an image loses a rectangle of 2 % to a third of its area, 0 to 1.
-        mean: of each channel, in 0 to 255 and the order of the image's channels.
-        std: deviation of each channel, likewise.
+        probability: of erasing a rectangle of 2 % to a third of the image's area, 0 to 1.
+        mean: of each channel, in 0 to 255, in the order of the image's channels.
+        std: standard deviation of each channel, likewise.
     """
 
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -96,18 +96,18 @@ class PixelErasing:
         self._std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Erase in a uint8 (C, H, W) image; returns float32 in any case."""
+        """Erase in a uint8 (C, H, W) image; always returns float32."""
         normalized: Tensor = self._erase((image - self._mean) / self._std)
         return normalized * self._std + self._mean
 
 
 def rgb_of(image_format: str, values: Sequence[float]) -> list[float]:
-    """Statistics in the order of INPUT.FORMAT ("RGB" or "BGR") as red, green and blue."""
+    """Return statistics in the order of INPUT.FORMAT ("RGB" or "BGR") as red, green, blue."""
     return list(values)[::-1] if image_format == "BGR" else list(values)
 
 
 def _padded_crop(size: int, padding: int, hflip: float) -> Callable[[Image.Image], Image.Image]:
-    """The whole image at (size, size), a black border of ``padding``, and a crop out of both."""
+    """Resize the whole image to (size, size), pad it in black by ``padding``, crop (size, size)."""
     steps: list[Any] = [
         transforms.Resize((size, size)),
         transforms.RandomCrop(size, padding=padding),
@@ -132,10 +132,12 @@ def _check(node: CfgNode, size: int) -> None:
     for key in ("SCALE", "RATIO"):
         if len(node[key]) != 2 or not 0 < node[key][0] <= node[key][1]:
             raise UserError(
-                f"INPUT.CLASSIFICATION.{key} is {list(node[key])}: give the least and the most"
+                f"INPUT.CLASSIFICATION.{key} is {list(node[key])}: give the minimum and the maximum"
             )
     if not 0 < node.CROP_PCT <= 1:
-        raise UserError(f"INPUT.CLASSIFICATION.CROP_PCT is {node.CROP_PCT}: give above 0 to 1")
+        raise UserError(
+            f"INPUT.CLASSIFICATION.CROP_PCT is {node.CROP_PCT}: give more than 0, at most 1"
+        )
     if node.PADDING < 0 or node.COLOR_JITTER < 0:
         raise UserError(
             f"INPUT.CLASSIFICATION.PADDING is {node.PADDING} and COLOR_JITTER {node.COLOR_JITTER}: "
@@ -144,13 +146,13 @@ def _check(node: CfgNode, size: int) -> None:
 
 
 def _timm_data() -> Any:
-    """The module timm.data.
+    """Return the module timm.data.
 
     Raises:
         UserError: timm, which is an extra, is not installed.
     """
     try:
-        import timm.data.random_erasing  # an extra: only those who classify images need it
+        import timm.data.random_erasing  # an extra, which only image classification needs
     except ImportError:
         raise UserError(
             "image classification needs timm: pip install timm, or this project's extra [timm]"
@@ -159,15 +161,15 @@ def _timm_data() -> Any:
 
 
 class ClassificationMapper:
-    """Reads the image and augments it.
+    """Reads and augments an image.
 
-    Calling it returns a dict with
+    A call returns a dict with
 
     - image: (3, S, S) in 0 to 255, channels in the order of INPUT.FORMAT; uint8, or float32 in
-      training with random erasing, whose noise is not cut to that range;
-    - file_name, image_id, and label where the dataset dict has one.
+      training with random erasing, whose noise is not clipped to that range;
+    - file_name, image_id, and label if the dataset dict has one.
 
-    The dataset dict is left as it is. `UserError` names a file that cannot be read.
+    The dataset dict is not changed. `UserError` names a file that cannot be read.
     """
 
     @configurable
@@ -178,11 +180,11 @@ class ClassificationMapper:
         erasing: Callable[[Tensor], Tensor] | None = None,
         image_format: str = "RGB",
     ) -> None:
-        """Take the parts.
+        """Store the parts.
 
         Args:
-            transform: RGB picture -> uint8 (3, S, S) tensor, RGB.
-            erasing: applied last, to channels in the order of the format.
+            transform: maps an RGB image to a uint8 (3, S, S) tensor, RGB.
+            erasing: applied last, on channels in the order of the format.
             image_format: "RGB" or "BGR".
 
         Raises:
@@ -195,7 +197,7 @@ class ClassificationMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from INPUT and the pixel statistics of MODEL."""
+        """Return constructor arguments from INPUT and the pixel statistics of MODEL."""
         probability = float(cfg.INPUT.CLASSIFICATION.RANDOM_ERASING)
         erasing = None
         if is_train and probability > 0:
@@ -207,8 +209,8 @@ class ClassificationMapper:
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read and transform one image; the randomness is that of random, numpy and torch."""
-        picture = Image.fromarray(read_image_file(dataset_dict["file_name"], "RGB", "image"))
+        """Read and transform one image; random numbers come from random, numpy and torch."""
+        picture = Image.fromarray(read_image(dataset_dict["file_name"], "RGB"))
         image = self.transform(picture)
         if self.image_format == "BGR":
             image = image.flip(0)

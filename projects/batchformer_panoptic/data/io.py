@@ -1,19 +1,15 @@
-"""What the commands that prepare data sets share: folders that they fill, and their arguments.
+"""Readers and writers of files: images, panoptic PNGs and JSON.
 
-A manifest in the folder holds the settings it was made with and is marked complete at the very end,
-so that neither half a set nor another one is taken for the one that was asked for, and nobody
-else's files are touched.
-
-Image files in and out.
+H, W: height and width of an image in pixels.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import shutil
+import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +17,134 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from detectron2.data import detection_utils
-from PIL import Image
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError, one_line
 
 ImageArray = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.integer[Any]]
+
+# ---------------------------------------------------------------------------
+# Images and panoptic PNGs
+# ---------------------------------------------------------------------------
+
+_EXIF_ORIENTATION, _EXIF_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_RGB = 2  # the color type, byte 25 of the header
+_PNG_COLOR_TYPES = {0: "grey", _PNG_RGB: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 
 
-def read_image(path: str | Path) -> ImageArray:
-    """Read an image as evaluation does: decoded by Pillow, turned as its EXIF data says.
+@contextlib.contextmanager
+def _reading(path: str | Path, role: str) -> Iterator[None]:
+    """Convert Pillow's errors for a missing or damaged file to `UserError`.
 
-    Returns:
-        (H, W, 3) uint8, BGR.
-
-    Raises:
-        UserError: naming the file, if it is missing or no image.
+    Args:
+        path: the file.
+        role: precedes the path in the message, such as "image".
     """
     try:
-        image: ImageArray = detection_utils.read_image(str(path), format="BGR")
+        yield
     except FileNotFoundError:
-        raise UserError(f"image {path} does not exist") from None
-    # Pillow reports damaged files with all of these.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = one_line(error)
-        raise UserError(f"image {path} cannot be read: {reason}") from error
+        raise UserError(missing_file(path, role)) from None
+    except UnidentifiedImageError:  # its message may show a file object
+        raise UserError(f"{role} {path} cannot be read: unknown image format") from None
+    # Pillow reports damaged files with any of these; struct.error comes from damaged EXIF data.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{role} {path} cannot be read: {one_line(error)}") from error
+
+
+def missing_file(path: str | Path, role: str) -> str:
+    """Return the sentence about a file that does not exist.
+
+    It names a file that differs in the extension only, if there is one.
+    """
+    others = (Path(path).with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png"))
+    hint = next((f" ({other.name} exists)" for other in others if other.is_file()), "")
+    return f"{role} {path} does not exist{hint}"
+
+
+def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
+    """Read an image and rotate it according to its EXIF data.
+
+    Args:
+        path: a file that Pillow can decode, in any color mode.
+        image_format: order of the channels, "BGR" or "RGB".
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UserError: the file is missing or is not a readable image.
+    """
+    with _reading(path, "image"):
+        image: ImageArray = detection_utils.read_image(str(path), format=image_format)
     return np.ascontiguousarray(image)
+
+
+def read_image_size(path: str | Path, *, decode: bool = True) -> tuple[int, int]:
+    """Return (H, W) of an image as `read_image` would read it.
+
+    Args:
+        path: the image.
+        decode: also decode every pixel, which finds truncated files; False reads the header only.
+
+    Raises:
+        UserError: the file is missing or is not a readable image.
+    """
+    with _reading(path, "image"), Image.open(path) as image:
+        if decode:
+            image.load()
+        # The base class's getexif: the override for PNG files decodes all pixels.
+        exif = Image.Image.getexif(image)
+        width, height = image.size
+        sideways = exif.get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+    return (width, height) if sideways else (height, width)
+
+
+def read_segment_map(path: str | Path) -> npt.NDArray[np.int32]:
+    """Decode a panoptic PNG to its segment map.
+
+    EXIF data is ignored, as in panopticapi.
+
+    Args:
+        path: a PNG in RGB or RGBA; a fourth channel is ignored.
+
+    Returns:
+        (H, W) int32, the segment id R + 256 G + 65536 B of every pixel; 0 is void.
+
+    Raises:
+        UserError: the file is missing or damaged, is not a PNG, or has another color mode.
+    """
+    pixels = None
+    with _reading(path, "panoptic PNG"), Image.open(path) as image:
+        width, height = image.size
+        if image.format == "PNG" and image.mode in ("RGB", "RGBA"):
+            # With four bytes per pixel the buffer already holds little-endian integers.
+            pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")
+    if pixels is None:
+        raise UserError(str(png_format_fault(path)))
+    return np.frombuffer(pixels, dtype="<i4").reshape(height, width) & 0xFFFFFF
+
+
+def png_format_fault(path: str | Path) -> str | None:
+    """Compare the header of a file with that of an 8-bit RGB PNG.
+
+    Pillow's ``mode`` is not enough: it also reads 16-bit channels as 8 bits.
+
+    Returns:
+        A sentence, or None for an 8-bit RGB PNG.
+    """
+    with open(path, "rb") as file:
+        header = file.read(26)
+    if not header.startswith(_PNG_SIGNATURE):
+        found = "not a PNG"
+    else:
+        depth, color_type = header[24], header[25]
+        if (depth, color_type) == (8, _PNG_RGB):
+            return None
+        found = f"a PNG of {depth}-bit {_PNG_COLOR_TYPES.get(color_type, color_type)}"
+    return f"panoptic PNG {path} is {found}; segment ids need a PNG of 8-bit RGB"
 
 
 def write_image(path: str | Path, image_rgb: ImageArray) -> None:
@@ -58,93 +157,76 @@ def write_image(path: str | Path, image_rgb: ImageArray) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         written = cv2.imwrite(str(path), image_rgb[:, :, ::-1])
     except (OSError, cv2.error) as error:
-        reason = one_line(error)
-        raise UserError(f"{path} cannot be written: {reason}") from error
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
     if not written:
         raise UserError(f"{path} cannot be written: is its folder writable?")
 
 
-MANIFEST = "manifest.json"
+# ---------------------------------------------------------------------------
+# COCO's JSON
+# ---------------------------------------------------------------------------
+
+# Parsed annotations take several times the size of their file and stay for the whole run, so that
+# only files up to this many bytes together are kept. COCO's panoptic_val2017.json has 12 MB.
+_CACHED_BYTES = 64 * 2**20
+
+# Absolute path -> modification time in ns, size in bytes, content; least recently used first.
+_cached: OrderedDict[str, tuple[int, int, dict[str, Any]]] = OrderedDict()
 
 
-class PreparedFolder:
-    """A folder that one command fills.
+def read_coco_json(path: str | Path) -> dict[str, Any]:
+    """Return the object in a COCO JSON file.
+
+    Registration, dataset dicts and evaluators read the same file. It is parsed again only when
+    its modification time or size has changed, or when it is too large to keep.
 
     Args:
-        path: the folder, there or not.
-        settings: what its content follows from; ``generator`` names the command.
+        path: a local path or a URI that Detectron2's PathManager supports.
+
+    Returns:
+        The parsed object. It is shared between callers and must not be changed.
+
+    Raises:
+        UserError: the file is missing or unreadable, or does not hold a JSON object.
     """
+    try:
+        local_path = os.path.abspath(PathManager.get_local_path(str(path)))
+        status = os.stat(local_path)
+        state = (status.st_mtime_ns, status.st_size)
+        if local_path in _cached and _cached[local_path][:2] == state:
+            _cached.move_to_end(local_path)
+            return _cached[local_path][2]
+        with open(local_path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not COCO's JSON object")
+    _cached.pop(local_path, None)
+    if status.st_size <= _CACHED_BYTES:
+        _cached[local_path] = (*state, content)
+        while sum(size for _, size, _ in _cached.values()) > _CACHED_BYTES:
+            _cached.popitem(last=False)
+    return content
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path = path
-        self._settings = dict(settings)
 
-    def is_done(self, is_intact: Callable[[], bool], *, overwrite: bool) -> bool:
-        """Whether the very set that is asked for is there; False: it is to be made.
-
-        Args:
-            is_intact: asked of a set that is marked complete: whether no file was lost since.
-            overwrite: make it in any case, in the place of whatever this command wrote.
-
-        Raises:
-            UserError: the folder holds something else, or an unfinished or different set and
-                ``overwrite`` is False.
-        """
-        found = self._read_manifest()
-        if overwrite or found is None:
-            return False
-        if found == {**self._settings, "complete": True} and is_intact():
-            return True
-        raise UserError(
-            f"{self._path} holds {self._describe(found)}; add --overwrite to replace it"
-        )
-
-    @contextlib.contextmanager
-    def filling(self, folders: Sequence[str]) -> Iterator[None]:
-        """Remove ``folders``, which are what this command writes; mark complete at the end."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        write_json(self._path / MANIFEST, {**self._settings, "complete": False})
-        for folder in folders:
-            if (self._path / folder).exists():
-                shutil.rmtree(self._path / folder)
-        yield
-        write_json(self._path / MANIFEST, {**self._settings, "complete": True})
-
-    def _read_manifest(self) -> dict[str, Any] | None:
-        """What this command noted, or None for a new or empty folder."""
-        if not self._path.exists():
-            return None
-        if not self._path.is_dir():
-            raise UserError(f"--output {self._path} is a file; name a new folder")
-        if not any(self._path.iterdir()):
-            return None
-        try:
-            manifest = json.loads((self._path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            manifest = None
-        if (
-            not isinstance(manifest, dict)
-            or manifest.get("generator") != self._settings["generator"]
-        ):
-            raise UserError(f"--output {self._path} holds other files; name a new or empty folder")
-        return manifest
-
-    def _describe(self, found: Mapping[str, Any]) -> str:
-        changed = [
-            f"{key} {found.get(key)} (asked: {value})"
-            for key, value in self._settings.items()
-            if found.get(key) != value
-        ]
-        return "a set with " + ", ".join(changed) if changed else "an incomplete set"
+# ---------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------
 
 
 def write_atomically(path: str, save: Callable[[str], None]) -> None:
     """Write a file as a whole or not at all.
 
     Args:
-        path: the target, whose folder is made; a symbolic link keeps pointing to what is replaced.
-        save: called with the name of a temporary file, with the target's ending, in the target's
-            folder; writes it. When it raises, the target is as before and nothing is left behind.
+        path: the target. Its folder is created; of a symbolic link, the file it points to is
+            replaced.
+        save: writes the temporary file whose name it is given: in the target's folder, with the
+            target's ending. When it raises, the target is unchanged and nothing is left behind.
 
     Raises:
         UserError: the target is a folder, or the system refuses.
@@ -182,14 +264,3 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
 
 def _write_text(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
-
-
-def integer_between(low: int, high: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse

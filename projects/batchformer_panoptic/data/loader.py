@@ -1,8 +1,8 @@
 """Data loaders for training and evaluation.
 
-Which image comes when: a stream that can be entered at any point.
-
-Between the mapper and the trainer: seeding of each image, and errors of worker processes.
+Training samples are numbered by their position in one endless sequence of shuffled epochs. The
+image and the augmentation at a position follow from the seed and the position only, so that a run
+can be resumed anywhere, with any number of workers.
 """
 
 import contextlib
@@ -27,208 +27,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError, one_line
 from .classification_mapper import ClassificationMapper
+from .datasets.catalog import check_paths
 from .datasets.image_folder import CLASSIFICATION
-from .datasets.panoptic import check_paths
 from .datasets.setup import check_registered
 from .panoptic_mapper import PanopticDatasetMapper
 
-# Tells the random numbers of permutations from those of augmentations (see loading.py).
-_PERMUTATION_DOMAIN = 0
-
-
-class SampledItem(NamedTuple):
-    """One element of the endless stream of training images.
-
-    Attributes:
-        position: place in the stream of all processes together, from 0. It never repeats, and so
-            tells the epochs of one image apart.
-        image_index: which image of the data set.
-    """
-
-    position: int
-    image_index: int
-
-
-class ResumableSampler(Sampler[SampledItem]):
-    """One process's share of an endless stream of shuffled epochs.
-
-    The stream is permutation 0, permutation 1, ... of the data set. Process r of W takes the
-    positions r, r + W, r + 2 W, ... Permutation e is a function of the seed and e alone, so that
-    starting in the middle costs nothing and gives what an uninterrupted run would see; so does
-    going on with another number of processes and the same total batch.
-
-    Repeated augmentation: with R repeats every image of a permutation stands R times in a row, each
-    time at a position of its own and so with another augmentation, and as in DeiT's sampler an
-    epoch still ends after as many draws as there are images: it shows one image in R. Several
-    processes share the copies of an image out among them.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        repeats: int = 1,
-    ) -> None:
-        """Describe the stream.
-
-        Args:
-            size: number of images.
-            seed: 0 or more, the same on all processes.
-            rank: this process.
-            world_size: number of processes.
-            start: position of the first element for process 0; a multiple of the world size.
-            repeats: draws of an image in a row, 1 or more.
-        """
-        if size < 1 or not 0 <= rank < world_size or start < 0 or seed < 0 or repeats < 1:
-            raise ValueError(f"{size=}, {seed=}, {rank=}, {world_size=}, {start=}, {repeats=}")
-        self._size = size
-        self._repeats = repeats
-        self._seed = seed
-        self._world_size = world_size
-        self._first_position = start + rank
-
-    def __iter__(self) -> Iterator[SampledItem]:
-        """Yield without end."""
-        position = self._first_position
-        epoch, permutation = -1, np.empty(0, dtype=np.int64)
-        while True:
-            position_epoch, place = divmod(position, self._size)
-            if position_epoch != epoch:
-                epoch, permutation = position_epoch, self._permutation(position_epoch)
-            yield SampledItem(position, int(permutation[place // self._repeats]))
-            position += self._world_size
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, _PERMUTATION_DOMAIN, epoch)).permutation(
-            self._size
-        )
-
+logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
-# Tells the seeds of augmentations from those of permutations (see ResumableSampler).
+# Random numbers of permutations and of augmentations come from the same seed in separate domains.
+_PERMUTATION_DOMAIN = 0
 _AUGMENTATION_DOMAIN = 1
-
-
-class Failure(NamedTuple):
-    """Stands in a batch for an image that could not be mapped."""
-
-    message: str
-
-
-class IsolatedMapper:
-    """A mapper whose random numbers and errors stay with the image they belong to.
-
-    Random numbers follow from two integers, not from what was drawn before, and the generators
-    of the process are afterwards as they were. Where the mapper raises `UserError`, a `Failure` is
-    returned: PyTorch turns an exception of a worker process into a page of traceback text, a value
-    passes as it is, and `CheckedLoader` raises it again in the main process.
-    """
-
-    def __init__(self, mapper: Mapper) -> None:
-        self._mapper = mapper
-
-    def __call__(
-        self, dataset_dict: dict[str, Any], seed: int = 0, position: int = 0
-    ) -> dict[str, Any] | Failure:
-        """Map, or say why not."""
-        try:
-            with seeded(seed, position):
-                return self._mapper(dataset_dict)
-        except UserError as error:
-            return Failure(str(error))
-
-
-class SampledDataset(Dataset[dict[str, Any] | Failure]):
-    """Maps the elements of a `ResumableSampler`, each with random numbers of its own.
-
-    They follow from the seed and the position in the stream, not from the worker that happens to
-    map the element.
-    """
-
-    def __init__(self, dataset_dicts: list[dict[str, Any]], mapper: Mapper, seed: int) -> None:
-        """Keep the dicts in serialised form, which worker processes share without copying."""
-        self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
-        self._mapper = IsolatedMapper(mapper)
-        self._seed = seed
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._dataset_dicts)
-
-    def __getitem__(self, item: SampledItem) -> dict[str, Any] | Failure:
-        """Map one element of the stream."""
-        return self._mapper(self._dataset_dicts[item.image_index], self._seed, item.position)
-
-
-class CheckedLoader:
-    """Iterates a DataLoader whose mapper reports failures, and raises them as `UserError`."""
-
-    def __init__(self, loader: "DataLoader[Any]") -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        """Number of batches; TypeError for an endless loader."""
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield batches: lists of mapped dicts."""
-        for batch in self.loader:
-            for sample in batch:
-                if isinstance(sample, Failure):
-                    raise UserError(sample.message)
-            yield batch
-
-
-@contextlib.contextmanager
-def seeded(seed: int, position: int) -> Iterator[None]:
-    """Seed the generators of random, numpy and torch's CPU; afterwards they are as before.
-
-    GPU generators are left alone: loading an image in the main process must not change the
-    dropout of the training step.
-    """
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    words = np.random.SeedSequence((seed, _AUGMENTATION_DOMAIN, position)).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-
-
-def limit_worker_threads(_worker_id: int) -> None:
-    """Keep a worker process to one thread, so that workers do not compete with each other."""
-    torch.set_num_threads(1)
-    if "cv2" in sys.modules:
-        sys.modules["cv2"].setNumThreads(0)
-
-
-logger = logging.getLogger(__name__)
 
 _PATH_KEYS = ("panoptic_json", "panoptic_root", "image_root", "json_file")
 
 
-def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> CheckedLoader:
-    """An endless loader of training batches, lists of SOLVER.IMS_PER_BATCH / processes dicts.
+def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
+    """Build an endless loader of batches, lists of SOLVER.IMS_PER_BATCH / processes dicts.
 
-    Images and augmentations of batch i follow from SEED, rank, number of processes and i alone,
-    with any number of workers, and a loader started at iteration i goes on exactly as one that has
-    run until there. A negative SEED draws one, the same on all processes; such a run cannot be
-    repeated.
+    Images and augmentations of batch i depend only on SEED, rank, number of processes and i, with
+    any number of workers. A loader started at iteration i continues exactly as one that has run
+    that far. A negative SEED draws one, the same on all processes; such a run cannot be repeated.
 
     Args:
         cfg: after `setup_datasets`.
-        start_iter: first iteration, 0 or the one a run is resumed at.
+        start_iter: first iteration: 0, or that of a resumed run.
 
     Raises:
         UserError: an unusable config (the batch does not divide, a sampler or grouping that
@@ -255,14 +79,14 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> CheckedLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         worker_init_fn=limit_worker_threads,
-        # Workers are numbered from a generator; the global one belongs to the model.
+        # The base seed of workers is drawn from this generator; the global one is the model's.
         generator=torch.Generator(),
     )
     return CheckedLoader(loader)
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> CheckedLoader:
-    """One pass over a data set, in order, split over the processes; lists of TEST.IMS_PER_BATCH.
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> "CheckedLoader":
+    """Build a loader of one pass in order, split over the processes; TEST.IMS_PER_BATCH dicts each.
 
     Raises:
         UserError: an unusable data set or batch size. While iterating: an image that cannot be
@@ -277,18 +101,18 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> CheckedLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = limit_worker_threads
-    # An evaluation in the middle must not change the random numbers of the training around it.
+    # An evaluation during training must not change the random numbers of the training.
     loader.generator = torch.Generator()
     return CheckedLoader(loader)
 
 
 def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict[str, Any]]:
-    """Dataset dicts of all names together.
+    """Return the dataset dicts of all names together.
 
     Args:
         names: registered data sets.
-        filter_empty: leave out images without annotated boxes, as Detectron2 does and logs for
-            data sets of boxes. Images of panoptic data sets are all kept.
+        filter_empty: leave out images without annotated boxes, as Detectron2 does (and logs) for
+            data sets of boxes. All images of panoptic data sets are kept.
 
     Raises:
         UserError: no names, an unknown name, missing files, or a data set that cannot be read.
@@ -312,7 +136,7 @@ def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict
 
 
 def _build_mapper(cfg: CfgNode, dataset_name: str, is_train: bool) -> Mapper:
-    """The mapper for the kind of data set that a registered name stands for."""
+    """Build the mapper for the format of a registered data set."""
     if _is_image_folder(dataset_name):
         return ClassificationMapper(cfg, is_train=is_train)
     return PanopticDatasetMapper(cfg, is_train=is_train)
@@ -332,9 +156,9 @@ def _is_image_folder(dataset_name: str) -> bool:
 
 
 def _paths_to_check(metadata: Any) -> Sequence[str]:
-    """Metadata keys of the files that reading needs.
+    """Return the metadata keys of the files needed to read a data set.
 
-    A panoptic data set of Detectron2's also names the JSON of the boxes, which nothing reads.
+    Detectron2's own panoptic data sets also name the JSON of the boxes, which is not read.
     """
     return _PATH_KEYS[:3] if metadata.get("panoptic_json") else _PATH_KEYS[2:]
 
@@ -360,3 +184,182 @@ def _check_train_config(cfg: CfgNode) -> None:
             "DATALOADER.ASPECT_RATIO_GROUPING makes batches depend on earlier ones, so that a run "
             "could not be resumed exactly: set it to False"
         )
+
+
+# ---------------------------------------------------------------------------
+# The order of training images
+# ---------------------------------------------------------------------------
+
+
+class SampledItem(NamedTuple):
+    """One element of the endless sequence of training images.
+
+    Attributes:
+        position: in the sequence of all processes together, from 0. It is never repeated, so the
+            same image has another position in each epoch.
+        image_index: position of the image in the data set.
+    """
+
+    position: int
+    image_index: int
+
+
+class ResumableSampler(Sampler[SampledItem]):
+    """One process's share of an endless sequence of shuffled epochs.
+
+    The sequence is permutation 0, permutation 1, ... of the data set. Process r of W takes the
+    positions r, r + W, r + 2 W, ... Permutation e depends on the seed and e only. A sampler can
+    therefore start at any position at no cost and continue as an uninterrupted run would, even
+    with another number of processes if the total batch is the same.
+
+    Repeated augmentation: with R repeats every image of a permutation occurs R times in a row. Each
+    occurrence has its own position and therefore its own augmentation. As in DeiT's sampler an
+    epoch still ends after as many draws as there are images, so that it shows one image in R. The
+    occurrences of an image are distributed over the processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        repeats: int = 1,
+    ) -> None:
+        """Define the sequence.
+
+        Args:
+            size: number of images.
+            seed: 0 or more, the same on all processes.
+            rank: this process.
+            world_size: number of processes.
+            start: position of the first element for process 0; a multiple of the world size.
+            repeats: consecutive draws of an image, 1 or more.
+        """
+        if size < 1 or not 0 <= rank < world_size or start < 0 or seed < 0 or repeats < 1:
+            raise ValueError(f"{size=}, {seed=}, {rank=}, {world_size=}, {start=}, {repeats=}")
+        self._size = size
+        self._repeats = repeats
+        self._seed = seed
+        self._world_size = world_size
+        self._first_position = start + rank
+
+    def __iter__(self) -> Iterator[SampledItem]:
+        """Yield elements endlessly."""
+        position = self._first_position
+        epoch, permutation = -1, np.empty(0, dtype=np.int64)
+        while True:
+            position_epoch, place = divmod(position, self._size)
+            if position_epoch != epoch:
+                epoch, permutation = position_epoch, self._permutation(position_epoch)
+            yield SampledItem(position, int(permutation[place // self._repeats]))
+            position += self._world_size
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, _PERMUTATION_DOMAIN, epoch)).permutation(
+            self._size
+        )
+
+
+# ---------------------------------------------------------------------------
+# Seeds and errors of single images
+# ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def seeded(seed: int, position: int) -> Iterator[None]:
+    """Seed the generators of random, numpy and torch's CPU, and restore them afterwards.
+
+    GPU generators are not touched: loading an image in the main process must not change the
+    dropout of the training step.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
+    words = np.random.SeedSequence((seed, _AUGMENTATION_DOMAIN, position)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+class Failure(NamedTuple):
+    """Replaces an image that could not be mapped in its batch."""
+
+    message: str
+
+
+class IsolatedMapper:
+    """A mapper with its own random numbers for each image, which returns errors as values.
+
+    Random numbers follow from two integers, not from earlier draws, and the generators of the
+    process are restored afterwards. `UserError` becomes a `Failure`, which `CheckedLoader` raises
+    in the main process; PyTorch would turn an exception in a worker into a page of traceback.
+    """
+
+    def __init__(self, mapper: Mapper) -> None:
+        self._mapper = mapper
+
+    def __call__(
+        self, dataset_dict: dict[str, Any], seed: int = 0, position: int = 0
+    ) -> dict[str, Any] | Failure:
+        """Map a dataset dict; return a `Failure` for a `UserError`."""
+        try:
+            with seeded(seed, position):
+                return self._mapper(dataset_dict)
+        except UserError as error:
+            return Failure(str(error))
+
+
+class SampledDataset(Dataset[dict[str, Any] | Failure]):
+    """Maps the elements of a `ResumableSampler`, each with its own random numbers.
+
+    They follow from the seed and the position, not from the worker process that maps the element.
+    """
+
+    def __init__(self, dataset_dicts: list[dict[str, Any]], mapper: Mapper, seed: int) -> None:
+        """Store the dicts in serialized form, which worker processes share without copying."""
+        self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
+        self._mapper = IsolatedMapper(mapper)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._dataset_dicts)
+
+    def __getitem__(self, item: SampledItem) -> dict[str, Any] | Failure:
+        """Map one element of the sampler."""
+        return self._mapper(self._dataset_dicts[item.image_index], self._seed, item.position)
+
+
+class CheckedLoader:
+    """Iterates a DataLoader whose mapper reports failures, and raises them as `UserError`."""
+
+    def __init__(self, loader: "DataLoader[Any]") -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        """Number of batches; TypeError for an endless loader."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield batches: lists of mapped dicts."""
+        for batch in self.loader:
+            for sample in batch:
+                if isinstance(sample, Failure):
+                    raise UserError(sample.message)
+            yield batch
+
+
+def limit_worker_threads(_worker_id: int) -> None:
+    """Limit a worker process to one thread, so that workers do not compete with each other."""
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)

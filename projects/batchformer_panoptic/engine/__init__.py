@@ -1,4 +1,4 @@
-"""Training and evaluation runs: set-up, trainer, training step, hooks."""
+"""Training and evaluation runs: set-up, trainer, training step, output."""
 
 from .run import argument_parser, run
 from .setup import load_config, setup_cfg

@@ -1,39 +1,38 @@
-"""A trained model behind one call: image in, evaluation's result out."""
+"""Predictor: a trained model that maps an image to the result that evaluation scores."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
-from ..data import ClassTable, build_augmentations, class_section, setup_datasets
+from ..data import ClassTable, PanopticDatasetMapper, class_section, setup_datasets
 from ..data.datasets.setup import class_table_of
 from ..data.io import ImageArray
 from ..errors import UserError, one_line
 from ..modeling.fast_inference import model_for_evaluation
 
-# Boxes without a panoptic map are drawn from this score on when no threshold is asked for.
+# Lowest score of a drawn box where there is no panoptic map and no threshold was given.
 _INSTANCE_SCORE = 0.5
 
 
 def configure_for_drawing(cfg: CfgNode, score_threshold: float | None = None) -> None:
-    """Set what a picture needs, and nothing more, in place.
+    """Restrict inference to what is drawn, in place.
 
-    With a mask head only the panoptic map is computed: the masks of all instances, which AP needs,
-    cost most of the time. Without one, boxes of low score are left out.
+    With a mask head, only the panoptic map is computed: AP also needs the masks of all instances,
+    and these take most of the time. Without one, boxes with a low score are dropped.
 
     Args:
-        cfg: changed in place, therefore not frozen.
-        score_threshold: 0 to 1; None: that of the config for segments, 0.5 for boxes.
+        cfg: changed in place, so it must not be frozen.
+        score_threshold: 0 to 1. None: the threshold of the config for segments, 0.5 for boxes.
 
     Raises:
-        UserError: the threshold is not from 0 to 1.
+        UserError: the threshold is not between 0 and 1.
     """
     if score_threshold is not None and not 0 <= score_threshold <= 1:
         raise UserError(f"the confidence threshold is {score_threshold}: give one from 0 to 1")
@@ -47,22 +46,22 @@ def configure_for_drawing(cfg: CfgNode, score_threshold: float | None = None) ->
 
 
 class Predictor:
-    """The model of a config with its trained weights, preprocessing and classes.
+    """A model with trained weights, the preprocessing of evaluation and the class table.
 
-    Images go through the resize of evaluation and `PanopticDETR.inference`, so that results are
-    those that are scored. The classes are those stored in the checkpoint, so that no data set has
-    to be on disk; a checkpoint without them needs the data sets of the config.
+    Images go through the evaluation path of `PanopticDatasetMapper`, so the results equal those of
+    evaluation. The classes are read from the checkpoint, so no data set has to be on disk. For a
+    checkpoint without classes they come from the data sets of the config.
 
     Attributes:
-        class_table: the classes that results refer to.
-        model: in evaluation mode, on MODEL.DEVICE; the faster copy with TEST.FAST.
+        class_table: the classes that the class ids of results refer to.
+        model: in evaluation mode on MODEL.DEVICE; the faster copy if TEST.FAST is enabled.
 
     Args:
-        cfg: left as it is. MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of []
-            are taken from the classes.
+        cfg: not changed. MODEL.DETR.NUM_CLASSES 0 and MODEL.PANOPTIC.THING_CLASS_IDS [] are filled
+            in from the class table.
 
     Raises:
-        UserError: no weights, unreadable ones, ones that do not fit; classes that nobody knows.
+        UserError: weights that are missing, unreadable or do not fit the model, or no class table.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -70,8 +69,8 @@ class Predictor:
         cfg.defrost()
         if class_section(cfg) == "CLASSIFIER":
             raise UserError(
-                "pictures show segments and boxes, and MODEL.META_ARCHITECTURE ImageClassifier "
-                "predicts neither: evaluate it with train_net.py --eval-only"
+                "MODEL.META_ARCHITECTURE ImageClassifier predicts neither segments nor boxes to "
+                "draw: evaluate it with train_net.py --eval-only"
             )
         weights = _local_weights(cfg.MODEL.WEIGHTS)
         self.class_table = _class_table(cfg, weights)
@@ -82,36 +81,42 @@ class Predictor:
         model = build_model(cfg).eval()
         PanopticCheckpointer(model, settings=SettingsRecord(cfg)).load(weights)
         self.model = model_for_evaluation(cfg, model)
-        self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
-        self._reverse_channels = cfg.INPUT.FORMAT == "RGB"
+        self._mapper = PanopticDatasetMapper(cfg, is_train=False)
+
+    def check_classes_of(self, dataset: str) -> ClassTable:
+        """Return the classes of a registered data set, which must be those of the model.
+
+        Raises:
+            UserError: names the first difference.
+        """
+        table = ClassTable.from_metadata(MetadataCatalog.get(dataset))
+        if difference := table.difference(self.class_table):
+            raise UserError(
+                f"the classes of data set {dataset} and of the checkpoint differ: {difference}"
+            )
+        return table
 
     def __call__(self, image_bgr: ImageArray) -> dict[str, Any]:
         """Predict one image.
 
         Args:
-            image_bgr: (H, W, 3) uint8, as OpenCV and `read_image` give it.
+            image_bgr: (H, W, 3) uint8, as read by OpenCV and `read_image`.
 
         Returns:
-            ``panoptic_seg`` and ``instances`` at (H, W), as the model is configured.
+            ``panoptic_seg`` and ``instances`` at (H, W), depending on the config.
         """
         return self.predict_batch([image_bgr])[0]
 
     def predict_batch(self, images_bgr: Sequence[ImageArray]) -> list[dict[str, Any]]:
-        """Predict several images, of different sizes if need be; see `__call__`."""
+        """Predict several images, which may differ in size; see `__call__`."""
+        inputs = [self._mapper.map_image(image) for image in images_bgr]
         with torch.inference_mode():
-            results: list[dict[str, Any]] = self.model([self._input(x) for x in images_bgr])
+            results: list[dict[str, Any]] = self.model(inputs)
         return results
-
-    def _input(self, image_bgr: ImageArray) -> dict[str, Any]:
-        image = image_bgr[:, :, ::-1] if self._reverse_channels else image_bgr
-        augmented = T.AugInput(np.ascontiguousarray(image))
-        self._augmentations(augmented)
-        channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        height, width = image_bgr.shape[:2]
-        return {"image": torch.from_numpy(channels_first), "height": height, "width": width}
 
 
 def _local_weights(path: str) -> str:
+    """Return a local path for MODEL.WEIGHTS, which may be a URL."""
     if not path:
         raise UserError("MODEL.WEIGHTS is empty: give trained weights, --opts MODEL.WEIGHTS FILE")
     if "://" not in path:
@@ -121,12 +126,12 @@ def _local_weights(path: str) -> str:
     try:
         local: str = PathManager.get_local_path(path)
     except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"checkpoint {path} cannot be fetched: {reason}") from error
+        raise UserError(f"checkpoint {path} cannot be fetched: {one_line(error)}") from error
     return local
 
 
 def _class_table(cfg: CfgNode, weights: str) -> ClassTable:
+    """Return the classes of the checkpoint, or else those of the config's data sets."""
     table = read_class_table(weights)
     if table is None:
         setup_datasets(cfg)

@@ -1,13 +1,14 @@
-"""The whole of ``train_net.py``: arguments, processes, errors.
-
-Several processes that are joined at the start and take leave at the end.
-"""
+"""The body of ``train_net.py``: arguments, processes and the errors that cross their borders."""
 
 import argparse
+import ctypes
 import gc
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ import torch.distributed as dist
 from detectron2.engine import default_argument_parser, launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError
-from ..modeling.cpu import tune_allocation
+from ..errors import USER_ERROR_STATUS, UserError
 from .setup import setup_cfg
 from .trainer import PanopticTrainer
+
+# Parameters of glibc's mallopt (malloc.h), and the upper limit of its adaptive mmap threshold.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGE = 32 * 2**20
 
 
 def launch_processes(
@@ -33,43 +37,74 @@ def launch_processes(
     dist_url: str | None = "auto",
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> None:
-    """Run ``main`` like Detectron2's ``launch``, whose arguments these are, and end cleanly.
+    """Run ``main`` in several processes: Detectron2's ``launch`` with two additions.
 
-    ``launch`` leaves the process groups open. A thread of gloo that still holds a tensor while
-    Python shuts down then aborts a process that has done all its work ("terminate called without
-    an active exception").
+    * The process groups are closed at the end. ``launch`` leaves them open; a gloo thread that
+      still holds a tensor while Python shuts down then aborts a process that has finished its work
+      ("terminate called without an active exception").
+    * A `UserError` of a launched process is raised here as the same object. ``launch`` itself
+      passes on nothing but the text of a traceback.
+
+    Args:
+        main: importable by name, since processes are spawned.
+        processes: number of processes on this machine; with one in all, ``main`` is called here.
+        args: arguments of ``main``.
+        num_machines: see ``launch``, as for the remaining arguments.
+        machine_rank: number of this machine, from 0.
+        dist_url: where the processes meet; "auto" finds a free port on this machine.
+        timeout: of collective operations.
+
+    Raises:
+        UserError: a user's mistake in any of the processes.
     """
-    launch(
-        _run_and_leave,
-        processes,
-        num_machines=num_machines,
-        machine_rank=machine_rank,
-        dist_url=dist_url,
-        args=(main, args),
-        timeout=timeout,
-    )
+    is_launched = processes * num_machines > 1
+    # The start method must be the one that torch.multiprocessing uses.
+    mistakes = multiprocessing.get_context("spawn").SimpleQueue() if is_launched else None
+    try:
+        launch(
+            _run_and_close_groups,
+            processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            dist_url=dist_url,
+            args=(main, args, mistakes),
+            timeout=timeout,
+        )
+    except (ProcessExitedException, ProcessRaisedException):
+        # The exception may come from another process, whose collective failed as a consequence.
+        if mistakes is None or mistakes.empty():
+            raise
+        raise mistakes.get() from None
 
 
-def _run_and_leave(main: Callable[..., None], args: tuple[Any, ...]) -> None:
-    main(*args)
-    # After an error the other processes may be inside a collective: then nobody waits here.
+def _run_and_close_groups(
+    main: Callable[..., None],
+    args: tuple[Any, ...],
+    mistakes: "SimpleQueue[UserError] | None",
+) -> None:
+    try:
+        main(*args)
+    except UserError as error:
+        if mistakes is None:
+            raise
+        mistakes.put(error)
+        # A status other than 0 makes torch end the other processes.
+        sys.exit(USER_ERROR_STATUS)
+    # After an error the other processes may be inside a collective operation, so that waiting for
+    # them is safe only here.
     if dist.is_initialized():
         comm.synchronize()
         # References keep the threads of a group alive.
         comm._LOCAL_PROCESS_GROUP = None
         comm._get_global_gloo_group.cache_clear()
-        gc.collect()  # so does a DistributedDataParallel in a cycle
+        gc.collect()  # a DistributedDataParallel in a reference cycle is such a reference
         dist.destroy_process_group()
 
 
-# How a traceback ends that crossed a process border (data loader worker, launched process).
-_MARKER = "batchformer_panoptic.errors.UserError: "
-
-
 def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's usual arguments and ``--init-from``.
+    """Return a parser of Detectron2's usual arguments and ``--init-from``.
 
-    A free port is found unless ``--dist-url`` is given.
+    Without ``--dist-url``, the processes of one machine meet at a free port.
     """
     parser = default_argument_parser()
     parser.set_defaults(dist_url=None)
@@ -87,55 +122,35 @@ def run(args: argparse.Namespace) -> None:
     """Train or evaluate in one or several processes.
 
     Raises:
-        UserError: a user's mistake in whichever process it showed, in one line.
+        UserError: a user's mistake in any of the processes.
     """
     tune_allocation()
-    try:
-        _check_processes(args)
-        several_machines = args.num_machines > 1
-        launch_processes(
-            train_or_evaluate,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url or (None if several_machines else "auto"),
-            args=(args,),
-        )
-    except ProcessRaisedException as error:
-        line = user_error_line(error)
-        if line is None:
-            raise
-        raise UserError(line) from None
+    _check_processes(args)
+    several_machines = args.num_machines > 1
+    launch_processes(
+        train_or_evaluate,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url or (None if several_machines else "auto"),
+        args=(args,),
+    )
 
 
 def train_or_evaluate(args: argparse.Namespace) -> None:
-    """Do in one process what the arguments ask for.
+    """Run what the arguments ask for in this process.
 
     Raises:
-        UserError: always of this very class, so that its message survives a process border.
+        UserError: a user's mistake.
     """
-    try:
-        _share_cores(args.num_gpus)
-        cfg = setup_cfg(args)
-        if args.eval_only:
-            PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
-            return
-        trainer = PanopticTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-    except UserError as error:
-        raise UserError(user_error_line(error)) from error
-
-
-def user_error_line(error: Exception) -> str | None:
-    """Return the message of a user error, dug out of the traceback it may come with.
-
-    None when ``error`` stems from something else.
-    """
-    text = str(error)
-    if _MARKER in text:
-        return text.rsplit(_MARKER, 1)[1].strip().splitlines()[0]
-    return text if isinstance(error, UserError) else None
+    _share_cores(args.num_gpus)
+    cfg = setup_cfg(args)
+    if args.eval_only:
+        PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
+        return
+    trainer = PanopticTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
 
 
 def _check_processes(args: argparse.Namespace) -> None:
@@ -147,6 +162,29 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 
 def _share_cores(processes: int) -> None:
-    """Keep several CPU processes from using every core each."""
+    """Divide the cores among the processes of a CPU run; each would use all of them."""
     if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def tune_allocation() -> None:
+    """Reduce page faults of large CPU tensors: huge pages, and reuse of freed memory.
+
+    PyTorch is told to allocate tensors above 2 MiB in huge pages where the system supports them.
+    It reads the setting once, when it creates its first CPU tensor; child processes inherit it.
+    glibc is told to keep freed memory (as after a backward pass) for the next step instead of
+    returning it to the system, so peak memory stays with the process. Blocks above 32 MiB are still
+    mapped anew each time, as by default.
+
+    A user who has set ``THP_MEM_ALLOC_ENABLE``, ``GLIBC_TUNABLES`` or one of the ``MALLOC_``
+    variables keeps that choice. Without glibc there is no effect.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGE)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,10 +1,14 @@
-"""From a command line to a checked, frozen config."""
+"""Command line to config: shared arguments, loading, checks, and the set-up of a run."""
 
 import argparse
 import logging
 import os
+import random
 import re
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..batchformer.batchformer import TWO_STREAMS
 from ..config import add_batchformer_panoptic_config
-from ..data import setup_datasets
+from ..data import load_dataset_dicts, setup_datasets
 from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 
@@ -25,13 +29,105 @@ logger = logging.getLogger(__name__)
 _CHECKPOINTED_PARTS = ("backbone", "encoder", "decoder", "mask_head")
 
 
+# Arguments that the commands share.
+
+
+def command_parser(description: str | None, *, config_of: str = "the model") -> ArgumentParser:
+    """Return a parser with ``--config-file`` and ``--opts``, the arguments of `load_config`.
+
+    Args:
+        description: the docstring of the command, shown by ``--help`` with its line breaks.
+        config_of: what the config describes, for the help text.
+    """
+    parser = ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help=f"YAML config of {config_of}"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="config changes, KEY VALUE ...; must come last",
+    )
+    return parser
+
+
+def add_threshold_argument(parser: ArgumentParser) -> None:
+    """Add ``--confidence-threshold``, the argument of `configure_for_drawing`."""
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="T",
+        help="draw what scores more than T, 0 to 1 (default: as in evaluation; boxes: 0.5)",
+    )
+
+
+def add_sample_arguments(parser: ArgumentParser, split: str) -> None:
+    """Add the choice of images of a data set: ``--dataset``, ``--num``, ``--seed``, ``--output``.
+
+    Args:
+        parser: changed in place.
+        split: "TRAIN" or "TEST", the DATASETS key with the default data set.
+    """
+    parser.add_argument("--dataset", metavar="NAME", help=f"default: first of DATASETS.{split}")
+    parser.add_argument(
+        "--num", type=at_least(1), default=12, metavar="N", help="number of images (default: 12)"
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="S", help="of random choices (default: 0)"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number that is not below ``low``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
+        return int(text)
+
+    return parse
+
+
+def choose_dataset(cfg: CfgNode, split: str, name: str | None) -> str:
+    """Register the data sets of an open config and return the one that a command reads.
+
+    Args:
+        cfg: completed in place by `setup_datasets`.
+        split: "TRAIN" or "TEST".
+        name: from ``--dataset``, replaces ``DATASETS.<split>``; None: the first one named there.
+
+    Raises:
+        UserError: no data set is named, or one that does not exist.
+    """
+    if name:
+        cfg.DATASETS[split] = (name,)
+    if not cfg.DATASETS[split]:
+        raise UserError(f"DATASETS.{split} is empty: name a data set with --dataset")
+    setup_datasets(cfg)
+    chosen: str = cfg.DATASETS[split][0]
+    return chosen
+
+
+def sample_images(dataset: str, num: int, seed: int) -> list[dict[str, Any]]:
+    """Return dataset dicts of up to ``num`` images drawn with a seed, in the data set's order."""
+    dataset_dicts = load_dataset_dicts([dataset], filter_empty=False)
+    chosen = random.Random(seed).sample(range(len(dataset_dicts)), min(num, len(dataset_dicts)))
+    return [dataset_dicts[index] for index in sorted(chosen)]
+
+
+# Config of a run.
+
+
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Merge defaults, a YAML file and ``KEY VALUE`` pairs into an open (not frozen) config.
 
     Raises:
-        UserError: a missing file, an unknown key (with the nearest known ones), a value of the
-            wrong type, YAML that does not parse, a device that is not there, or an unknown model or
-            backbone.
+        UserError: a missing file, an unknown key (with the closest known ones), a value of the
+            wrong type, invalid YAML, an unavailable device, or an unknown model or backbone.
     """
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
@@ -46,11 +142,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """Build the frozen config of a run and set up its logging, output folder and seed.
 
-    Data sets are registered, what depends on them is filled in, and a negative ``SEED`` is
-    replaced by a random one (logged, equal in all processes).
+    Data sets are registered and the keys that depend on them are filled in. A negative ``SEED`` is
+    replaced by a random one, which is logged and the same in all processes.
 
     Raises:
-        UserError: see :func:`load_config` and ``setup_datasets``; settings that do not go together.
+        UserError: see `load_config` and ``setup_datasets``; or settings that contradict each other.
     """
     cfg = load_config(args.config_file, args.opts)
     _set_start(cfg, args)
@@ -72,19 +168,19 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def _set_start(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Set ``MODEL.INIT_FROM``, which takes the place of ``MODEL.WEIGHTS`` of a config file.
+    """Set ``MODEL.INIT_FROM``, which overrides ``MODEL.WEIGHTS`` of a config file.
 
-    Both in one command are refused: ``config.yaml`` of a run that began with ``--init-from`` would
-    else overrule the weights that a later command names.
+    Both in one command are refused. Otherwise the ``config.yaml`` of a run that began with
+    ``--init-from`` would override the weights given to a later command.
     """
     if args.init_from and args.eval_only:
-        raise UserError("--init-from starts a training; with --eval-only give MODEL.WEIGHTS")
+        raise UserError("--init-from is for training; with --eval-only give MODEL.WEIGHTS")
     if args.init_from:
         cfg.MODEL.INIT_FROM = args.init_from
     given = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("MODEL.WEIGHTS")
     if given and cfg.MODEL.INIT_FROM and not args.eval_only:
         raise UserError(
-            f"a training starts from MODEL.WEIGHTS {given} or from --init-from "
+            f"training starts from MODEL.WEIGHTS {given} or from --init-from "
             f"{cfg.MODEL.INIT_FROM}, not from both: leave one out, or add MODEL.INIT_FROM ''"
         )
 
@@ -99,28 +195,27 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{config_file}: its _BASE_ {error.filename} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = one_line(error)
-        raise UserError(f"{config_file} is no readable YAML file: {reason}") from None
+        raise UserError(f"{config_file} is not a readable YAML file: {one_line(error)}") from None
     except (AssertionError, ValueError) as error:
-        raise UserError(f"{config_file}: {error}") from None
-    except (TypeError, AttributeError):
-        raise UserError(f"{config_file} is no mapping of config keys to values") from None
+        raise UserError(f"{config_file}: {one_line(error)}") from None
+    except (TypeError, AttributeError):  # yacs reads the attributes of a mapping
+        raise UserError(f"{config_file} is not a mapping of config keys to values") from None
 
 
 def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
     if len(opts) % 2:
-        raise UserError(f"options come in pairs KEY VALUE; got {len(opts)} words: {' '.join(opts)}")
+        raise UserError(f"options are pairs KEY VALUE; got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError) as error:
             raise UserError(_explain_key(cfg, str(error.args[0]), key)) from None
         except (ValueError, SyntaxError) as error:
-            raise UserError(f"bad value for {key}: {error}") from None
+            raise UserError(f"bad value for {key}: {one_line(error)}") from None
 
 
 def _explain_key(cfg: CfgNode, message: str, key: str | None = None) -> str:
-    """Say which config key does not exist and which ones are close."""
+    """Name the config key that does not exist, and the known keys close to it."""
     found = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if key is None and found is None:
         return message
@@ -142,7 +237,7 @@ def _check_device(name: str) -> None:
         raise UserError(f"unknown MODEL.DEVICE {name!r}; use cuda, cuda:1, ... or cpu") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"MODEL.DEVICE is {name!r}, but there is no CUDA here; use MODEL.DEVICE cpu"
+            f"MODEL.DEVICE is {name!r}, but CUDA is not available; use MODEL.DEVICE cpu"
         )
 
 
@@ -184,14 +279,14 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         )
     if cfg.MODEL.INIT_FROM and cfg.MODEL.MASK_HEAD.FREEZE_DETR and not eval_only:
         raise UserError(
-            "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head that --init-from starts "
-            "afresh: train it first, then the mask head from MODEL.WEIGHTS"
+            "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head, which --init-from leaves "
+            "untrained: train it first, then the mask head from MODEL.WEIGHTS"
         )
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise UserError("TEST.PRECISE_BN.ENABLED is not supported; see SOLVER.EMA_DECAY")
     on_cpu = not cfg.MODEL.DEVICE.startswith("cuda")
     if comm.get_world_size() > 1 and on_cpu and torch.cuda.is_available():
         raise UserError(
-            "several processes on the CPU of a machine with GPUs: hide these with "
+            "several CPU processes on a machine with GPUs: hide the GPUs with "
             "CUDA_VISIBLE_DEVICES=''"
         )

@@ -1,4 +1,4 @@
-"""Optimizer, gradient clipping and learning-rate schedule from a config."""
+"""Optimizer, gradient clipping and learning-rate schedule of a config."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +16,12 @@ OPTIMIZERS = ("ADAMW", "SGD")
 CLIP_TYPES = ("full_model", "norm", "value")
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
-# What a vision Transformer of timm adds to its patches, and a bias of torch's attention.
+# Embeddings of timm's vision Transformers, and a bias of torch's attention. By default, Detectron2
+# gives both the decay of weights.
 EMBEDDINGS = ("pos_embed", "cls_token", "reg_token")
 ATTENTION_BIAS = "in_proj_bias"
 
-# Modules of Deformable-DETR that learn more slowly than the rest.
+# Modules of Deformable-DETR with a lower learning rate, as published.
 DEFORMABLE_PARTS = ("sampling_offsets", "reference_points")
 
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
@@ -29,16 +30,19 @@ GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the trainable parameters of a model.
 
-    Learning rates are ``SOLVER.BASE_LR``, times ``SOLVER.BACKBONE_MULTIPLIER`` for parameters with
-    "backbone" in their name, times ``MODEL.BATCHFORMER.LR_FACTOR`` for those with "batchformer",
-    times ``MODEL.DEFORMABLE.LR_FACTOR`` for sampling offsets and reference points (as published).
-    Weight decay follows Detectron2: ``SOLVER.WEIGHT_DECAY_NORM`` and ``SOLVER.WEIGHT_DECAY_BIAS``
-    replace ``SOLVER.WEIGHT_DECAY`` for normalisation layers and biases unless they are None. DETR
-    decays every parameter alike, that is None for both. ``SOLVER.WEIGHT_DECAY_EMBED`` replaces it
-    for position embedding and class token of a vision Transformer, unless it is None.
+    The learning rate is ``SOLVER.BASE_LR`` times a factor that depends on the parameter's name:
+
+    * ``MODEL.BATCHFORMER.LR_FACTOR`` for names with "batchformer";
+    * ``MODEL.DEFORMABLE.LR_FACTOR`` for sampling offsets and reference points;
+    * ``SOLVER.BACKBONE_MULTIPLIER`` for names with "backbone".
+
+    The weight decay is ``SOLVER.WEIGHT_DECAY``. ``SOLVER.WEIGHT_DECAY_NORM`` replaces it for
+    normalisation layers, ``WEIGHT_DECAY_BIAS`` for biases, and ``WEIGHT_DECAY_EMBED`` for position
+    embedding and class token of a vision Transformer, unless they are None. DETR has one decay for
+    all parameters.
 
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" clip each parameter inside the step, as
-    in Detectron2. "full_model" is the business of :func:`build_gradient_clipper`.
+    in Detectron2; for "full_model" see `build_gradient_clipper`.
 
     Raises:
         UserError: an unknown ``SOLVER.OPTIMIZER`` or ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``, a
@@ -72,11 +76,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
-    """Return the function to call on all parameters after backward (and after AMP's unscaling).
+    """Return a function to call on all parameters after backward and AMP's unscaling.
 
-    It returns the total gradient norm before clipping as a 0-d tensor on the gradients' device,
-    without waiting for it. With ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "full_model" it scales all
-    gradients in place so that this norm is at most ``CLIP_VALUE``; otherwise it only measures.
+    It returns the total gradient norm before clipping as a 0-d tensor on the device of the
+    gradients, without synchronising. With ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "full_model", it
+    scales all gradients in place so that the norm is at most ``CLIP_VALUE``.
 
     Raises:
         UserError: an unknown ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``.
@@ -114,7 +118,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
 
 def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     if cfg.SOLVER.BIAS_LR_FACTOR != 1.0:
-        # Detectron2 would let it overrule the factors of backbone and block.
+        # In Detectron2 it would override the factors of backbone and block.
         raise UserError(f"SOLVER.BIAS_LR_FACTOR must be 1.0, not {cfg.SOLVER.BIAS_LR_FACTOR}")
 
     def lr_factor(name: str) -> float:
@@ -138,7 +142,7 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _weight_decays_by_name(cfg: CfgNode) -> dict[str, dict[str, float]]:
-    """Weight decay of parameters that Detectron2 does not recognise as what they are."""
+    """Weight decay of embeddings and biases that Detectron2 does not recognise."""
     embed, bias = cfg.SOLVER.WEIGHT_DECAY_EMBED, cfg.SOLVER.WEIGHT_DECAY_BIAS
     decays = {} if embed is None else dict.fromkeys(EMBEDDINGS, embed)
     if bias is not None:
@@ -147,7 +151,7 @@ def _weight_decays_by_name(cfg: CfgNode) -> dict[str, dict[str, float]]:
 
 
 def _clip_type(cfg: CfgNode) -> str | None:
-    """The kind of clipping asked for; None when clipping is off."""
+    """Return the checked clipping type; None if clipping is off."""
     if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         return None
     clip_type = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE
@@ -160,6 +164,6 @@ def _clip_type(cfg: CfgNode) -> str | None:
 
 
 def _has_fused_kernel(model: nn.Module) -> bool:
-    """Whether PyTorch can update every parameter in one kernel; else it chooses the next best."""
+    """Whether PyTorch's fused kernel supports all parameters; otherwise PyTorch chooses another."""
     parameters = model.parameters()
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

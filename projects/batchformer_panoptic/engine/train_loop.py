@@ -1,13 +1,4 @@
-"""One training step: losses per stream, mixed precision, clipping, averaging, logging.
-
-Random numbers of a training iteration as a function of (seed, iteration, rank).
-
-Exponential moving average of the weights.
-
-Numbers on their way from the device to the log, without stopping the device.
-
-From the loss dict of a model to the total to minimise and the numbers to log.
-"""
+"""The training step: stream losses, mixed precision, clipping, weight averaging and logging."""
 
 import contextlib
 import math
@@ -32,13 +23,13 @@ from .solver import GradientClipper
 def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     """Seed torch (all devices), numpy and random for one training iteration of one process.
 
-    A generator state need not be saved: an iteration draws the same numbers whether the run came
-    here in one go or was stopped and resumed, evaluated in between or not.
+    No generator state has to be saved: an iteration draws the same numbers in an uninterrupted and
+    in a resumed run, with or without an evaluation in between.
 
     Args:
         seed: of the run, at least 0, the same in all processes.
-        iteration: counted from 0.
-        rank: of the process, so that processes draw different numbers.
+        iteration: from 0.
+        rank: of the process; processes draw different numbers.
     """
     mixed = int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
     random.seed(mixed)
@@ -47,15 +38,15 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
 
 
 class WeightAverage:
-    """Keeps the moving average of a model's parameters; buffers are those of the model.
+    """Exponential moving average of a model's parameters; buffers are copied from the model.
 
-    The average starts from the weights after the first step that it sees. As an object to be saved
-    in a checkpoint it stands for the *live* weights, the ones being trained: the checkpoint keeps
-    the averaged weights under "model", where evaluation looks for weights.
+    The average starts from the weights after the first update. In a checkpoint, the averaged
+    weights are stored under "model", where evaluation reads them. `state_dict` therefore returns
+    the *live* weights, those being trained.
 
     Args:
         model: the live model, not wrapped for distributed training.
-        decay: share of the old average that each step keeps, in (0, 1).
+        decay: weight of the old average in each update, in (0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -64,15 +55,15 @@ class WeightAverage:
 
     @property
     def model(self) -> nn.Module:
-        """The model with averaged weights, for evaluation."""
+        """A copy of the model with averaged weights, for evaluation."""
         return self._averaged.module
 
     def update(self) -> None:
-        """Take the live weights into the average; call after each optimizer step."""
+        """Update the average with the live weights; called after each optimizer step."""
         self._averaged.update_parameters(self._live)
 
     def copy_live(self) -> None:
-        """Make the average equal to the live weights, as before any step."""
+        """Set the average to the live weights."""
         self._averaged.module.load_state_dict(self._live.state_dict())
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
@@ -80,11 +71,11 @@ class WeightAverage:
         return self._averaged.module.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the live weights and how many steps the average has seen."""
+        """Return the live weights and the number of updates of the average."""
         return {"weights": self._live.state_dict(), "steps": int(self._averaged.n_averaged)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both: to be called when the live model has just received the averaged weights."""
+        """Restore both; called after the averaged weights were loaded into the live model."""
         self.copy_live()
         self._averaged.n_averaged.fill_(state["steps"])
         self._live.load_state_dict(state["weights"])
@@ -93,8 +84,8 @@ class WeightAverage:
 class MetricWindow:
     """Averages 0-d tensors over iterations and processes with one transfer per window.
 
-    Between two calls of :meth:`flush` everything stays on the device: each iteration costs one
-    stacking and one addition. The names must be the same within a window and in all processes.
+    Between two calls of `flush`, all values stay on the device, and an iteration costs one stack
+    and one addition. The names must be the same within a window and in all processes.
     """
 
     def __init__(self) -> None:
@@ -103,7 +94,7 @@ class MetricWindow:
         self._count = 0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add the values of one iteration; other names than before start a new window."""
+        """Add the values of one iteration; different names start a new window."""
         values = torch.stack([value.detach().float() for value in metrics.values()])
         names = tuple(metrics)
         if self._sum is None or names != self._names:
@@ -113,9 +104,9 @@ class MetricWindow:
             self._count += 1
 
     def flush(self) -> dict[str, float]:
-        """Return the means since the last call and start anew.
+        """Return the means since the last call, and start a new window.
 
-        All processes must call; only the main process gets the means over processes.
+        A collective operation; only the main process gets the means over all processes.
         """
         if self._sum is None:
             return {}
@@ -127,17 +118,17 @@ class MetricWindow:
 
 
 class FiniteCheck:
-    """Asks in every iteration, in all processes at once, whether the total loss is finite.
+    """Checks in every iteration whether the total loss is finite in all processes.
 
-    On CUDA the answer is copied to pinned memory right behind the forward pass. It is looked at
-    after the backward pass has been queued: waiting for it then waits for a point that the device
-    has passed or is about to pass, with the backward pass still ahead of it, so it never idles.
+    On CUDA, the loss is copied to pinned memory right after the forward pass and read after the
+    backward pass has been queued. The host then waits only for the forward pass, while the device
+    still has the backward pass to run and does not idle.
     """
 
     def __init__(self, total: Tensor) -> None:
         value = total.detach().float().clone()
         if comm.get_world_size() > 1:
-            # The sum is finite if and only if every process has a finite loss.
+            # Infinities and NaN survive the sum, so it is finite only if all losses are.
             torch.distributed.all_reduce(value)
         self._event: torch.cuda.Event | None = None
         if value.is_cuda:
@@ -150,7 +141,7 @@ class FiniteCheck:
 
     @property
     def is_ready(self) -> bool:
-        """Whether :meth:`passed` needs no waiting."""
+        """Whether `passed` returns without waiting for the device."""
         return self._event is None
 
     def passed(self) -> bool:
@@ -161,7 +152,7 @@ class FiniteCheck:
 
 
 class StreamLosses(NamedTuple):
-    """The total with its graph, and the detached 0-d tensors to log, by name."""
+    """Result of `combine_streams`: total loss with its graph, and detached 0-d tensors to log."""
 
     total: Tensor
     logged: dict[str, Tensor]
@@ -170,21 +161,21 @@ class StreamLosses(NamedTuple):
 def combine_streams(
     losses: Mapping[str, Tensor], stream_weights: Mapping[str, float]
 ) -> StreamLosses:
-    """Weight the streams of a model's losses and add everything up.
+    """Sum the losses of a model over terms and weighted streams.
 
-    The model gives ``term`` or ``term/stream``, each already divided such that the sum over
-    everything is the published total, an average over the streams. Logged are
+    The model returns ``term`` or ``term/stream``, each scaled so that the sum of all of them is the
+    published total, the mean over the streams. The logged values are
 
-    * ``total_loss`` and each ``term``: what is minimised, the weighted sum over the streams;
-    * ``stream/term`` and ``stream/total_loss``: the stream's own loss times the number of streams
-      and not weighted, that is the value a run with this stream alone would report.
+    * ``total_loss`` and each ``term``: the minimised values, weighted sums over the streams;
+    * ``stream/term`` and ``stream/total_loss``: the loss of one stream, unweighted and multiplied
+      by the number of streams, which is the value of a run with only this stream.
 
     Args:
         losses: 0-d tensors.
-        stream_weights: factor of each stream, by name; [1, 1] gives the published total.
+        stream_weights: factor of each stream, by name; 1 for all gives the published total.
 
     Raises:
-        UserError: a stream without weight.
+        UserError: a stream without a weight.
     """
     streams = list(dict.fromkeys(name.split("/", 1)[1] for name in losses if "/" in name))
     unknown = [stream for stream in streams if stream not in stream_weights]
@@ -221,9 +212,9 @@ LOG_PERIOD = 20
 
 
 class StreamTrainLoop(SimpleTrainer):
-    """Detectron2's simple loop with a step that knows about streams.
+    """Detectron2's simple training loop with a step for the losses of several streams.
 
-    The data loader may be set later, before the first step.
+    The data loader is set after construction, before the first step.
 
     Args:
         model: returns a dict of losses in training (see ``combine_streams``); may be wrapped for
@@ -231,11 +222,10 @@ class StreamTrainLoop(SimpleTrainer):
         optimizer: over the model's trainable parameters.
         clipper: clips the gradients and returns their total norm.
         stream_weights: factor of each stream's losses, by stream name.
-        seed: of the run; every iteration seeds anew from (seed, iteration, rank).
+        seed: of the run; each batch is seeded from (seed, number of the batch, rank).
         amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
-        accumulation: batches whose gradients are averaged for one step; an iteration is a step.
-            Random numbers are seeded anew for each of them, as for an iteration with one.
-        ema: moving average to update after each step.
+        accumulation: number of batches whose gradients are averaged for one step (an iteration).
+        ema: moving average that is updated after each step.
         log_period: iterations between two transfers of metrics; the first and the last iteration
             are always logged.
     """
@@ -268,7 +258,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
 
     def run_step(self) -> None:
-        """Make one step of the optimizer, from one batch or the mean of several.
+        """Run one optimizer step on the mean gradient of one or several batches.
 
         Raises:
             NonFiniteError: before the step that would spoil the weights.
@@ -303,19 +293,19 @@ class StreamTrainLoop(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the result of `state_dict`."""
         super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]
         if self._scaler.is_enabled() and state_dict["grad_scaler"]:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
 
     def _accumulate(self, batch: list[dict[str, Any]], *, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of one batch; return its losses and metrics.
+        """Accumulate the gradients of one batch; return its losses and metrics.
 
-        Processes exchange gradients with the last batch of a step alone.
+        Processes exchange gradients only with the last batch of a step.
         """
-        alone = not last and isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if alone else contextlib.nullcontext():
+        is_local = not last and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if is_local else contextlib.nullcontext():
             losses, combined, failure = self._forward(batch)
             total = (
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
@@ -355,13 +345,13 @@ class StreamTrainLoop(SimpleTrainer):
         self._window.add(metrics)
         if not self.is_logged(self.iter):
             return
-        # Loss scaling overflows now and then, and JSON has no word for infinity.
+        # With loss scaling, the gradient norm overflows occasionally; JSON has no infinity.
         means = {k: v for k, v in self._window.flush().items() if math.isfinite(v)}
         if comm.is_main_process():
             storage.put_scalars(**means, smoothing_hint=False)
 
     def is_logged(self, iteration: int) -> bool:
-        """Whether the metrics of an iteration are transferred."""
+        """Whether the metrics are transferred and logged after an iteration."""
         first, last = self.start_iter, self.max_iter - 1
         return iteration in (first, last) or (iteration + 1) % self._log_period == 0
 

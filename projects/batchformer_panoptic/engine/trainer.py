@@ -1,4 +1,4 @@
-"""The trainer: Detectron2's, with streams, exact resuming, averaging and CPU processes."""
+"""Detectron2's trainer with two streams, exact resuming, weight averaging and CPU processes."""
 
 import contextlib
 import logging
@@ -21,31 +21,31 @@ from ..batchformer.batchformer import TWO_STREAMS
 from ..checkpoint import PanopticCheckpointer, SettingsRecord
 from ..data import build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..evaluation import build_evaluator, main_metric
 from ..modeling.fast_inference import model_for_evaluation
-from .hooks import BestCheckpointer, ConsoleWriter, LogWriter
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
+from .writers import BestCheckpointer, ConsoleWriter, LogWriter
 
 logger = logging.getLogger(__name__)
 
 
 class PanopticTrainer(DefaultTrainer):
-    """Trains and evaluates what a config describes.
+    """Trains and evaluates the model of a config.
 
-    Stopping and resuming equals never stopping: weights, optimizer, schedule, loss scale, average,
-    iteration and seed are in the checkpoint, an iteration's random numbers depend on (SEED,
-    iteration, rank) alone, and the data loader, built when training starts, begins at the
-    iteration to be run.
+    A run that is stopped and resumed equals an uninterrupted one. The checkpoint has weights,
+    optimizer, schedule, loss scale, average, iteration and seed. The random numbers of an iteration
+    depend only on (SEED, iteration, rank), and the data loader is built when training starts, for
+    the first iteration to be run.
 
     Args:
         cfg: from ``setup_cfg``; ``SEED`` is at least 0.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's own constructor hands device_ids to DistributedDataParallel, which fails
-        # on CPU, and builds the data loader before the iteration to start from is known.
+        # DefaultTrainer's constructor passes device_ids to DistributedDataParallel, which fails on
+        # CPU, and builds the data loader before the first iteration is known.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _warn_about_single_images(cfg)
@@ -73,6 +73,7 @@ class PanopticTrainer(DefaultTrainer):
             class_table=_classes_of(cfg.DATASETS.TRAIN[0]),
             settings=SettingsRecord(cfg),
             ema=self.ema,
+            # A proxy, as in DefaultTrainer: no reference cycle.
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -81,9 +82,9 @@ class PanopticTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load the weights to start from.
+        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load initial weights.
 
-        These are ``MODEL.INIT_FROM`` without its class head, or else ``MODEL.WEIGHTS``.
+        Initial weights are ``MODEL.INIT_FROM`` without its class head, or else ``MODEL.WEIGHTS``.
 
         Raises:
             UserError: the checkpoint cannot be read or does not fit.
@@ -91,16 +92,16 @@ class PanopticTrainer(DefaultTrainer):
         source, weights = self.cfg.MODEL.INIT_FROM, self.cfg.MODEL.WEIGHTS
         if not source or (resume and self.checkpointer.has_checkpoint()):
             if source:
-                logger.info(f"the run is resumed: --init-from {source} is not read")
+                logger.info(f"resuming the run: --init-from {source} is ignored")
             super().resume_or_load(resume)
         else:
             if weights:
-                logger.warning(f"--init-from takes the place of MODEL.WEIGHTS {weights}")
+                logger.warning(f"--init-from overrides MODEL.WEIGHTS {weights}")
             self.checkpointer.load_all_but_classes(source)
         if self.start_iter == 0 and self.ema is not None:
             self.ema.copy_live()
         if self._trainer.seed != self.cfg.SEED:
-            logger.info(f"resuming with the seed of the run, {self._trainer.seed}")
+            logger.info(f"resuming with the seed of the run: {self._trainer.seed}")
             self.cfg = self.cfg.clone()
             self.cfg.defrost()
             self.cfg.SEED = self._trainer.seed
@@ -132,7 +133,11 @@ class PanopticTrainer(DefaultTrainer):
             raise
 
     def build_hooks(self) -> list[hooks.HookBase]:
-        """Timer, schedule, checkpoints, evaluation, best checkpoint, writers; in this order."""
+        """Return Detectron2's hooks: timer, schedule, checkpoints, evaluation, writers.
+
+        The order matters: the best checkpointer reads the results of the evaluation before it, and
+        the writers come last to see all scalars of the iteration.
+        """
         cfg = self.cfg
         main = comm.is_main_process()
 
@@ -158,7 +163,7 @@ class PanopticTrainer(DefaultTrainer):
         return built
 
     def build_writers(self) -> list[EventWriter]:
-        """Console, ``metrics.json`` and TensorBoard."""
+        """Return the writers of console, ``metrics.json`` and TensorBoard."""
         output_dir = Path(self.cfg.OUTPUT_DIR)
         output_dir.mkdir(parents=True, exist_ok=True)
         return [
@@ -172,38 +177,38 @@ class PanopticTrainer(DefaultTrainer):
         """Build the model on its device.
 
         Raises:
-            UserError: settings that no model can be built from.
+            UserError: the settings are not those of a model.
         """
         try:
             return super().build_model(cfg)
         except UserError:
             raise
         except (KeyError, ValueError) as error:
-            raise UserError(f"the model cannot be built: {error.args[0]}") from error
+            raise UserError(f"the model cannot be built: {one_line(error.args[0])}") from error
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See ``batchformer_panoptic.solver``."""
+        """See `engine.solver`."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """See ``batchformer_panoptic.solver``."""
+        """See `engine.solver`."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
-        """Return batches from iteration ``start_iter`` on, without end."""
+        """Return an endless loader that starts with the batch of ``start_iter``."""
         return build_train_loader(cfg, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Return the batches of a data set, once."""
+        """Return a loader for one pass over a data set."""
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Return the evaluator; its files go to ``OUTPUT_DIR/inference/<data set>``."""
+        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``."""
         return build_evaluator(
             cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
         )
@@ -215,16 +220,16 @@ class PanopticTrainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """Evaluate on ``DATASETS.TEST``, with ``TEST.FAST`` on a copy that runs faster."""
+        """Evaluate on ``DATASETS.TEST``; ``TEST.FAST`` evaluates a faster copy of the model."""
         results: dict[str, Any] = super().test(cfg, model_for_evaluation(cfg, model), evaluators)
         return results
 
     @classmethod
     def evaluate_weights(cls, cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-        """Evaluate ``MODEL.WEIGHTS`` (``resume``: the last checkpoint of ``OUTPUT_DIR``).
+        """Evaluate ``MODEL.WEIGHTS``, or the last checkpoint of ``OUTPUT_DIR`` with ``resume``.
 
         Raises:
-            UserError: there is nothing to load, or it does not fit.
+            UserError: there are no weights to load, or they do not fit.
         """
         model = cls.build_model(cfg)
         checkpointer = PanopticCheckpointer(
@@ -255,7 +260,7 @@ def _distribute(model: nn.Module) -> nn.Module:
 
 def _best_metric(cfg: CfgNode) -> str:
     metric = main_metric(cfg, cfg.DATASETS.TEST[0])
-    # With several data sets Detectron2 puts each one's results under its name.
+    # With several data sets, Detectron2 prefixes the results with the name of the data set.
     return metric if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
 
 
@@ -263,15 +268,15 @@ def _warn_about_single_images(cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if cfg.MODEL.BATCHFORMER.ENABLED and images == 1:
         logger.warning(
-            "BatchFormerV2 attends over the images of one process, and each process has ONE image: "
-            "the block learns nothing about other images. Raise SOLVER.IMS_PER_BATCH to at least "
+            "BatchFormerV2 attends over the images of one process, and each process has ONE image, "
+            "so the block has no effect across images. Raise SOLVER.IMS_PER_BATCH to at least "
             f"{2 * comm.get_world_size()}, or use fewer processes."
         )
 
 
 @contextlib.contextmanager
 def _without_traceback_of_user_errors() -> Iterator[None]:
-    """Keep Detectron2's loop from logging the traceback of an error that the command reports."""
+    """Suppress the traceback that Detectron2's loop logs for errors that the command reports."""
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""From the kind of a data set to its evaluators."""
+"""Builds the evaluators for the format of a data set."""
 
 import logging
 from collections.abc import Callable
@@ -19,10 +19,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     """Build the evaluators that fit a registered data set and the model's outputs.
 
     Args:
-        cfg: ``MODEL.MASK_ON`` says whether the model predicts masks, and
-            ``MODEL.PANOPTIC.INSTANCES_TEST`` whether it returns instances beside them.
+        cfg: ``MODEL.MASK_ON`` (whether the model predicts masks) and
+            ``MODEL.PANOPTIC.INSTANCES_TEST`` (whether it also returns instances) are read.
         dataset_name: a registered data set; its metadata ``evaluator_type`` selects the evaluators:
-            "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes alone without
+            "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes only without
             masks), "coco" (AP) or "classification" (top-1 and top-5).
         output_dir: folder for result files and annotations made for the evaluation.
 
@@ -40,7 +40,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
 
 
 def main_metric(cfg: CfgNode, dataset_name: str) -> str:
-    """Return "task/metric" of the result that says how good a model is, the higher the better."""
+    """Return "task/metric" of the main result by which models are compared; higher is better."""
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification":
         return "classification/top1"
     return "panoptic_seg/PQ" if cfg.MODEL.MASK_ON else "bbox/AP"

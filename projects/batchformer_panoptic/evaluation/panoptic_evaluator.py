@@ -1,7 +1,4 @@
-"""Evaluator of panoptic quality that keeps counts and not predictions.
-
-Averages of panoptic quality over classes, as objects, tables and JSON.
-"""
+"""Evaluator of panoptic quality that keeps counts instead of predictions."""
 
 import logging
 import os
@@ -15,16 +12,207 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat
-from panopticapi.utils import id2rgb
-from PIL import Image
 from tabulate import tabulate
 
 from ..data.io import write_json
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth
 from .panoptic_quality import Segments, image_pq_counts
+
+logger = logging.getLogger(__name__)
+
+RESULTS_NAME = "panoptic_results.json"
+
+# Samplers that give every process the same number of images repeat at most one image per process,
+# as its last one. The counts of this many last images are kept separate to remove repetitions.
+_NUM_RECENT = 16
+
+
+class _ProcessCounts(NamedTuple):
+    """Counts per class of one process, and the images they belong to."""
+
+    counts: PQStat  # of the images in ``settled``
+    settled: set[int | str]  # image ids
+    recent: list[tuple[int | str, PQStat]]
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """Panoptic quality with panopticapi's numbers, image by image and without intermediate files.
+
+    The counts of an image are added as soon as it is predicted, so that memory does not grow with
+    predictions: only ids of finished images and the annotations are kept per image. Every image
+    counts once. One that a process sees again is skipped, and so are the repetitions at the end of
+    a process by samplers that pad to equal shares.
+
+    A model output must have ``panoptic_seg``: an (H, W) integer segment map at the original size
+    (0 is void) and a list of segments with ``id`` and contiguous ``category_id``. It is not
+    modified.
+    """
+
+    def __init__(
+        self, dataset_name: str, output_dir: str | None = None, *, allow_subset: bool = False
+    ) -> None:
+        """Read the annotation JSON of the data set.
+
+        Args:
+            dataset_name: a registered panoptic data set with one id space for things and stuff.
+            output_dir: for ``panoptic_results.json``; None: no file is written.
+            allow_subset: accept that images of the data set are not evaluated.
+        """
+        self._truth = PanopticGroundTruth(MetadataCatalog.get(dataset_name))
+        self._output_dir = output_dir
+        self._allow_subset = allow_subset
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._counts = PQStat()
+        self._settled: set[int | str] = set()
+        self._recent: deque[tuple[int | str, PQStat]] = deque()
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            inputs: the model's inputs, of which ``image_id`` is read.
+            outputs: the model's outputs, of which ``panoptic_seg`` is read.
+        """
+        for image_input, output in zip(inputs, outputs, strict=True):
+            image_id = image_input["image_id"]
+            if image_id in self._settled or any(image_id == recent for recent, _ in self._recent):
+                continue
+            segment_map, segments_info = self._read_output(image_id, output)
+            self._recent.append((image_id, self._count(image_id, segment_map, segments_info)))
+            if len(self._recent) > _NUM_RECENT:
+                settled_id, counts = self._recent.popleft()
+                self._settled.add(settled_id)
+                self._counts += counts
+
+    def _read_output(
+        self, image_id: int | str, output: Mapping[str, Any]
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Copy a prediction to numpy (H, W) and to segments with data set category ids."""
+        if image_id not in self._truth.images:
+            raise UserError(
+                f"image {image_id} is not annotated in {self._truth.json_file}; evaluate on the "
+                "data set that the images come from"
+            )
+        if "panoptic_seg" not in output:
+            raise UserError(
+                "the model predicts no panoptic segments (a box-only model? MODEL.MASK_ON); they "
+                "are needed for panoptic quality"
+            )
+        panoptic_seg: tuple[torch.Tensor, list[dict[str, Any]] | None] = output["panoptic_seg"]
+        segment_map, segments_info = panoptic_seg
+        if segments_info is None:
+            raise UserError(
+                f"the prediction for image {image_id} has no segments_info: ids made of category "
+                "and label_divisor are not supported; use Detectron2's COCOPanopticEvaluator"
+            )
+        converted = [
+            {"id": int(segment["id"]), "category_id": self._dataset_id(image_id, segment)}
+            for segment in segments_info
+        ]
+        return segment_map.cpu().numpy(), converted
+
+    def _dataset_id(self, image_id: int | str, segment: Mapping[str, Any]) -> int:
+        dataset_id = self._truth.dataset_ids.get(int(segment["category_id"]))
+        if dataset_id is None:
+            raise UserError(
+                f"predicted segment {segment['id']} of image {image_id} has the class "
+                f"{segment['category_id']}, but the data set {self._truth.name} has the classes 0 "
+                f"to {len(self._truth.dataset_ids) - 1}; evaluate on a data set with the model's "
+                "classes"
+            )
+        return dataset_id
+
+    def _count(
+        self, image_id: int | str, segment_map: np.ndarray, segments_info: list[dict[str, Any]]
+    ) -> PQStat:
+        image = self._truth.images[image_id]
+        return image_pq_counts(
+            segment_map,
+            Segments.from_segments_info(segments_info),
+            self._truth.read_segment_map(image),
+            image.segments,
+            image_name=f"{image.png_name} (id {image_id})",
+        )
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
+        """Sum over processes, report, and write the file; every process has to call it.
+
+        Returns:
+            ``{"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}}`` in percent on the main
+            process, without the groups that have no class in the images; empty elsewhere.
+
+        Raises:
+            UserError: images of the data set were not evaluated, or several processes evaluated
+                the same images.
+        """
+        comm.synchronize()
+        parts = comm.gather(_ProcessCounts(self._counts, self._settled, list(self._recent)))
+        if not comm.is_main_process():
+            return OrderedDict()
+        counts, evaluated = _merge(parts)
+        self._check_complete(evaluated)
+        quality = PanopticQuality.from_counts(counts, self._truth.categories)
+        logger.info("Panoptic quality on %d images:\n%s", len(evaluated), quality.group_table())
+        logger.info("Panoptic quality per class:\n%s", quality.class_table())
+        self._write_results(quality, len(evaluated))
+        return OrderedDict(panoptic_seg=quality.to_metrics())
+
+    def _check_complete(self, evaluated: set[int | str]) -> None:
+        missing = [image_id for image_id in self._truth.images if image_id not in evaluated]
+        if not missing:
+            return
+        message = (
+            f"{len(missing)} of the {len(self._truth.images)} images of {self._truth.name} were "
+            f"not evaluated, the first with the id {missing[0]}"
+        )
+        if not self._allow_subset:
+            raise UserError(f"{message}; run the model on the whole data set or allow a subset")
+        logger.warning("%s: the panoptic quality is that of a subset", message)
+
+    def _write_results(self, quality: "PanopticQuality", num_images: int) -> None:
+        if self._output_dir is None:
+            return
+        content = {
+            "dataset": self._truth.name,
+            "num_images": num_images,
+            "num_images_of_dataset": len(self._truth.images),
+            **quality.to_json(),
+        }
+        write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
+
+
+def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
+    """Add up the counts of all processes, every image once; also return the image ids."""
+    total = PQStat()
+    evaluated: set[int | str] = set()
+    for part in parts:
+        repeated = evaluated & part.settled
+        if repeated:
+            raise UserError(
+                f"several processes evaluated the same {len(repeated)} images, such as "
+                f"{min(repeated, key=str)}; give the test loader a sampler that splits the "
+                "data set (Detectron2's InferenceSampler)"
+            )
+        evaluated |= part.settled
+        total += part.counts
+    for part in parts:
+        for image_id, counts in part.recent:
+            if image_id not in evaluated:
+                evaluated.add(image_id)
+                total += counts
+    return total, evaluated
+
+
+# ---------------------------------------------------------------------------
+# Averages over classes
+# ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -79,22 +267,13 @@ class PanopticQuality:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to plain values for JSON; ratios stay from 0 to 1, missing ones are None."""
+        """Convert to plain values for JSON; ratios are from 0 to 1, missing ones are None."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PanopticQuality":
-        """Invert ``to_json``; keys of other meaning are ignored."""
-        groups = {
-            name: None if values[name] is None else GroupQuality(**values[name])
-            for name in ("all", "things", "stuff")
-        }
-        return cls(**groups, per_class=tuple(ClassQuality(**row) for row in values["per_class"]))
 
     def to_metrics(self) -> dict[str, float]:
         """Convert to Detectron2's metric names in percent; a missing group is left out.
 
-        Detectron2 formats and stores every metric as a number, so None has no place among them.
+        Detectron2 formats and stores every metric as a number, so None is not possible.
         """
         metrics: dict[str, float] = {}
         for suffix, group in (("", self.all), ("_th", self.things), ("_st", self.stuff)):
@@ -132,7 +311,7 @@ def _group_quality(
         for category_id, category in categories.items()
         if things is None or (category["isthing"] == 1) == things
     }
-    # panopticapi divides by the number of classes that occur
+    # panopticapi divides by the number of classes that occur.
     if not any(_occurs(counts, category_id) for category_id in members):
         return None
     average, _ = counts.pq_average(members, isthing=things)
@@ -177,240 +356,8 @@ def _percent(value: float | None) -> str:
 
 
 def _table(rows: list[list[str]], headers: list[str]) -> str:
-    # numbers are already text; left alone, tabulate would parse class names such as "1e3"
+    # Numbers are text already; without disable_numparse, tabulate parses class names like "1e3".
     alignment = ["left" if header in ("", "class", "kind") else "right" for header in headers]
     return tabulate(
         rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=alignment
     )
-
-
-logger = logging.getLogger(__name__)
-
-RESULTS_NAME = "panoptic_results.json"
-PREDICTIONS_NAME = "panoptic_predictions"
-
-# Samplers that give every process the same number of images repeat at most one image per process,
-# as the last one. The counts of this many last images are kept apart to leave repetitions out.
-_NUM_RECENT = 16
-
-
-class _ProcessCounts(NamedTuple):
-    """What one process knows at the end: counts per class, and which images they are of."""
-
-    counts: PQStat  # of the images in ``settled``
-    settled: set[int | str]  # image ids
-    recent: list[tuple[int | str, PQStat]]
-    predictions: list[dict[str, Any]]  # empty unless predictions are saved
-
-
-class PanopticEvaluator(DatasetEvaluator):
-    """Panoptic quality with panopticapi's numbers, image by image and without files in between.
-
-    The counts of an image are added up as soon as it is predicted, so that memory does not grow
-    with predictions; ids of finished images and the annotation JSON are all that is kept per image.
-    Every image counts once: one that a process sees again is skipped, and so are the repetitions at
-    the end of a process that samplers padding to equal shares make.
-
-    A model output must hold ``panoptic_seg``: an (H, W) integer tensor at the original size (0 is
-    void) and a list of segments with ``id`` and contiguous ``category_id``. It is not modified.
-    """
-
-    def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | None = None,
-        *,
-        save_predictions: bool = False,
-        allow_subset: bool = False,
-    ) -> None:
-        """Read the annotation JSON of the data set.
-
-        Args:
-            dataset_name: a registered panoptic data set with one id space for things and stuff.
-            output_dir: where ``panoptic_results.json`` goes; None: no file is written.
-            save_predictions: also write the predictions as COCO panoptic PNGs and JSON,
-                ``panoptic_predictions`` and ``panoptic_predictions.json`` in ``output_dir``. The
-                segment lists are then kept in memory until the end.
-            allow_subset: accept that images of the data set are not evaluated.
-        """
-        if save_predictions and output_dir is None:
-            raise UserError("saving panoptic predictions needs an output folder")
-        self._truth = PanopticGroundTruth(MetadataCatalog.get(dataset_name))
-        self._output_dir = output_dir
-        self._save_predictions = save_predictions
-        self._allow_subset = allow_subset
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._counts = PQStat()
-        self._settled: set[int | str] = set()
-        self._recent: deque[tuple[int | str, PQStat]] = deque()
-        self._predictions: list[dict[str, Any]] = []
-
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Count a batch.
-
-        Args:
-            inputs: the model's inputs, of which ``image_id`` is read.
-            outputs: the model's outputs, of which ``panoptic_seg`` is read.
-        """
-        for image_input, output in zip(inputs, outputs, strict=True):
-            image_id = image_input["image_id"]
-            if image_id in self._settled or any(image_id == recent for recent, _ in self._recent):
-                continue
-            id_map, segments_info = self._read_output(image_id, output)
-            self._recent.append((image_id, self._count(image_id, id_map, segments_info)))
-            if len(self._recent) > _NUM_RECENT:
-                settled_id, counts = self._recent.popleft()
-                self._settled.add(settled_id)
-                self._counts += counts
-            if self._save_predictions:
-                self._predictions.append(self._save(image_id, id_map, segments_info))
-
-    def _read_output(
-        self, image_id: int | str, output: Mapping[str, Any]
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Copy a prediction to numpy (H, W) and to segments with data set category ids."""
-        if image_id not in self._truth.images:
-            raise UserError(
-                f"image {image_id} is not annotated in {self._truth.json_file}; evaluate on the "
-                "data set that the images come from"
-            )
-        if "panoptic_seg" not in output:
-            raise UserError(
-                "the model predicts no panoptic segments (a box-only model? MODEL.MASK_ON); they "
-                "are needed for panoptic quality"
-            )
-        panoptic_seg: tuple[torch.Tensor, list[dict[str, Any]] | None] = output["panoptic_seg"]
-        id_map, segments_info = panoptic_seg
-        if segments_info is None:
-            raise UserError(
-                f"the prediction for image {image_id} has no segments_info: ids made of category "
-                "and label_divisor are not supported; use Detectron2's COCOPanopticEvaluator"
-            )
-        converted = [
-            {"id": int(segment["id"]), "category_id": self._dataset_id(image_id, segment)}
-            for segment in segments_info
-        ]
-        return id_map.cpu().numpy(), converted
-
-    def _dataset_id(self, image_id: int | str, segment: Mapping[str, Any]) -> int:
-        dataset_id = self._truth.dataset_ids.get(int(segment["category_id"]))
-        if dataset_id is None:
-            raise UserError(
-                f"predicted segment {segment['id']} of image {image_id} has the class "
-                f"{segment['category_id']}, but the data set {self._truth.name} has the classes 0 "
-                f"to {len(self._truth.dataset_ids) - 1}; evaluate on a data set with the model's "
-                "classes"
-            )
-        return dataset_id
-
-    def _count(
-        self, image_id: int | str, id_map: np.ndarray, segments_info: list[dict[str, Any]]
-    ) -> PQStat:
-        image = self._truth.images[image_id]
-        return image_pq_counts(
-            id_map,
-            Segments.from_segments_info(segments_info),
-            self._truth.read_id_map(image),
-            image.segments,
-            image_name=f"{image.png_name} (id {image_id})",
-        )
-
-    def _save(
-        self, image_id: int | str, id_map: np.ndarray, segments_info: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Write the PNG of a prediction; returns its annotation."""
-        assert self._output_dir is not None
-        png_name = self._truth.images[image_id].png_name
-        path = os.path.join(self._output_dir, PREDICTIONS_NAME, png_name)
-        PathManager.mkdirs(os.path.dirname(path))
-        with PathManager.open(path, "wb") as file:
-            Image.fromarray(id2rgb(id_map)).save(file, format="PNG")
-        return {"image_id": image_id, "file_name": png_name, "segments_info": segments_info}
-
-    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
-        """Sum over processes, report, and write the files; every process has to call it.
-
-        Returns:
-            ``{"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}}`` in percent on the main
-            process, without the groups that have no class in the images; empty elsewhere.
-
-        Raises:
-            UserError: images of the data set were not evaluated, or several processes evaluated
-                the same images.
-        """
-        comm.synchronize()
-        parts = comm.gather(
-            _ProcessCounts(self._counts, self._settled, list(self._recent), self._predictions)
-        )
-        if not comm.is_main_process():
-            return OrderedDict()
-        counts, evaluated = _merge(parts)
-        self._check_complete(evaluated)
-        quality = PanopticQuality.from_counts(counts, self._truth.categories)
-        logger.info("Panoptic quality on %d images:\n%s", len(evaluated), quality.group_table())
-        logger.info("Panoptic quality per class:\n%s", quality.class_table())
-        self._write_results(quality, len(evaluated))
-        if self._save_predictions:
-            self._write_predictions(parts)
-        return OrderedDict(panoptic_seg=quality.to_metrics())
-
-    def _check_complete(self, evaluated: set[int | str]) -> None:
-        missing = [image_id for image_id in self._truth.images if image_id not in evaluated]
-        if not missing:
-            return
-        message = (
-            f"{len(missing)} of the {len(self._truth.images)} images of {self._truth.name} were "
-            f"not evaluated, the first with the id {missing[0]}"
-        )
-        if not self._allow_subset:
-            raise UserError(f"{message}; run the model on the whole data set or allow a subset")
-        logger.warning("%s: the panoptic quality is that of a subset", message)
-
-    def _write_results(self, quality: PanopticQuality, num_images: int) -> None:
-        if self._output_dir is None:
-            return
-        content = {
-            "dataset": self._truth.name,
-            "num_images": num_images,
-            "num_images_of_dataset": len(self._truth.images),
-            **quality.to_json(),
-        }
-        write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
-
-    def _write_predictions(self, parts: list[_ProcessCounts]) -> None:
-        assert self._output_dir is not None
-        by_image = {
-            prediction["image_id"]: prediction for part in parts for prediction in part.predictions
-        }
-        content = {
-            "annotations": list(by_image.values()),
-            "categories": list(self._truth.categories.values()),
-        }
-        write_json(os.path.join(self._output_dir, f"{PREDICTIONS_NAME}.json"), content)
-
-
-def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
-    """Add up the counts of all processes, every image once; also returns the image ids."""
-    total = PQStat()
-    evaluated: set[int | str] = set()
-    for part in parts:
-        repeated = evaluated & part.settled
-        if repeated:
-            raise UserError(
-                f"several processes evaluated the same {len(repeated)} images, such as "
-                f"{min(repeated, key=str)}; give the test loader a sampler that shares them out "
-                "(Detectron2's InferenceSampler)"
-            )
-        evaluated |= part.settled
-        total += part.counts
-    for part in parts:
-        for image_id, counts in part.recent:
-            if image_id not in evaluated:
-                evaluated.add(image_id)
-                total += counts
-    return total, evaluated

@@ -1,21 +1,29 @@
-"""Reading of COCO panoptic ground truth: the JSON once, the PNG of an image when it is needed."""
+"""Ground truth of a panoptic data set: the JSON's records, and the PNG of an image on demand."""
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
 
+from ..data.class_table import dataset_ids_of
+from ..data.io import read_coco_json, read_segment_map
+from ..data.validation import (
+    Problem,
+    check_annotations,
+    check_categories,
+    check_lists,
+    raise_first_error,
+)
 from ..errors import UserError
 from .panoptic_quality import Segments
 
 
 class TrueImage(NamedTuple):
-    """What the panoptic JSON says about one image."""
+    """The annotation of one image."""
 
     image_id: int | str
     png_name: str  # relative to the PNG folder
@@ -25,7 +33,8 @@ class TrueImage(NamedTuple):
 class PanopticGroundTruth:
     """Categories and annotated images of a registered panoptic data set.
 
-    Segments are kept as small arrays, about 0.5 kB per image; id maps are read from disk each time.
+    Segments are stored as small arrays, about 0.5 kB per image; segment maps are read from disk
+    each time.
 
     Attributes:
         name: of the data set.
@@ -36,7 +45,7 @@ class PanopticGroundTruth:
     """
 
     def __init__(self, metadata: Metadata) -> None:
-        """Read the JSON that the metadata name.
+        """Read the JSON named in the metadata.
 
         Args:
             metadata: of a data set with one contiguous id space for things and stuff:
@@ -44,26 +53,19 @@ class PanopticGroundTruth:
                 ``stuff_dataset_id_to_contiguous_id``.
 
         Raises:
-            UserError: the JSON is missing or is no panoptic annotation, or its categories are not
-                those of the metadata.
+            UserError: the JSON is missing or is not a panoptic annotation, or its categories are
+                not those of the metadata.
         """
         self.name: str = metadata.name
         self.json_file = str(PathManager.get_local_path(metadata.panoptic_json))
         self._png_root = str(PathManager.get_local_path(metadata.panoptic_root))
-        content = _read_panoptic_json(self.json_file)
-        self.categories: dict[int, dict[str, Any]] = {
-            int(category["id"]): category
+        content = read_coco_json(self.json_file)
+        raise_first_error(_check(content), self.json_file)
+        self.categories: dict[int, Mapping[str, Any]] = {
+            category["id"]: category
             for category in sorted(content["categories"], key=lambda category: category["id"])
         }
-        self.images: dict[int | str, TrueImage] = {}
-        for annotation in content["annotations"]:
-            image = _true_image(annotation, self.json_file)
-            if self.images.setdefault(image.image_id, image) is not image:
-                raise UserError(f"{self.json_file} annotates image {image.image_id} more than once")
-        self.dataset_ids = _contiguous_to_dataset_ids(metadata)
-        self._check_categories()
-
-    def _check_categories(self) -> None:
+        self.dataset_ids = dataset_ids_of(metadata)
         differing = sorted(set(self.categories) ^ set(self.dataset_ids.values()))
         if differing:
             raise UserError(
@@ -71,15 +73,14 @@ class PanopticGroundTruth:
                 f"same categories: ids {differing} are in one of them only; register the data set "
                 "with the categories of its JSON"
             )
-        for image in self.images.values():
-            known = np.isin(image.segments.category_ids, list(self.categories))
-            if not known.all():
-                first = int(np.flatnonzero(~known)[0])
-                raise UserError(
-                    f"segment {image.segments.ids[first]} of image {image.png_name} has the "
-                    f"category_id {image.segments.category_ids[first]}, which is not among the "
-                    f"categories of {self.json_file}"
-                )
+        self.images: dict[int | str, TrueImage] = {
+            annotation["image_id"]: TrueImage(
+                annotation["image_id"],
+                annotation["file_name"],
+                Segments.from_segments_info(annotation["segments_info"]),
+            )
+            for annotation in content["annotations"]
+        }
 
     @property
     def thing_ids(self) -> list[int]:
@@ -87,78 +88,16 @@ class PanopticGroundTruth:
         return [key for key, category in self.categories.items() if category["isthing"] == 1]
 
     def png_path(self, image: TrueImage) -> str:
-        """Local path of the PNG of an image."""
+        """Return the local path of the PNG of an image."""
         return os.path.join(self._png_root, image.png_name)
 
-    def read_id_map(self, image: TrueImage) -> np.ndarray:
-        """Read the true segment id of every pixel, (H, W) int32; 0 is void."""
-        return read_id_map(self.png_path(image))
+    def read_segment_map(self, image: TrueImage) -> npt.NDArray[np.int32]:
+        """Read the segment map of an image, (H, W) int32 segment ids; 0 is void."""
+        return read_segment_map(self.png_path(image))
 
 
-def read_id_map(path: str) -> np.ndarray:
-    """Decode a COCO panoptic PNG (id = R + 256 G + 65536 B) to an (H, W) int32 array.
-
-    Raises:
-        UserError: the file is missing, not an image, or not in RGB.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "RGBA"):
-                raise UserError(
-                    f"{path} is an image of mode {image.mode}; panoptic annotations are RGB PNGs "
-                    "(id = R + 256 G + 65536 B)"
-                )
-            # with a fourth byte per pixel the bytes already are little-endian integers
-            pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")
-            width, height = image.size
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist; the folder must hold one PNG per annotation"
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from error
-    return np.frombuffer(pixels, dtype="<i4").reshape(height, width) & 0xFFFFFF
-
-
-def _read_panoptic_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"the panoptic annotation {path} does not exist") from error
-    except ValueError as error:
-        raise UserError(f"the panoptic annotation {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not {"annotations", "categories"} <= set(content):
-        raise UserError(f"{path} is not a COCO panoptic JSON: no 'annotations' or 'categories'")
-    if any("segments_info" not in annotation for annotation in content["annotations"]):
-        raise UserError(
-            f"{path} is not a COCO panoptic JSON: an annotation without 'segments_info' (is it the "
-            "instances file?)"
-        )
-    return content
-
-
-def _true_image(annotation: Mapping[str, Any], json_file: str) -> TrueImage:
-    try:
-        segments = Segments.from_segments_info(annotation["segments_info"])
-        return TrueImage(annotation["image_id"], annotation["file_name"], segments)
-    except KeyError as error:
-        where = annotation.get("file_name", annotation.get("image_id"))
-        raise UserError(f"{json_file}: the annotation of image {where} lacks {error}") from error
-
-
-def _contiguous_to_dataset_ids(metadata: Metadata) -> dict[int, int]:
-    dataset_ids: dict[int, int] = {}
-    mappings: tuple[Mapping[int, int], ...] = (
-        metadata.thing_dataset_id_to_contiguous_id,
-        metadata.stuff_dataset_id_to_contiguous_id,
-    )
-    for mapping in mappings:
-        for dataset_id, contiguous_id in mapping.items():
-            if dataset_ids.setdefault(contiguous_id, dataset_id) != dataset_id:
-                raise UserError(
-                    f"the data set {metadata.name} numbers its things and stuff separately: class "
-                    f"{contiguous_id} is both {dataset_ids[contiguous_id]} and {dataset_id}; use "
-                    "the form with one id space (Detectron2's names without '_separated')"
-                )
-    return dataset_ids
+def _check(content: dict[str, Any]) -> Iterator[Problem]:
+    """Check the parts of a panoptic JSON that evaluation needs; "images" is not among them."""
+    yield from check_lists(content, ("annotations", "categories"))
+    yield from check_categories(content)
+    yield from check_annotations(content)

@@ -1,28 +1,36 @@
-"""Panoptic quality of id maps held in memory, by panopticapi's rules and formulas.
+"""Panoptic quality of segment maps in memory, by panopticapi's rules and formulas.
 
-Panoptic quality is defined in arXiv 1801.00868; what counts as a match, and how void and crowd are
-forgiven, follows ``pq_compute_single_core`` of panopticapi. Counts are collected in panopticapi's
-own ``PQStat`` and averaged by its ``PQStat.pq_average``. Departures: the area of a ground-truth
-segment is counted in the id map instead of believed (an area that is too small in the annotation
-gives an IoU above 1), and inconsistent annotations are refused.
+Panoptic quality is defined in arXiv 1801.00868; the matching of segments and the treatment of void
+and crowds follow ``pq_compute_single_core`` of panopticapi. Counts are collected in panopticapi's
+``PQStat`` and averaged by its ``PQStat.pq_average``. There are two differences: the area of a
+ground-truth segment is counted in the map and not read (an annotated area that is too small gives
+an IoU above 1), and inconsistent annotations are refused.
 
-Shape letters: H, W image size; S segments of one id map; P pairs of segments that share pixels.
+Shapes: H, W image size; S segments of one map; P pairs of segments that share pixels; R runs.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from panopticapi.evaluation import VOID, PQStat
 
+from ..data.segment_maps import runs
+from ..data.validation import (
+    check_area,
+    check_repeated_ids,
+    check_segment_ids,
+    raise_first_error,
+)
 from ..errors import UserError
 
 _MATCH_IOU = 0.5  # an IoU above one half makes the match unique
-_FORGIVEN_SHARE = 0.5  # predictions lying in void and crowd by more than this share do not count
+_IGNORED_SHARE = 0.5  # predictions with a larger share of void and crowd do not count
 
 
 class Segments(NamedTuple):
-    """The segments of one id map, in the order of the annotation; all arrays are (S,)."""
+    """The segments of one map, in the order of the annotation; all arrays are (S,)."""
 
     ids: np.ndarray  # int64, unique
     category_ids: np.ndarray  # int64, data set ids
@@ -60,16 +68,16 @@ def image_pq_counts(
 ) -> PQStat:
     """Count the matches of one image per category.
 
-    A prediction and a ground-truth segment of the same category match when their IoU, without the
-    prediction's pixels on void, is above 0.5. Crowd segments never match and are never missed.
-    A prediction that lies by more than half on void or on the crowd of its category is not a false
-    positive; where a category has several crowd segments, panopticapi looks at the last one.
+    A prediction and a ground-truth segment of the same category match if their IoU, without the
+    prediction's pixels on void, is above 0.5. Crowd segments neither match nor count as missed. A
+    prediction with more than half of its pixels on void or on the crowd of its category is not a
+    false positive; if a category has several crowd segments, panopticapi uses the last one.
 
     Args:
-        pred_map: (H, W) integers, the predicted segment of every pixel; 0 is void
-            unless a predicted segment has this id.
+        pred_map: (H, W) integers, the predicted segment map; 0 is void unless a predicted segment
+            has this id.
         pred_segments: the predicted segments. Their areas are counted, not read.
-        gt_map: (H, W) integers, the true segment of every pixel; 0 is void.
+        gt_map: (H, W) integers, the true segment map; 0 is void.
         gt_segments: the true segments.
         image_name: names the image in errors.
 
@@ -77,9 +85,9 @@ def image_pq_counts(
         Counts of the categories (data set ids) that have any.
 
     Raises:
-        UserError: the ground truth contradicts itself: a segment whose area is not that of the
-            annotation, an id that is not annotated, 0 or repeated.
-        ValueError: the prediction contradicts itself, or its size is not that of the ground truth.
+        UserError: the ground truth is inconsistent: a segment whose area differs from the
+            annotation, or an id that is 0, not annotated or repeated.
+        ValueError: the prediction is inconsistent, or its size differs from the ground truth.
     """
     if pred_map.shape != gt_map.shape:
         raise ValueError(
@@ -103,17 +111,28 @@ def image_pq_counts(
     missed = ~gt_segments.is_crowd
     missed[matches.gt_index] = False
     crowd_pixels = _pixels_on_own_crowd(overlaps, gt_segments, pred_segments)
-    spurious = ~((void_pixels + crowd_pixels) / pred_areas > _FORGIVEN_SHARE)
+    spurious = ~((void_pixels + crowd_pixels) / pred_areas > _IGNORED_SHARE)
     spurious[matches.pred_index] = False
 
+    return _counts_by_category(
+        gt_segments.category_ids[matches.gt_index],
+        ious,
+        gt_segments.category_ids[missed],
+        pred_segments.category_ids[spurious],
+    )
+
+
+def _counts_by_category(
+    matched: np.ndarray, ious: np.ndarray, missed: np.ndarray, spurious: np.ndarray
+) -> PQStat:
+    """Count category ids of true positives with their IoU, false negatives, false positives."""
     counts = PQStat()
-    true_categories = gt_segments.category_ids[matches.gt_index].tolist()
-    for category_id, iou in zip(true_categories, ious.tolist(), strict=True):
+    for category_id, iou in zip(matched.tolist(), ious.tolist(), strict=True):
         counts[category_id].tp += 1
         counts[category_id].iou += iou
-    for category_id in gt_segments.category_ids[missed].tolist():
+    for category_id in missed.tolist():
         counts[category_id].fn += 1
-    for category_id in pred_segments.category_ids[spurious].tolist():
+    for category_id in spurious.tolist():
         counts[category_id].fp += 1
     return counts
 
@@ -125,28 +144,29 @@ def _overlaps(
     gt_segments: Segments,
     image_name: str,
 ) -> _Overlaps:
-    """Intersect two (H, W) id maps; pairs come sorted by both positions."""
+    """Intersect two (H, W) segment maps; pairs are sorted by both positions."""
     if VOID in gt_segments.ids:
         raise UserError(
-            f"segments_info of image {image_name} lists a segment with the id {VOID}, which means "
-            "void; give it another id"
+            f"{image_name}: segments_info lists a segment with the id {VOID}, which is void; give "
+            "it another id"
         )
-    gt_ids, pred_ids, lengths = _runs(gt_map.ravel(), pred_map.ravel())
+    starts, lengths = runs(gt_map, pred_map)
     try:
-        gt_index = _look_up(gt_ids, gt_segments.ids)
+        gt_index = _look_up(gt_map.ravel()[starts], gt_segments.ids)
     except ValueError as error:
-        raise UserError(
-            f"the ground truth of image {image_name} contradicts itself: {error}; mend its PNG or "
-            "its segments_info"
-        ) from error
+        gt_ids = gt_segments.ids.tolist()
+        problems = chain(
+            check_repeated_ids(gt_ids, image_name), check_segment_ids(gt_map, gt_ids, image_name)
+        )
+        raise UserError(str(next(problems))) from error
     try:
-        pred_index = _look_up(pred_ids, pred_segments.ids)
+        pred_index = _look_up(pred_map.ravel()[starts], pred_segments.ids)
     except ValueError as error:
         raise ValueError(
-            f"the prediction for image {image_name} contradicts itself: {error}"
+            f"the prediction for image {image_name} is inconsistent: {error}"
         ) from error
-    # a cell for each pair, void in row and column 0: 8 MB for 1000 segments in either map, where
-    # sorting the runs would take longer than all the rest
+    # Count in a table with a cell for each pair, void in row and column 0. It takes 8 MB for 1000
+    # segments in either map; sorting the runs would take longer than everything else.
     width = len(pred_segments.ids) + 1
     size = (len(gt_segments.ids) + 1) * width
     table = _sum_pixels((gt_index + 1) * width + pred_index + 1, lengths, size)
@@ -155,23 +175,8 @@ def _overlaps(
     return _Overlaps(rows - 1, columns - 1, table[cells])
 
 
-def _runs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut two flat id maps (N,) where either of them changes.
-
-    Id maps consist of long runs along the rows, so that only some thousand ids have to be looked up
-    and not those of every pixel.
-
-    Returns:
-        Id in the first map, id in the second map and pixels of each run.
-    """
-    changes = first[1:] != first[:-1]
-    changes |= second[1:] != second[:-1]
-    starts = np.concatenate(([0], np.flatnonzero(changes) + 1))[: first.size]  # none without pixels
-    return first[starts], second[starts], np.diff(starts, append=first.size)
-
-
 def _look_up(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
-    """Find the position of each id among the known ones, -1 for void.
+    """Find the position of each id (R,) among the known ones, -1 for void.
 
     Raises:
         ValueError: an id is neither known nor void, or is known twice.
@@ -190,21 +195,17 @@ def _look_up(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
 
 
 def _sum_pixels(index: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
-    """Sum ``pixels`` (P,) by ``index`` (P,), without those of index -1, to (size,) int64."""
-    # bincount sums in float64, which is exact far beyond the pixels of any image
+    """Sum ``pixels`` (P,) by ``index`` (P,), ignoring index -1; returns (size,) int64."""
+    # bincount sums in float64, which is exact up to 2**53 pixels.
     return np.bincount(index + 1, weights=pixels, minlength=size + 1)[1:].astype(np.int64)
 
 
 def _check_ground_truth_areas(segments: Segments, areas: np.ndarray, image_name: str) -> None:
-    # the area of a crowd enters no formula, so that a wrong one does no harm
+    # No formula contains the area of a crowd, so a wrong one is harmless.
     wrong = (segments.areas >= 0) & (segments.areas != areas) & ~segments.is_crowd
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
-        raise UserError(
-            f"segment {segments.ids[first]} of image {image_name} has the area "
-            f"{segments.areas[first]} in the annotation but {areas[first]} pixels in the PNG; "
-            "correct the annotation (a wrong area would give a wrong panoptic quality)"
-        )
+    for position in np.flatnonzero(wrong).tolist():
+        segment_id, stated = int(segments.ids[position]), int(segments.areas[position])
+        raise_first_error(check_area(segment_id, stated, int(areas[position]), image_name))
 
 
 def _match(

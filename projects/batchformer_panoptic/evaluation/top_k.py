@@ -1,6 +1,5 @@
 """Top-1 and top-5 accuracy of image classification."""
 
-import json
 import logging
 import os
 from collections import OrderedDict
@@ -12,8 +11,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
+from ..data.io import write_json
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,15 +21,15 @@ RESULTS_NAME = "classification_results.json"
 
 
 class TopKEvaluator(DatasetEvaluator):
-    """How often the true class is the first, or among the first five, of an image's scores.
+    """Share of images whose true class has the highest score, or one of the five highest.
 
-    All that is kept of an image is its place: how many classes score higher than the true one
-    (among equal scores the lower class counts as the higher score; a score that is not a number
-    counts against the model). Every image counts once, however often samplers repeat it.
+    Only the rank of the true class is kept per image: the number of classes with a higher score.
+    Among equal scores the lower class id is ranked first; NaN ranks above the true class. Every
+    image counts once, even if samplers repeat it.
 
-    With five classes or fewer the true one is always among the first five; "top5" is then left out.
+    With five classes or fewer, "top5" would always be 100 % and is left out.
 
-    A model output must hold ``class_logits``: (K,) float scores in the order of the classes.
+    A model output must have ``class_logits``: (K,) float scores in the order of the classes.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class TopKEvaluator(DatasetEvaluator):
 
         Args:
             dataset_name: a registered image folder.
-            output_dir: where ``classification_results.json`` goes; None: no file is written.
+            output_dir: for ``classification_results.json``; None: no file is written.
             allow_subset: accept that images of the data set are not evaluated.
         """
         self._name = dataset_name
@@ -54,12 +53,12 @@ class TopKEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all images."""
-        self._places: dict[int, int] = {}
+        self._ranks: dict[int, int] = {}
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Note the places of a batch, with one transfer from the device.
+        """Store the ranks of a batch, with one transfer from the device.
 
         Args:
             inputs: the model's inputs, of which ``image_id`` is read.
@@ -70,8 +69,8 @@ class TopKEvaluator(DatasetEvaluator):
             self._check_output(image_id, output)
         logits = torch.stack([output["class_logits"] for output in outputs]).float()
         labels = torch.tensor([self._labels[i] for i in image_ids], device=logits.device)
-        places = true_class_places(logits, labels).tolist()
-        self._places.update(zip(image_ids, places, strict=True))
+        ranks = true_class_ranks(logits, labels).tolist()
+        self._ranks.update(zip(image_ids, ranks, strict=True))
 
     def _check_output(self, image_id: int, output: Mapping[str, Any]) -> None:
         if image_id not in self._labels:
@@ -81,8 +80,8 @@ class TopKEvaluator(DatasetEvaluator):
             )
         if "class_logits" not in output:
             raise UserError(
-                f"the model gives no class of an image, which the data set {self._name} is about: "
-                "set MODEL.META_ARCHITECTURE ImageClassifier"
+                f"the model does not classify images, as the data set {self._name} needs: set "
+                "MODEL.META_ARCHITECTURE ImageClassifier"
             )
         shape = tuple(output["class_logits"].shape)
         if shape != (len(self._classes),):
@@ -93,7 +92,7 @@ class TopKEvaluator(DatasetEvaluator):
             )
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
-        """Bring all processes together, report, and write the file; every process has to call it.
+        """Gather all processes, report, and write the file; every process has to call it.
 
         Returns:
             ``{"classification": {"top1", "top5"}}`` in percent on the main process, "top5" with
@@ -103,48 +102,48 @@ class TopKEvaluator(DatasetEvaluator):
             UserError: images of the data set were not evaluated.
         """
         comm.synchronize()
-        parts = comm.gather(self._places)
+        parts = comm.gather(self._ranks)
         if not comm.is_main_process():
             return OrderedDict()
-        places = {image_id: place for part in parts for image_id, place in part.items()}
-        self._check_complete(places)
-        metrics = self._metrics(np.array(list(places.values())))
+        ranks = {image_id: rank for part in parts for image_id, rank in part.items()}
+        self._check_complete(ranks)
+        metrics = self._metrics(np.array(list(ranks.values())))
         shown = {"top1": "n/a", "top5": "n/a"} | {k: f"{v:.2f}" for k, v in metrics.items()}
         logger.info(
-            f"Accuracy on {len(places)} images: top-1 {shown['top1']}, top-5 {shown['top5']}"
+            f"Accuracy on {len(ranks)} images: top-1 {shown['top1']}, top-5 {shown['top5']}"
         )
-        self._write_results(places, metrics)
+        self._write_results(ranks, metrics)
         return OrderedDict(classification=metrics)
 
-    def _metrics(self, places: np.ndarray) -> dict[str, float]:
+    def _metrics(self, ranks: np.ndarray) -> dict[str, float]:
         return {
-            f"top{k}": 100.0 * float((places < k).mean())
+            f"top{k}": 100.0 * float((ranks < k).mean())
             for k in (1, 5)
             if len(self._classes) > k or k == 1
         }
 
-    def _check_complete(self, places: Mapping[int, int]) -> None:
-        missing = [image_id for image_id in self._labels if image_id not in places]
+    def _check_complete(self, ranks: Mapping[int, int]) -> None:
+        missing = [image_id for image_id in self._labels if image_id not in ranks]
         if not missing:
             return
         message = (
             f"{len(missing)} of the {len(self._labels)} images of {self._name} were not evaluated, "
             f"the first with the id {missing[0]}"
         )
-        if not self._allow_subset or not places:
+        if not self._allow_subset or not ranks:
             raise UserError(f"{message}; run the model on the whole data set or allow a subset")
         logger.warning(f"{message}: the accuracy is that of a subset")
 
-    def _write_results(self, places: Mapping[int, int], metrics: Mapping[str, float]) -> None:
+    def _write_results(self, ranks: Mapping[int, int], metrics: Mapping[str, float]) -> None:
         if self._output_dir is None:
             return
         correct, images = np.zeros((2, len(self._classes)), int)
-        for image_id, place in places.items():
+        for image_id, rank in ranks.items():
             images[self._labels[image_id]] += 1
-            correct[self._labels[image_id]] += place == 0
+            correct[self._labels[image_id]] += rank == 0
         content = {
             "dataset": self._name,
-            "num_images": len(places),
+            "num_images": len(ranks),
             "num_images_of_dataset": len(self._labels),
             **metrics,
             "per_class": [
@@ -152,23 +151,21 @@ class TopKEvaluator(DatasetEvaluator):
                 for name, total, right in zip(self._classes, images, correct, strict=True)
             ],
         }
-        PathManager.mkdirs(self._output_dir)
-        with PathManager.open(os.path.join(self._output_dir, RESULTS_NAME), "w") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
+        write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
 
 
-def true_class_places(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count the classes that come before the true one.
+def true_class_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the classes that rank above the true one.
 
     Args:
         logits: (B, K) float.
         labels: (B,) int64 in [0, K).
 
     Returns:
-        (B,) int64 in [0, K]; K only where scores are not numbers.
+        (B,) int64 in [0, K]; K only if scores are NaN.
     """
     true = logits.gather(1, labels[:, None])
     classes = torch.arange(logits.shape[1], device=logits.device)
-    ahead = ~(logits <= true)  # also where one of the two is not a number
+    ahead = ~(logits <= true)  # also if one of the two is NaN
     ahead |= (logits == true) & (classes < labels[:, None])
     return ahead.sum(1)

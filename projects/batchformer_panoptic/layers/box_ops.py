@@ -1,4 +1,4 @@
-"""Boxes as (..., 4) tensors: ``cxcywh`` is centre and size, ``xyxy`` is two corners."""
+"""Box formats and overlaps, for (..., 4) tensors: ``cxcywh`` (centre, size), ``xyxy`` (corners)."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al. 2021, "Deformable DETR", section 4.1).
 
-Shapes: B images times streams, N tokens of L levels one after the other, Q queries, h heads, P
-points of each head and level, C channels, D = C / h channels of a head.
+Shapes: B entries (images times streams), N tokens of L levels one after the other, Q queries, h
+heads, P points of each head and level, C channels, D = C / h channels of a head.
 """
 
 import functools
@@ -20,15 +20,15 @@ from torch.nn import functional as F
 LevelShapes = Sequence[tuple[int, int]]
 
 _COMPILED_OP = "MultiScaleDeformableAttention"
-_IMAGES_PER_STEP = 64  # most images that the compiled operator works on at once, as published
+_IMAGES_PER_STEP = 64  # maximum batch of one call of the compiled operator, as published
 
 
 class MSDeformAttn(nn.Module):
-    """Each query looks at a few points around its reference point, on every level (equation 3).
+    """Each query samples a few points around its reference point, on every level (equation 3).
 
-    Where the points lie and how much each counts are linear functions of the query. Parameters
-    have the names of fundamentalvision/Deformable-DETR and start as published: the heads look in
-    different directions, point k is k cells away, all points count the same.
+    Offsets and weights of the points are linear functions of the query. Parameter names and
+    initialisation are those of fundamentalvision/Deformable-DETR: the heads start in different
+    directions, with point k at a distance of k cells, and with equal weights.
 
     Args:
         embed_dim: channels C.
@@ -40,7 +40,7 @@ class MSDeformAttn(nn.Module):
     def __init__(self, *, embed_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
@@ -80,8 +80,8 @@ class MSDeformAttn(nn.Module):
         Args:
             queries: (B, Q, C).
             reference_points: (B, Q, L, 2) float32 as (x, y), or (B, Q, L, 4) as cxcywh, in 0 to 1
-                over each level with its padding. Offsets count cells around a point, and, around a
-                box, half its size at the farthest of the P points.
+                over each level with its padding. The unit of offsets is a cell around a point;
+                around a box it is half the box's size, divided by P.
             tokens: (B, N, C).
             level_shapes: (height, width) of each level.
             key_padding_mask: (B, N) bool, True where a token is padding and reads as zero, or None.
@@ -111,15 +111,16 @@ class MSDeformAttn(nn.Module):
 def deform_attn(
     value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Weighted sums of bilinear samples, by the compiled operator when it can be used.
+    """Weighted sums of bilinear samples, by the compiled operator if it is available.
 
-    That is the module ``MultiScaleDeformableAttention`` of the published code, for CUDA tensors.
+    The operator is the module ``MultiScaleDeformableAttention`` of the published code, for CUDA
+    tensors.
 
     Args:
         value: (B, N, h, D), the levels one after the other, each row by row.
         level_shapes: (height, width) of each level; their areas sum to N.
-        locations: (B, Q, h, L, P, 2) as (x, y): 0 and 1 are the outer edges of a level. What lies
-            outside reads as zero.
+        locations: (B, Q, h, L, P, 2) as (x, y): 0 and 1 are the outer edges of a level. Samples
+            outside are zero.
         weights: (B, Q, h, L, P).
 
     Returns:
@@ -137,14 +138,14 @@ def deform_attn_torch(
 ) -> Tensor:
     """:func:`deform_attn` in PyTorch.
 
-    Each head of a query reads 4 * L * P rows of one table, which is an embedding bag: the samples
-    are never written out, unlike with ``grid_sample`` on each level. On a CPU that is faster, and
-    it needs a fraction of the memory.
+    Each head of a query reads 4 * L * P rows of one table, as an embedding bag does. Unlike
+    ``grid_sample`` on each level, this does not materialise the samples: on a CPU it is faster and
+    needs a fraction of the memory.
     """
     batch, num_tokens, num_heads, head_dim = value.shape
     areas = [height * width for height, width in level_shapes]
     starts = [sum(areas[:level]) for level in range(len(areas))]
-    # Of each point, (L, P): short rows of broadcast numbers would cost more than all the rest.
+    # One number for each point, (L, P): broadcasting rows of length 1 is slow on a CPU.
     num_points = locations.shape[-2]
     height, width, first = (
         _like(locations, [[number] * num_points for number in numbers])
@@ -171,8 +172,8 @@ def deform_attn_torch(
 class _WeightedBags(torch.autograd.Function):
     """Weighted sums of rows of a table: ``F.embedding_bag``, with a faster gradient of the table.
 
-    That gradient is an embedding bag as well, in which a row of the table is the bag and what had
-    read it are the entries.
+    The gradient is an embedding bag too: its bags are the rows of the table, and its entries are
+    the bags of the forward pass that read a row.
     """
 
     @staticmethod
@@ -216,11 +217,11 @@ def deform_attn_compiled(
     """:func:`deform_attn` by the operator of the published code, in float32 or float64.
 
     Args:
-        compiled: what has its ``ms_deform_attn_forward`` and ``ms_deform_attn_backward``.
-        value: see :func:`deform_attn`, as the others.
-        level_shapes: see there.
-        locations: see there.
-        weights: see there.
+        compiled: the module with ``ms_deform_attn_forward`` and ``ms_deform_attn_backward``.
+        value: see :func:`deform_attn`.
+        level_shapes: see :func:`deform_attn`.
+        locations: see :func:`deform_attn`.
+        weights: see :func:`deform_attn`.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     shapes = torch.tensor(level_shapes).to(value.device, non_blocking=True)
@@ -261,7 +262,7 @@ class _CompiledOp(torch.autograd.Function):
 
 
 def _images_of_a_step(batch: int) -> int:
-    """The compiled operator wants steps of one size: the largest divisor within its bound."""
+    """Batch of one call: the largest divisor of ``batch`` within the operator's bound."""
     return max(step for step in range(1, _IMAGES_PER_STEP + 1) if batch % step == 0)
 
 
@@ -281,7 +282,7 @@ def _compiled_op() -> ModuleType | None:
 
 
 def _two_nearest(locations: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The two cells around each location along one axis, and their shares in the sample.
+    """The two cells around each location along one axis, and their weights in the sample.
 
     Args:
         locations: (B, Q, h, L, P) in units of the axis.
@@ -300,5 +301,5 @@ def _two_nearest(locations: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _like(like: Tensor, values: Sequence[Any]) -> Tensor:
-    """Host numbers as a tensor of the dtype and device of another, without waiting."""
+    """Host numbers as a tensor of the dtype and device of ``like``, without synchronisation."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -40,7 +40,7 @@ class SinePositionEncoding(nn.Module):
         self.wave_lengths: Tensor
 
     def forward(self, padding_mask: Tensor) -> Tensor:
-        """Encode every cell of a batch of maps.
+        """Encode all cells of a batch of maps.
 
         Args:
             padding_mask: (B, H, W) bool, True where the cell is padding.
@@ -67,13 +67,13 @@ def sine_encoding(
     temperature: float = 10000.0,
     scale: float = 2 * math.pi,
 ) -> Tensor:
-    """Sine encoding of points, coordinate after coordinate.
+    """Sine encoding of points, with one group of channels for each coordinate.
 
     Args:
         coordinates: (..., D) in 0 to 1 over the valid area.
         num_channels: channels of the result; a multiple of 2 * D.
         temperature: base of the wave lengths.
-        scale: what 1 is scaled to.
+        scale: factor of the coordinates.
 
     Returns:
         (..., num_channels); ``num_channels / D`` channels for each coordinate in turn.

@@ -1,4 +1,4 @@
-"""A convolution of an enlarged map that is never written out.
+"""A convolution of an upsampled map, computed from the small map.
 
 Shapes: K maps, C channels in, D out, (h, w) of the small map, (H, W) of the large one.
 """
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 
 def conv_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """3 x 3 convolution, zero padded, of a map that is brought to ``size`` by nearest neighbour.
+    """3 x 3 convolution, zero padded, of a map upsampled to ``size`` by nearest neighbour.
 
     Where both sides are doubled, up to the last row and column of an odd size, every large pixel
-    reads 2 x 2 small ones: one transposed convolution with stride 2 does 16 multiplications for a
-    small pixel where the convolution of the large map does 36. Other sizes take the long way. The
+    depends on 2 x 2 small ones: a transposed convolution with stride 2 needs 16 multiplications per
+    small pixel, and the convolution of the large map 36. Other sizes are upsampled first. The
     result is the same up to rounding.
 
     Args:
@@ -31,8 +31,8 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
             x = F.interpolate(x, size=size, mode="nearest")
         return F.conv2d(x, weight, padding=1)
     large = F.conv_transpose2d(x, _doubled_weight(weight), stride=2, padding=1)
-    # An odd side ends with one pixel of the last pair, and its neighbour is padding: what lies
-    # there is convolved by itself.
+    # The last row or column of an odd size is half of a pair, next to the zero padding: it is
+    # convolved separately.
     if height % 2:
         last = x[:, :, -2:].repeat_interleave(2, dim=3)[..., :width]
         last = F.conv2d(last, weight[:, :, :2], padding=(0, 1))
@@ -47,7 +47,7 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
 def _is_double(large: int, small: int) -> bool:
     """Whether pixel i of the large side is pixel i // 2 of the small one, each but the last twice.
 
-    A single pixel is left out: it has no pair before it.
+    A side of one pixel is excluded: the separate last row needs a neighbour.
     """
     return small > 1 and large in (2 * small, 2 * small - 1)
 
@@ -55,8 +55,8 @@ def _is_double(large: int, small: int) -> bool:
 def _doubled_weight(weight: Tensor) -> Tensor:
     """(D, C, 3, 3) -> (C, D, 4, 4), for a transposed convolution with stride 2 and padding 1.
 
-    Of the two large pixels that a small one becomes, the taps of a large neighbour hit none, one or
-    both: along each side the taps a, b, c turn into c, b + c, a + b, a.
+    Two adjacent large pixels are copies of one small pixel, so taps that fall on both are summed:
+    along each side, the taps a, b, c become c, b + c, a + b, a.
     """
     for dim in (2, 3):
         a, b, c = weight.unbind(dim)

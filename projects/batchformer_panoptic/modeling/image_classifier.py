@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..batchformer import BatchFormerHook, IdentityHook, StreamState, encode
+from ..batchformer import BatchFormerHook, IdentityHook, Losses, StreamState, encode
 from ..errors import UserError, one_line
 from .backbone.timm import check_pixel_statistics, create_timm_model, import_timm
-from .losses import Losses
 from .transformer.base import build_hook
 
 # --- the vision Transformer ----------------------------------------------------------------------

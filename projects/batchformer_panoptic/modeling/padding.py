@@ -1,4 +1,4 @@
-"""Padding masks from image sizes; the same code in training and in evaluation."""
+"""Padding masks from image sizes, for training and evaluation alike."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class BatchPadding(NamedTuple):
-    """The sizes of a batch, known without the device, and the masks that follow from them.
+    """The image sizes of a batch, as host numbers, and the padding masks derived from them.
 
     Attributes:
         image_sizes: (height, width) in pixels of each of the B images, before padding.
@@ -21,7 +21,7 @@ class BatchPadding(NamedTuple):
 
     @property
     def is_padded(self) -> bool:
-        """Whether any image is smaller than the batch it is padded to."""
+        """Whether any image is smaller than the padded size."""
         return any(tuple(size) != tuple(self.padded_size) for size in self.image_sizes)
 
     def mask_like(self, feature_map: Tensor) -> Tensor:
@@ -36,16 +36,16 @@ def padding_mask(
     map_size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """Which cells of a feature map lie in the padding of their image.
+    """Padding masks at the resolution of a feature map.
 
-    Equal to nearest-neighbour resizing of the full-resolution padding mask, as in DETR, without
-    ever making that mask: rows and columns are resized by themselves.
+    Equal to nearest-neighbour resizing of the full-resolution padding mask, as in DETR, but without
+    that mask: rows and columns are resized separately.
 
     Args:
         image_sizes: (height, width) in pixels of each of the B images, before padding.
         padded_size: (height, width) in pixels of the batch.
         map_size: (h, w) of the feature map.
-        device: where the mask is made.
+        device: device of the mask.
 
     Returns:
         (B, h, w) bool, True where the cell is padding.

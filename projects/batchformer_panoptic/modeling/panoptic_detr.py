@@ -15,7 +15,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..batchformer import StreamState
+from ..batchformer import Losses, StreamState
 from ..errors import NonFiniteError, UserError
 from .backbone import checkpoint_stages
 from .build import (
@@ -26,7 +26,6 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
-from .losses import Losses
 from .padding import BatchPadding
 from .postprocessing.results import InferenceOptions, on_host, select_queries, to_result
 from .set_prediction.criterion import SetCriterion, count_objects, matching_metrics
@@ -216,11 +215,10 @@ class PanopticDETR(nn.Module):
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Move images to the device, normalise them and pad them to one size."""
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
-        batch = ImageList.from_tensors(
+        return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
             max(self._backbone_divisibility, self.transformer.size_divisibility),
         )
-        return batch
 
     def predict(
         self,

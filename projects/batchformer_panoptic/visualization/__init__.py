@@ -1,8 +1,8 @@
-"""Predictions and annotations as pictures."""
+"""Drawing of predictions, annotations and training targets."""
 
 from ..data.io import read_image, write_image
 from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets
-from .scene import contact_sheet, side_by_side
+from .scene import contact_sheet, side_by_side, write_pictures
 
 __all__ = [
     "contact_sheet",
@@ -13,4 +13,5 @@ __all__ = [
     "read_image",
     "side_by_side",
     "write_image",
+    "write_pictures",
 ]

@@ -1,9 +1,7 @@
-"""Scenes drawn on images with Detectron2's Visualizer.
+"""Draws scenes on images with Detectron2's Visualizer.
 
-Ground truth and predictions go through the same function, so that equal things look equal: the
-class decides the colour, and every further instance of a thing class gets another shade of it.
-
-Where the names of regions are written, so that they stay apart and inside the picture.
+Ground truth and predictions are drawn by the same function: the colour depends on the class, and
+further instances of a thing class get other shades of it.
 """
 
 import colorsys
@@ -29,122 +27,14 @@ from .scene import (
     scene_of_targets,
 )
 
-_POINTS_PER_PIXEL = 0.72  # the Visualizer draws 100 pixels an inch
-_CHARACTER_WIDTH, _LINE_HEIGHT = 0.64, 1.5  # of the font size, frame included
-_SMALLEST, _LARGEST = 14.0, 22.0  # font size in pixels
-
-
-class Label(NamedTuple):
-    """A text, its colour, its top left corner (pixels) and its size (points)."""
-
-    text: str
-    color: Color
-    x: float
-    y: float
-    points: float
-
-
-class _Rectangle(NamedTuple):
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-    def overlap(self, other: "_Rectangle") -> float:
-        width = min(self.x1, other.x1) - max(self.x0, other.x0)
-        height = min(self.y1, other.y1) - max(self.y0, other.y0)
-        return max(0.0, width) * max(0.0, height)
-
-
-def place_labels(
-    named: Sequence[tuple[Region, str, Color]], things: Sequence[bool], size: tuple[int, int]
-) -> list[Label]:
-    """Choose a place for every text.
-
-    Small things are named above or below, large ones inside; stuff is named where it is widest
-    beside the names of the things. Names overlap only where the picture is too crowded.
-
-    Args:
-        named: region, its text and colour.
-        things: which of them are things.
-        size: (height, width) of the picture.
-    """
-    pixels = float(np.clip(min(size) / 30, _SMALLEST, _LARGEST))
-    placed: list[_Rectangle] = []
-    labels = []
-    for index in sorted(range(len(named)), key=lambda index: not things[index]):
-        region, text, color = named[index]
-        mask = region.mask
-        if mask is not None and not mask.any():
-            continue
-        width, height = pixels * (_CHARACTER_WIDTH * len(text) + 0.3), pixels * _LINE_HEIGHT
-        if things[index] or mask is None:
-            candidates = _beside_thing(region.box, mask, width, height)
-        else:
-            candidates = [_widest_place(mask, placed, width, height)]
-        rectangles = [_inside(x, y, width, height, size) for x, y in candidates]
-        best = min(rectangles, key=lambda rectangle: sum(map(rectangle.overlap, placed)))
-        placed.append(best)
-        labels.append(Label(text, color, best.x0, best.y0, pixels * _POINTS_PER_PIXEL))
-    return labels
-
-
-def _beside_thing(
-    box: Box | None, mask: BoolMap | None, width: float, height: float
-) -> list[tuple[float, float]]:
-    """Top left corners in the order of preference."""
-    if box is not None:
-        x0, y0, x1, y1 = box
-        return [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0), (x1 - width, y1 - height)]
-    assert mask is not None
-    rows, columns = np.nonzero(mask)
-    x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    middle = (x0 + x1 - width) / 2
-    around = [
-        (middle, y0 - height),
-        (middle, y1),
-        (x1, (y0 + y1 - height) / 2),
-        (x0 - width, (y0 + y1 - height) / 2),
-    ]
-    x, y, radius = _widest_point(mask)
-    inside = (x - width / 2, y - height / 2)
-    # A name inside has to leave most of the thing visible.
-    return [inside, *around] if radius > 1.5 * height else [*around, inside]
-
-
-def _widest_place(
-    mask: BoolMap, placed: list[_Rectangle], width: float, height: float
-) -> tuple[float, float]:
-    free = mask.copy()
-    for other in placed:
-        rows = slice(int(max(0, other.y0)), int(other.y1) + 1)
-        columns = slice(int(max(0, other.x0)), int(other.x1) + 1)
-        free[rows, columns] = False
-    x, y, _ = _widest_point(free if free.any() else mask)
-    return x - width / 2, y - height / 2
-
-
-def _widest_point(mask: BoolMap) -> tuple[float, float, float]:
-    """x, y and radius of the largest circle inside; beyond the picture counts as outside."""
-    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
-    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
-    return float(x) - 1, float(y) - 1, float(distance[y, x])
-
-
-def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> _Rectangle:
-    x = max(1.0, min(x, size[1] - width))
-    y = max(1.0, min(y, size[0] - height))
-    return _Rectangle(x, y, x + width, y + height)
-
-
 Shade = tuple[float, float, float]  # RGB, 0 to 1
 
-_SHORT_SIDE = 384  # smaller images are enlarged, so that labels can be read and leave room
+_SHORT_SIDE = 384  # pixels; smaller images are enlarged for readable names
 _FILL, _FILL_STRIPED = 0.5, 0.2  # opacity
-# How much colour the image keeps: with all of it, nobody could tell the colours of the classes.
+# Saturation of the image, reduced so that the colours of the classes stand out.
 _IMAGE_COLOR = 0.3
 _VOID_COLOR: Color = (90, 90, 90)
-_VOID_LABEL_SHARE = 0.02  # of the image; smaller patches are hatched but not named
+_VOID_LABEL_SHARE = 0.02  # of the image; smaller patches are hatched without a name
 # Lightness and hue of the instances of one class, relative to the class colour.
 _SHADES = ((0.0, 0.0), (0.16, 0.03), (-0.14, -0.03), (0.08, -0.05), (-0.08, 0.05))
 
@@ -157,12 +47,11 @@ def draw_result(
     scale: float | None = None,
     vary_instances: bool = True,
 ) -> ImageArray:
-    """Draw the model's output; see `draw_scene`.
+    """Draw the result of a model; see `draw_scene`.
 
     Args:
         image_rgb: the original image, (H, W, 3) uint8.
-        result: one output of the model at (H, W); the panoptic map is drawn where there is one,
-            else the instances, all of them.
+        result: of one image, at (H, W); the panoptic map if there is one, otherwise all instances.
         table: the classes.
         scale: size of the picture relative to the image; see `draw_scene`.
         vary_instances: see `draw_scene`.
@@ -178,10 +67,10 @@ def draw_ground_truth(
     *,
     scale: float | None = None,
 ) -> ImageArray:
-    """Draw what a dataset dict says about its image; see `draw_scene`.
+    """Draw the annotation of a dataset dict; see `draw_scene`.
 
     Raises:
-        UserError: there is nothing to draw, or the panoptic PNG cannot be read.
+        UserError: there is no annotation, or the panoptic PNG cannot be read.
     """
     return draw_scene(image_rgb, scene_of_annotation(dataset_dict), table, scale=scale)
 
@@ -208,13 +97,13 @@ def draw_scene(
     """Fill, outline and name the regions; void and crowds are hatched.
 
     Args:
-        image_rgb: (H, W, 3) uint8; left as it is.
-        scene: its regions, masks (H, W).
+        image_rgb: (H, W, 3) uint8; not changed.
+        scene: regions with masks (H, W).
         table: names and colours of the classes.
-        scale: size of the picture relative to the image. None: images whose short side has less
-            than 384 pixels are enlarged to that, others keep their size.
-        vary_instances: give the instances of a class different shades of its colour; False keeps
-            colours steady from frame to frame of a video.
+        scale: size of the picture relative to the image. None: a short side below 384 pixels is
+            enlarged to 384.
+        vary_instances: give instances of a class different shades of its colour. False keeps the
+            colours constant over the frames of a video.
 
     Returns:
         uint8 RGB, (round(scale * H), round(scale * W), 3).
@@ -232,7 +121,7 @@ def draw_scene(
         if region.crowd and (mask := region.mask) is not None:
             _hatch(canvas, mask, _bytes(shade))
     visualizer = Visualizer(canvas, Metadata())
-    # The largest first, so that no region hides another one.
+    # Largest first, so that no region hides another one.
     order = sorted(range(len(regions)), key=lambda index: -_area(regions[index]))
     for index in order:
         _draw_region(visualizer, regions[index], shades[index])
@@ -256,12 +145,12 @@ def draw_scene(
 
 
 def automatic_scale(image: ImageArray) -> float:
-    """The factor that brings the short side of an image to 384 pixels, at least 1."""
+    """Factor that enlarges the short side of an image to 384 pixels; at least 1."""
     return max(1.0, _SHORT_SIDE / min(image.shape[:2]))
 
 
 def enlarge(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """A copy of (height, width) ``size``, smoothly interpolated."""
+    """Return a copy resized to (height, width) ``size`` with smooth interpolation."""
     if image.shape[:2] == size:
         return image.copy()
     shrinks = size[0] < image.shape[0]
@@ -286,7 +175,7 @@ def _shades(regions: list[Region], table: ClassTable, vary_instances: bool) -> l
 
 
 def instance_shade(color: Color, index: int) -> Shade:
-    """The colour of the index-th instance of a class: that of the class for the first one."""
+    """Colour of the index-th instance of a class; the first one has the colour of the class."""
     lightness_step, hue_step = _SHADES[index % len(_SHADES)]
     hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
     lightness = min(0.9, max(0.15, lightness + lightness_step)) if lightness_step else lightness
@@ -302,7 +191,7 @@ def _void(regions: list[Region], size: tuple[int, int]) -> BoolMap:
 
 
 def _hatch(canvas: ImageArray, mask: BoolMap, color: Color) -> None:
-    """Draw diagonal stripes on the mask, in place."""
+    """Draw diagonal stripes on a mask, in place."""
     rows, columns = np.nonzero(mask)
     period = max(6, min(canvas.shape[:2]) // 32)
     striped = (rows + columns) % period < period / 2
@@ -321,7 +210,7 @@ def _draw_region(visualizer: Visualizer, region: Region, shade: Shade) -> None:
 
 
 def _outline(visualizer: Visualizer, masks: Iterable[BoolMap], size: tuple[int, int]) -> None:
-    """Separate neighbouring regions by thin white lines."""
+    """Draw thin white lines between neighbouring regions."""
     lines = np.zeros(size, dtype=bool)
     kernel = np.ones((3, 3), dtype=np.uint8)
     for mask in masks:
@@ -352,3 +241,113 @@ def _area(region: Region) -> float:
 def _bytes(shade: Shade) -> Color:
     red, green, blue = (round(255 * channel) for channel in shade)
     return red, green, blue
+
+
+# Placement of the names, so that they do not overlap and stay inside the picture.
+
+_POINTS_PER_PIXEL = 0.72  # the Visualizer draws 100 pixels per inch
+_CHARACTER_WIDTH, _LINE_HEIGHT = 0.64, 1.5  # of the font size, frame included
+_SMALLEST, _LARGEST = 14.0, 22.0  # font size in pixels
+
+
+class Label(NamedTuple):
+    """A text with its colour, top left corner in pixels and size in points."""
+
+    text: str
+    color: Color
+    x: float
+    y: float
+    points: float
+
+
+class _Rectangle(NamedTuple):
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def overlap(self, other: "_Rectangle") -> float:
+        width = min(self.x1, other.x1) - max(self.x0, other.x0)
+        height = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return max(0.0, width) * max(0.0, height)
+
+
+def place_labels(
+    named: Sequence[tuple[Region, str, Color]], things: Sequence[bool], size: tuple[int, int]
+) -> list[Label]:
+    """Choose a position for every name.
+
+    Names of small things are outside, those of large things inside. Names of stuff are at the
+    widest place that the names of things leave. Names overlap only in crowded pictures.
+
+    Args:
+        named: regions with their texts and colours.
+        things: for each region, whether it is a thing.
+        size: (height, width) of the picture.
+    """
+    pixels = float(np.clip(min(size) / 30, _SMALLEST, _LARGEST))
+    placed: list[_Rectangle] = []
+    labels = []
+    for index in sorted(range(len(named)), key=lambda index: not things[index]):
+        region, text, color = named[index]
+        mask = region.mask
+        if mask is not None and not mask.any():
+            continue
+        width, height = pixels * (_CHARACTER_WIDTH * len(text) + 0.3), pixels * _LINE_HEIGHT
+        if things[index] or mask is None:
+            candidates = _beside_thing(region.box, mask, width, height)
+        else:
+            candidates = [_widest_place(mask, placed, width, height)]
+        rectangles = [_inside(x, y, width, height, size) for x, y in candidates]
+        best = min(rectangles, key=lambda rectangle: sum(map(rectangle.overlap, placed)))
+        placed.append(best)
+        labels.append(Label(text, color, best.x0, best.y0, pixels * _POINTS_PER_PIXEL))
+    return labels
+
+
+def _beside_thing(
+    box: Box | None, mask: BoolMap | None, width: float, height: float
+) -> list[tuple[float, float]]:
+    """Top left corners in order of preference."""
+    if box is not None:
+        x0, y0, x1, y1 = box
+        return [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0), (x1 - width, y1 - height)]
+    assert mask is not None
+    rows, columns = np.nonzero(mask)
+    x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    middle = (x0 + x1 - width) / 2
+    around = [
+        (middle, y0 - height),
+        (middle, y1),
+        (x1, (y0 + y1 - height) / 2),
+        (x0 - width, (y0 + y1 - height) / 2),
+    ]
+    x, y, radius = _widest_point(mask)
+    inside = (x - width / 2, y - height / 2)
+    # Inside only if most of the thing stays visible.
+    return [inside, *around] if radius > 1.5 * height else [*around, inside]
+
+
+def _widest_place(
+    mask: BoolMap, placed: list[_Rectangle], width: float, height: float
+) -> tuple[float, float]:
+    free = mask.copy()
+    for other in placed:
+        rows = slice(int(max(0, other.y0)), int(other.y1) + 1)
+        columns = slice(int(max(0, other.x0)), int(other.x1) + 1)
+        free[rows, columns] = False
+    x, y, _ = _widest_point(free if free.any() else mask)
+    return x - width / 2, y - height / 2
+
+
+def _widest_point(mask: BoolMap) -> tuple[float, float, float]:
+    """x, y and radius of the largest circle inside a mask and the picture."""
+    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
+    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+    return float(x) - 1, float(y) - 1, float(distance[y, x])
+
+
+def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> _Rectangle:
+    x = max(1.0, min(x, size[1] - width))
+    y = max(1.0, min(y, size[0] - height))
+    return _Rectangle(x, y, x + width, y + height)

@@ -1,31 +1,27 @@
-"""Pictures beside each other.
-
-What there is to draw on an image, wherever it comes from.
+"""Scenes: the regions to draw on an image; and panels: rows and sheets of pictures.
 
 H, W: size of the image that is drawn on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from detectron2.data import detection_utils
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
-from panopticapi.utils import rgb2id
-from PIL import Image
 
-from ..data.io import ImageArray
-from ..errors import UserError, one_line
+from ..data.io import ImageArray, read_segment_map, write_image
+from ..errors import UserError
 
 BoolMap = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]  # xyxy, pixels
 
 
 class IdMap:
-    """A map of numbers that many regions share, so that none of them has to hold a mask.
+    """A label map that many regions share, so that none of them stores a mask.
 
     Attributes:
         numbers: (H, W) int.
@@ -36,18 +32,18 @@ class IdMap:
         self._resized: dict[tuple[int, int], IdMap] = {}
 
     def resized(self, size: tuple[int, int]) -> "IdMap":
-        """The map at (height, width) by the nearest neighbour, made once for all regions."""
+        """Return the map resized to (height, width) by nearest neighbour; cached per size."""
         if size not in self._resized:
             self._resized[size] = IdMap(_nearest(self.numbers, size))
         return self._resized[size]
 
 
 class Segment(NamedTuple):
-    """The pixels of a map that have one number.
+    """The pixels with one number in a label map.
 
     Attributes:
         map: shared by all segments of the image.
-        number: theirs.
+        number: of these pixels.
     """
 
     map: IdMap
@@ -59,10 +55,10 @@ class Region(NamedTuple):
 
     Attributes:
         class_id: contiguous.
-        pixels: (H, W) bool, or where to find them, or None.
+        pixels: a mask, (H, W) bool, a segment of a label map, or None.
         box: to be drawn, or None.
         score: 0 to 1, or None.
-        crowd: many objects annotated as one.
+        crowd: whether many objects are annotated as one.
     """
 
     class_id: int
@@ -73,14 +69,19 @@ class Region(NamedTuple):
 
     @property
     def mask(self) -> BoolMap | None:
-        """(H, W), or None; that of a segment is made each time, and held by nobody."""
+        """The mask, (H, W), or None. That of a segment is computed at each access."""
         if isinstance(self.pixels, Segment):
             mask: BoolMap = self.pixels.map.numbers == self.pixels.number
             return mask
         return self.pixels
 
     def resized(self, size: tuple[int, int], factor: float) -> "Region":
-        """The region in a picture of (height, width) ``size``, ``factor`` times the image's."""
+        """Return the region resized to a picture of (height, width) ``size``.
+
+        Args:
+            size: of the picture.
+            factor: size of the picture relative to the image.
+        """
         pixels, box = self.pixels, self.box
         if isinstance(pixels, Segment):
             pixels = Segment(pixels.map.resized(size), pixels.number)
@@ -97,7 +98,7 @@ class Scene(NamedTuple):
 
     Attributes:
         regions: in no particular order.
-        is_panoptic: every pixel is meant to be in a region; one that is not is void.
+        is_panoptic: whether pixels outside all regions are void.
     """
 
     regions: list[Region]
@@ -105,7 +106,7 @@ class Scene(NamedTuple):
 
 
 def scene_of_result(result: dict[str, Any]) -> Scene:
-    """The model's output for one image: its panoptic map, or else its instances."""
+    """Return the scene of a model's result: its panoptic map, or else its instances."""
     if "panoptic_seg" not in result:
         return Scene(_instance_regions(result["instances"].to("cpu")), False)
     panoptic_map, segments = result["panoptic_seg"]
@@ -120,13 +121,13 @@ def scene_of_result(result: dict[str, Any]) -> Scene:
 
 
 def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
-    """A dataset dict as Detectron2 and `load_panoptic_json` give it.
+    """Return the scene of a dataset dict, panoptic or with boxes.
 
     Raises:
-        UserError: there is nothing to draw, or the panoptic PNG cannot be read.
+        UserError: there is no annotation, or the panoptic PNG cannot be read.
     """
     if "pan_seg_file_name" in dataset_dict:
-        ids = IdMap(_read_ids(dataset_dict["pan_seg_file_name"]))
+        ids = IdMap(read_segment_map(dataset_dict["pan_seg_file_name"]))
         return Scene(
             [
                 Region(
@@ -145,7 +146,7 @@ def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
 
 
 def scene_of_targets(mapped: dict[str, Any]) -> Scene:
-    """What the training mapper returns: the boxes, and the masks where there is a segment map."""
+    """Return the scene of a training sample: its boxes, and masks if it has a segment map."""
     instances = mapped["instances"]
     segment_map = mapped.get("segment_map")
     numbers = None if segment_map is None else IdMap(segment_map.numpy())
@@ -186,31 +187,25 @@ def _boxes(boxes: Any) -> list[Box]:
 
 
 def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """Nearest, so that the picture shows the pixels as they are."""
+    """Resize by nearest neighbour, so that the picture shows every pixel of the original."""
     if values.shape == size:
         return values
     return np.asarray(cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST))
 
 
-def _read_ids(path: str) -> npt.NDArray[np.integer[Any]]:
-    try:
-        ids: npt.NDArray[np.integer[Any]] = rgb2id(detection_utils.read_image(path, format="RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = one_line(error)
-        raise UserError(f"panoptic PNG {path} cannot be read: {reason}") from error
-    return ids
-
+# Panels.
 
 _MARGIN, _TITLE_HEIGHT = 8, 34  # pixels
 _BACKGROUND, _INK = 255, (40, 40, 40)
+_IN_OVERVIEW = 12  # pictures
 
 
 def side_by_side(panels: Sequence[ImageArray], titles: Sequence[str]) -> ImageArray:
-    """Pictures in one row on white, each under its title.
+    """Arrange pictures in one row on white, each below its title.
 
     Args:
-        panels: RGB pictures (H_i, W_i, 3); smaller ones are enlarged to the height of the highest.
-        titles: one for each, ASCII.
+        panels: RGB pictures (H_i, W_i, 3); all are enlarged to the largest height.
+        titles: one for each picture, ASCII.
 
     Returns:
         uint8 RGB.
@@ -228,12 +223,12 @@ def side_by_side(panels: Sequence[ImageArray], titles: Sequence[str]) -> ImageAr
 def contact_sheet(
     pictures: Sequence[ImageArray], *, columns: int = 2, max_width: int = 1250
 ) -> ImageArray:
-    """Pictures in a grid on white, row by row.
+    """Arrange pictures in a grid on white, row by row.
 
     Args:
         pictures: at least one, RGB.
-        columns: how many in a row.
-        max_width: wider pictures are shrunk to this many pixels.
+        columns: pictures per row.
+        max_width: width in pixels to which wider pictures are shrunk.
 
     Returns:
         uint8 RGB.
@@ -251,6 +246,31 @@ def contact_sheet(
     return np.vstack(rows)
 
 
+def write_pictures(folder: Path, pictures: Iterable[tuple[str, ImageArray]]) -> Iterator[str]:
+    """Write numbered pictures, and last ``overview.png`` with the first twelve of them.
+
+    Args:
+        folder: created if it does not exist.
+        pictures: path of each image that was drawn, and the RGB picture of it.
+
+    Yields:
+        A line for the user after each picture.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    overview = []
+    number = 0
+    for number, (image_path, picture) in enumerate(pictures, 1):
+        name = f"{number - 1:03d}_{Path(image_path).stem}.png"
+        write_image(folder / name, picture)
+        if number <= _IN_OVERVIEW:
+            overview.append(picture)
+        yield f"{image_path} -> {name}"
+    write_image(folder / "overview.png", contact_sheet(overview))
+    yield f"{number} pictures and overview.png are in {folder}"
+
+
 def _scaled(picture: ImageArray, factor: float) -> ImageArray:
     if factor == 1.0:
         return picture
@@ -264,5 +284,5 @@ def _framed(picture: ImageArray) -> ImageArray:
 
 
 def _padded(picture: ImageArray, height: int, width: int) -> ImageArray:
-    below, beside = height - picture.shape[0], width - picture.shape[1]
-    return np.pad(picture, ((0, below), (0, beside), (0, 0)), constant_values=_BACKGROUND)
+    below, right = height - picture.shape[0], width - picture.shape[1]
+    return np.pad(picture, ((0, below), (0, right), (0, 0)), constant_values=_BACKGROUND)

@@ -1,4 +1,4 @@
-"""ImageNet weights of other projects give the maps that they give there."""
+"""ImageNet weights of other projects give the same feature maps after conversion."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ from batchformer_panoptic.checkpoint.conversion.backbones import (
 )
 from batchformer_panoptic.checkpoint.conversion.sources import SOURCES, source_named
 from batchformer_panoptic.checkpoint.files import read_weights
-from batchformer_panoptic.checkpoint.settings import SettingsRecord
+from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.errors import UserError
 from helpers.tiny_model import tiny_cfg, tiny_model
 
@@ -150,7 +150,7 @@ def msra_backbone():
 
 
 def caffe2_layout(state, *, folded):
-    """Detectron2's names in those of Caffe2; ``folded``: norms of scale and shift alone."""
+    """Translate Detectron2's names to Caffe2's; ``folded``: norms with only scale and shift."""
     renamed = {}
     norm_parts = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
     for key, value in state.items():
@@ -256,16 +256,16 @@ def test_timm_weights(source, name, dropped):
 def test_timm_models_with_the_same_keys_must_be_named():
     timm = pytest.importorskip("timm")
     state = timm.create_model("efficientnet_lite0").state_dict()
-    with pytest.raises(UserError, match="efficientnet_lite0 and tf_efficientnet_lite0 alike"):
+    with pytest.raises(UserError, match="fit both efficientnet_lite0 and tf_efficientnet_lite0"):
         convert("timm", state)
-    with pytest.raises(UserError, match="no timm model known here: say which"):
+    with pytest.raises(UserError, match="no known timm model: name it"):
         convert("timm", {"a": torch.zeros(1)})
 
 
 def test_timm_weights_of_another_model_are_refused():
     timm = pytest.importorskip("timm")
     state = timm.create_model("resnet18").state_dict()
-    with pytest.raises(UserError, match=r"(?s)no timm resnet26: .*missing: .*layer1\.0\.conv3"):
+    with pytest.raises(UserError, match=r"(?s)not a timm resnet26: .*missing: .*layer1\.0\.conv3"):
         convert("timm:resnet26", state)
     with pytest.raises(UserError, match="no model 'resnet19'"):
         convert("timm:resnet19", state)

@@ -1,4 +1,4 @@
-"""Class rows of other projects become the contiguous classes of a data set."""
+"""Class rows of other projects are mapped to the contiguous classes of a data set."""
 
 import pytest
 import torch
@@ -47,7 +47,9 @@ def test_contiguous_rows_stay() -> None:
 
 
 def test_too_few_class_rows_are_refused() -> None:
-    with pytest.raises(UserError, match="91 class rows, which are neither the 133 classes nor"):
+    with pytest.raises(
+        UserError, match="91 class rows, which match neither the number of classes, 133, nor"
+    ):
         SOURCES["detr"].convert(with_classes(91), Request(PANOPTIC))
 
 

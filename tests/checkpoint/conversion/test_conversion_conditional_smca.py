@@ -1,4 +1,4 @@
-"""Conditional-DETR and SMCA of the public code: in, or refused."""
+"""Conversion of the public Conditional-DETR and SMCA, and what is refused."""
 
 import argparse
 import re
@@ -12,12 +12,11 @@ from detectron2.modeling import build_model
 
 from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
-from batchformer_panoptic.checkpoint.conversion.conditional_smca import DYNAMIC_SCALES
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.transformer import build_transformer
-from helpers.conversion_models import R50_DEPTHS, official_backbone
+from helpers.conversion_models import DYNAMIC_SCALE_OF_FLAG, R50_DEPTHS, official_backbone
 from helpers.golden_files import load_golden
 
 FILES = {
@@ -32,7 +31,7 @@ DETECTION = ClassTable.from_categories([c for c in COCO_CATEGORIES if c["isthing
 
 
 def channels_of(name):
-    """Of res2 to res5; a bottleneck wants multiples of 4."""
+    """Of res2 to res5; a bottleneck needs multiples of 4."""
     return tuple(FILES[name]["config"]["channels"].get(f"res{i}", 4 * i) for i in range(2, 6))
 
 
@@ -70,7 +69,7 @@ def test_settings_build_the_transformer_that_the_weights_fit(name, variant):
     assert config["num_queries"] == cfg.MODEL.DETR.NUM_OBJECT_QUERIES
     if name != "conditional":
         assert config["nheads"] == cfg.MODEL.DETR.NHEADS
-        assert DYNAMIC_SCALES[args["dynamic_scale"]] == cfg.MODEL.SMCA.DYNAMIC_SCALE
+        assert DYNAMIC_SCALE_OF_FLAG[args["dynamic_scale"]] == cfg.MODEL.SMCA.DYNAMIC_SCALE
     shapes = {
         f"res{i}": ShapeSpec(channels=c, stride=2**i)
         for i, c in enumerate(channels_of(name), start=2)
@@ -88,7 +87,7 @@ def test_settings_build_the_transformer_that_the_weights_fit(name, variant):
 
 def test_what_smca_divides_by_comes_from_its_command_line_or_is_asked_for():
     known = convert("smca", official("smca")).settings
-    assert "MODEL.SMCA.SMOOTH" not in known  # no weight tells
+    assert "MODEL.SMCA.SMOOTH" not in known  # not determined by the weights
     assert any("MODEL.SMCA.SMOOTH" in line for line in open_questions(known))
     settings = settings_of_args(argparse.Namespace(smooth=4))
     assert settings == {"MODEL.SMCA.SMOOTH": 4.0}

@@ -1,4 +1,4 @@
-"""Deformable-DETR of the public code: in, or refused."""
+"""Conversion of the public Deformable-DETR, and what is refused."""
 
 import re
 
@@ -38,7 +38,7 @@ def convert(state, classes=None):
 
 
 def parts(name, converted):
-    """Transformer and box head that the settings build, without what the weights cannot tell."""
+    """Transformer and box head of the settings; others do not follow from the weights."""
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
     cfg.merge_from_list([part for pair in converted.settings.items() for part in pair])
@@ -228,7 +228,7 @@ def test_blocks_of_the_fork_are_kept(name):
 def test_blocks_must_be_there_and_whole():
     source = SOURCES["deformable_detr_batchformer"]
     state = official("plain" if "plain" in VARIANTS else next(iter(VARIANTS)))
-    with pytest.raises(UserError, match="hold no BatchFormer block"):
+    with pytest.raises(UserError, match="have no BatchFormer block"):
         source.convert(state, Request())
     blocks = blocks_of({"share_bf": 1})
     del blocks["transformer.bf.linear2.bias"]

@@ -1,4 +1,4 @@
-"""Out again: transformers loads the folder and predicts the same; what cannot go is refused."""
+"""Export: transformers loads the folder and predicts the same; unsupported models are refused."""
 
 import json
 import sys
@@ -60,8 +60,8 @@ def test_transformers_predicts_the_same(masks: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     official = official_panoptic(depths=R50_DEPTHS)
     if not masks:
-        beside = ("mask_head.", "bbox_attention.")
-        official = {k: v for k, v in official.items() if not k.startswith(beside)}
+        outside = ("mask_head.", "bbox_attention.")
+        official = {k: v for k, v in official.items() if not k.startswith(outside)}
     state, settings = converted(official)
     folder = tmp_path / "exported"
     to_huggingface(state, folder, cfg=config(settings), classes=table(7))

@@ -1,4 +1,4 @@
-"""DETR of transformers: same logits, boxes and masks after a conversion in either direction."""
+"""DETR of transformers: equal logits, boxes and masks after conversion in both directions."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""facebookresearch/detr, its BatchFormer fork and its Detectron2 wrapper: in, or refused."""
+"""Conversion of facebookresearch/detr, its BatchFormer fork and its Detectron2 wrapper."""
 
 import argparse
 from typing import Any
@@ -19,9 +19,9 @@ from batchformer_panoptic.checkpoint.conversion import (
     official_to_ours,
     ours_to_official,
 )
-from batchformer_panoptic.checkpoint.conversion.core import settings_of
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.checkpoint.conversion.export import to_official
+from batchformer_panoptic.checkpoint.conversion.layout import settings_of
 from batchformer_panoptic.errors import UserError
 from helpers.conversion_models import (
     R50_DEPTHS,
@@ -159,7 +159,7 @@ def test_the_second_copy_of_a_block_must_be_the_same() -> None:
 
 
 def test_a_plain_detr_is_no_fork_and_the_reverse() -> None:
-    with pytest.raises(UserError, match="hold no BatchFormer block"):
+    with pytest.raises(UserError, match="have no BatchFormer block"):
         convert("detr_batchformer", official_panoptic())
     with pytest.raises(UserError, match=r"left over: detr\.transformer\.bf\.0\.linear1\.weight"):
         convert("detr", fork(shared=False))

@@ -1,4 +1,4 @@
-"""Image folders: registration, classes, and what is said of unusable ones."""
+"""Image folders: registration, classes, and the errors of unusable ones."""
 
 import os
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
     register_image_folder(name, str(root))
     register_image_folder(name, str(root))
-    with pytest.raises(UserError, match="already registered with another path"):
+    with pytest.raises(UserError, match="already registered with other paths"):
         register_image_folder(name, str(tmp_path))
 
 
@@ -111,10 +111,10 @@ def empty_class(root: Path) -> None:
         (no_such_root, r"image_root '.*set' does not exist; correct the path"),
         (no_folders, "set: an image folder holds one folder for each class"),
         (a_file, "set: an image folder holds one folder for each class"),
-        (empty_class, r"class folder 'wasp' holds no image \(1 such of 4 folders\)"),
+        (empty_class, r"class folder 'wasp' has no images \(1 of 4 folders are empty\)"),
     ],
 )
-def test_unusable_folders_are_told(
+def test_unusable_folders_are_reported(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
@@ -124,7 +124,7 @@ def test_unusable_folders_are_told(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_vanishes_later_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_later_is_reported(tmp_path: Path) -> None:
     root, name = write_image_folder(tmp_path / "set"), unique_name()
     register_image_folder(name, str(root))
     no_such_root(root)
@@ -146,7 +146,7 @@ def test_train_and_test_share_their_classes(cfg: CfgNode, tmp_path: Path) -> Non
     [
         ({"MODEL.CLASSIFIER.NUM_CLASSES": 1000}, r"MODEL\.CLASSIFIER\.NUM_CLASSES is 1000, but"),
         ({"MODEL.META_ARCHITECTURE": "PanopticDETR"}, "has one label for each image, and MODEL"),
-        ({"MODEL.MASK_ON": True}, "MASK_ON asks for masks"),
+        ({"MODEL.MASK_ON": True}, "MASK_ON needs masks"),
         ({"DATASETS.CUSTOM_IMAGE_FOLDERS": [["a", "b", "c"]]}, r"list of two texts \[name, root\]"),
     ],
 )

@@ -70,19 +70,25 @@ def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (changed("annotations", 3, id=1), "annotation 1 is given twice"),
-        (changed("annotations", 3, id="absent"), "annotation, number 3 of the list, has no 'id'"),
-        (changed("annotations", 3, image_id=99), "annotation 3 has image_id 99, which is not"),
-        (changed("annotations", 3, category_id=2), "annotation 3 has category_id 2, which is not"),
-        (changed("annotations", 3, bbox="absent"), "annotation 3 has the bbox None: give"),
-        (changed("annotations", 3, bbox=[1, 2, -3, 4]), r"has the bbox \[1, 2, -3, 4\]: give"),
-        (changed("annotations", 3, bbox=[float("nan"), 2, 3, 4]), "nan, 2, 3, 4]: give"),
-        (changed("annotations", 3, bbox=[1, 2, 3]), r"\[1, 2, 3\]: give"),
-        (changed("images", 1, id=10), "image 10 is given twice"),
+        (changed("annotations", 3, id=1), "2 annotations have the id 1"),
+        (changed("annotations", 3, id="absent"), "entry 3 of the list 'annotations' has no 'id'"),
+        (
+            changed("annotations", 3, image_id=99),
+            "annotation 3: image_id 99 is not among the images",
+        ),
+        (
+            changed("annotations", 3, category_id=2),
+            "annotation 3: category_id 2 is not among the categories",
+        ),
+        (changed("annotations", 3, bbox="absent"), "annotation 3: bbox is None; give"),
+        (changed("annotations", 3, bbox=[1, 2, -3, 4]), r"bbox is \[1, 2, -3, 4\]; give"),
+        (changed("annotations", 3, bbox=[float("nan"), 2, 3, 4]), "nan, 2, 3, 4]; give"),
+        (changed("annotations", 3, bbox=[1, 2, 3]), r"\[1, 2, 3\]; give"),
+        (changed("images", 1, id=10), "2 image records have the id 10"),
         (changed("images", 1, height="absent"), "image 11 has the height None"),
         (changed("images", 1, file_name="absent"), "image 11 has no 'file_name'"),
         (changed("images", 0, file_name="gone.png"), r"gone.png does not exist; is .*images the"),
-        ({"images": [], "annotations": []}, '"images" is empty'),
+        ({"images": [], "annotations": []}, "the list 'images' is empty"),
     ],
 )
 def test_mistakes_in_the_records_are_named(
@@ -102,10 +108,13 @@ def test_mistakes_in_the_records_are_named(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"categories": []}, '"categories" is empty'),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "id 1 is given twice"),
+        ({"categories": []}, "the list 'categories' is empty"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
+            "2 categories have the id 1",
+        ),
         ({"categories": [{"id": 1}]}, "has no 'name'"),
-        ({"annotations": None}, "not in COCO-instances format, there is no list 'annotations'"),
+        ({"annotations": None}, "the JSON has no list 'annotations'"),
     ],
 )
 def test_mistakes_in_the_categories_show_at_registration(
@@ -143,7 +152,7 @@ def test_wrong_rows(cfg: CfgNode, row: object, words: str) -> None:
         setup_datasets(cfg)
 
 
-def test_masks_are_not_learnt_from_boxes(
+def test_masks_are_not_learned_from_boxes(
     cfg: CfgNode, tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset
 ) -> None:
     name = unique_name()

@@ -151,16 +151,16 @@ def _no_list(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_drop_image, "101: no such entry in 'images'"),
-        (_drop_segments_info, "image 101 has no 'segments_info'"),
-        (_unknown_category, "image 101: segment 1 has category_id 77"),
-        (_repeat_segment, "image 101: segment 1 is given twice"),
-        (_void_segment, "image 101: segment id 0"),
-        (_repeat_image, "image 101 is given twice"),
-        (_repeat_annotation, "annotation of image 101 is given twice"),
-        (_no_file_name, "image 101 has no 'file_name'"),
-        (_no_image_file, "lost.jpg does not exist"),
-        (_no_annotations, '"annotations" is empty'),
+        (_drop_image, "001.png: image_id 101 is not among the images"),
+        (_drop_segments_info, "001.png: annotation without a list 'segments_info'"),
+        (_unknown_category, "001.png, segment 1: category_id 77 is not among the categories"),
+        (_repeat_segment, "001.png, segment 1: 2 entries of segments_info have the id 1"),
+        (_void_segment, "001.png: segment id 0 is not in 1"),
+        (_repeat_image, "2 image records have the id 101"),
+        (_repeat_annotation, "2 annotations have the image_id 101"),
+        (_no_file_name, "101: image record without file_name"),
+        (_no_image_file, "lost.jpg does not exist; is .* the right folder"),
+        (_no_annotations, "the list 'annotations' is empty"),
         (_no_list, "no list 'images'"),
     ],
 )
@@ -180,10 +180,10 @@ def test_damaged_json_is_explained(
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_is_none(tiny_panoptic_dataset: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(tiny_panoptic_dataset: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.json"
     path.write_text("{")
-    with pytest.raises(UserError, match="not a readable JSON"):
+    with pytest.raises(UserError, match=r"text\.json is not valid JSON"):
         register_panoptic_dataset(unique_name(), *tiny_panoptic_dataset.row[1:3], str(path))
 
 

@@ -1,8 +1,9 @@
-"""Each fault of a COCO-panoptic data set is named, once; a sound data set gives no problem."""
+"""Each fault of a COCO-panoptic data set is reported once, by the loader in the same words."""
 
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ import pytest
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from batchformer_panoptic.data.validation import Problem, check_panoptic_dataset
-from batchformer_panoptic.data.validation.files import segment_extents
+from batchformer_panoptic.data import (
+    ClassTable,
+    PanopticDatasetMapper,
+    load_panoptic_json,
+    register_panoptic_dataset,
+)
+from batchformer_panoptic.data.io import read_coco_json
+from batchformer_panoptic.data.segment_maps import segment_extents
+from batchformer_panoptic.data.validation import Problem, check_panoptic_content
 from batchformer_panoptic.errors import UserError
 from helpers.commands import load_script
 
@@ -21,16 +29,16 @@ PERSON, WALL, CROWD = 70_000, 300, 5  # segment ids of one, two and three bytes
 Content = dict[str, Any]
 
 
-def make_id_map() -> np.ndarray:
-    id_map = np.zeros((6, 8), np.int64)
-    id_map[2:, :] = WALL
-    id_map[1:4, 2:5] = PERSON
-    id_map[5, 6:] = CROWD
-    return id_map
+def make_segment_map() -> np.ndarray:
+    segment_map = np.zeros((6, 8), np.int64)
+    segment_map[2:, :] = WALL
+    segment_map[1:4, 2:5] = PERSON
+    segment_map[5, 6:] = CROWD
+    return segment_map
 
 
 def make_segment(segment_id: int, category_id: int, iscrowd: int = 0) -> dict[str, Any]:
-    rows, columns = np.nonzero(make_id_map() == segment_id)
+    rows, columns = np.nonzero(make_segment_map() == segment_id)
     left, top = int(columns.min()), int(rows.min())
     bbox = [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
     return {
@@ -75,13 +83,15 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir()
     for number in (11, 12):
         write_png(tmp_path / f"images/{number}.jpg", np.full((6, 8, 3), 99, np.uint8))
-        write_png(tmp_path / f"panoptic/{number}.png", id2rgb(make_id_map()))
+        write_png(tmp_path / f"panoptic/{number}.png", id2rgb(make_segment_map()))
     return tmp_path
 
 
 def check(root: Path, content: Content, **options: Any) -> list[Problem]:
     (root / "set.json").write_text(json.dumps(content))
-    return check_panoptic_dataset(root / "set.json", root / "images", root / "panoptic", **options)
+    return check_panoptic_content(
+        read_coco_json(root / "set.json"), root / "images", root / "panoptic", **options
+    )
 
 
 def segments(content: Content) -> list[dict[str, Any]]:
@@ -93,11 +103,11 @@ def test_a_sound_set_has_no_problem(root: Path, content: Content) -> None:
 
 
 def test_extents_match_panopticapi_ids_and_a_pixel_loop() -> None:
-    id_map = np.random.default_rng(0).integers(0, 4, (9, 7)) * 70_001
-    extents = segment_extents(id_map)
+    segment_map = np.random.default_rng(0).integers(0, 4, (9, 7)) * 70_001
+    extents = segment_extents(segment_map)
     assert sorted(extents) == [70_001, 140_002, 210_003]
     for segment_id, (area, (left, top, width, height)) in extents.items():
-        rows, columns = np.nonzero(id_map == segment_id)
+        rows, columns = np.nonzero(segment_map == segment_id)
         assert area == len(rows)
         assert (left, top) == (columns.min(), rows.min())
         assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
@@ -145,7 +155,7 @@ JSON_FAULTS: list[tuple[str, str, Callable[[Content], None]]] = [
     ("error", "bad record", lambda content: content["images"].append("x.jpg")),
     ("error", "bad record", lambda content: segments(content).append(None)),
     ("error", "duplicate category id", repeat("categories")),
-    ("warning", "duplicate category name", set_value("categories.1.name", "person")),
+    ("error", "duplicate category name", set_value("categories.1.name", "person")),
     ("error", "category without id", lambda c: c["categories"].append({"name": "x", "isthing": 1})),
     ("error", "category without name", delete("categories.0.name")),
     ("error", "category without isthing", delete("categories.0.isthing")),
@@ -177,9 +187,11 @@ JSON_FAULTS: list[tuple[str, str, Callable[[Content], None]]] = [
     ("error", "wrong area", delete(f"{SEGMENTS}.0.area")),
     ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, 5, 4])),
     ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, "5", None])),
+    ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", [2, 1, "x", 4])),
+    ("error", "wrong bbox", set_value(f"{SEGMENTS}.0.bbox", "2 1 3 3")),
     ("warning", "no bbox", delete(f"{SEGMENTS}.0.bbox")),
 ]
-# what a fault brings with it: a fault of one record that makes another one fault
+# Faults of other records that follow from a fault.
 CONSEQUENCES = {
     "missing section": {"annotation without image", "image without annotation"}
     | {"unknown category_id"},
@@ -241,12 +253,12 @@ def truncate_png(root: Path) -> None:
 
 
 def enlarge_png(root: Path) -> None:
-    wider = np.pad(make_id_map(), ((0, 0), (0, 1)))
+    wider = np.pad(make_segment_map(), ((0, 0), (0, 1)))
     write_png(root / "panoptic/11.png", id2rgb(wider))
 
 
 def gray_png(root: Path) -> None:
-    write_png(root / "panoptic/11.png", make_id_map().astype(np.uint8))
+    write_png(root / "panoptic/11.png", make_segment_map().astype(np.uint8))
 
 
 def rgba_png(root: Path) -> None:
@@ -258,7 +270,7 @@ def palette_png(root: Path) -> None:
 
 
 def deep_png(root: Path) -> None:
-    rgb16 = id2rgb(make_id_map())[..., ::-1].astype(np.uint16) * 257
+    rgb16 = id2rgb(make_segment_map())[..., ::-1].astype(np.uint16) * 257
     assert cv2.imwrite(str(root / "panoptic/11.png"), rgb16)
 
 
@@ -267,28 +279,28 @@ def jpeg_png(root: Path) -> None:
 
 
 def swap_png(root: Path) -> None:
-    write_png(root / "panoptic/11.png", np.ascontiguousarray(id2rgb(make_id_map())[..., ::-1]))
+    write_png(root / "panoptic/11.png", np.ascontiguousarray(id2rgb(make_segment_map())[..., ::-1]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "words", "spoil"),
-    [
-        ("missing image file", "11.jpg not found", remove_image),
-        ("unreadable image file", "truncated", truncate_image),
-        ("unreadable image file", "cannot identify", text_image),
-        ("wrong image size", "file is 6x8, the JSON says 8x6", transpose_image),
-        ("wrong image size", "file is 6x8, the JSON says 8x6", turn_image_by_exif),
-        ("missing panoptic PNG", "11.jpg is there", remove_png),
-        ("unreadable panoptic PNG", "11.png", truncate_png),
-        ("wrong panoptic PNG size", "file is 9x6, the JSON says 8x6", enlarge_png),
-        ("wrong PNG format", "8 bit grey", gray_png),
-        ("wrong PNG format", "8 bit RGBA", rgba_png),
-        ("wrong PNG format", "bit palette", palette_png),
-        ("wrong PNG format", "16 bit RGB", deep_png),
-        ("wrong PNG format", "no PNG", jpeg_png),
-        ("PNG red and blue swapped", "change places", swap_png),
-    ],
-)
+FILE_FAULTS: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("missing image file", "11.jpg does not exist", remove_image),
+    ("unreadable image file", "truncated", truncate_image),
+    ("unreadable image file", "unknown image format", text_image),
+    ("wrong image size", "is 6x8, but in the JSON 8x6", transpose_image),
+    ("wrong image size", "is 6x8, but in the JSON 8x6", turn_image_by_exif),
+    ("missing panoptic PNG", "(11.jpg exists)", remove_png),
+    ("unreadable panoptic PNG", "11.png", truncate_png),
+    ("wrong panoptic PNG size", "is 9x6, but its image is 8x6", enlarge_png),
+    ("wrong PNG format", "a PNG of 8-bit grey", gray_png),
+    ("wrong PNG format", "a PNG of 8-bit RGBA", rgba_png),
+    ("wrong PNG format", "-bit palette", palette_png),
+    ("wrong PNG format", "a PNG of 16-bit RGB", deep_png),
+    ("wrong PNG format", "is not a PNG", jpeg_png),
+    ("PNG red and blue swapped", "change places", swap_png),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "spoil"), FILE_FAULTS)
 def test_a_fault_of_a_file_is_found_once(
     root: Path, content: Content, kind: str, words: str, spoil: Callable[[Path], None]
 ) -> None:
@@ -297,6 +309,116 @@ def test_a_fault_of_a_file_is_found_once(
     assert [(problem.kind, problem.severity) for problem in problems] == [(kind, "error")]
     assert words in problems[0].message
     assert (problems[0].image or "").startswith("11.")
+
+
+def load(root: Path, content: Content) -> list[dict[str, Any]]:
+    (root / "set.json").write_text(json.dumps(content))
+    paths = (root / "set.json", root / "images", root / "panoptic")
+    return load_panoptic_json(*map(str, paths))
+
+
+def train_on(dataset_dicts: list[dict[str, Any]]) -> None:
+    mapper = PanopticDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
+    for dataset_dict in dataset_dicts:
+        mapper(dataset_dict)
+
+
+@pytest.mark.parametrize(("severity", "kind", "spoil"), JSON_FAULTS)
+def test_the_loader_raises_the_first_error_of_the_json(
+    root: Path, content: Content, severity: str, kind: str, spoil: Callable[[Content], None]
+) -> None:
+    spoil(content)
+    problems = check(root, content, max_images=0)
+    errors = [p for p in problems if p.severity == "error" and not p.tolerated]
+    if not errors:
+        assert len(load(root, content)) == len(content["annotations"])
+        return
+    with pytest.raises(UserError) as caught:
+        load(root, content)
+    assert str(caught.value) == f"{root / 'set.json'}: {errors[0]}"
+    assert "\n" not in str(caught.value)
+
+
+def test_the_loader_needs_neither_crowd_flags_nor_sizes(root: Path, content: Content) -> None:
+    for segment in segments(content):
+        del segment["iscrowd"]
+    del content["images"][0]["height"], content["images"][0]["width"]
+    kinds = {problem.kind for problem in check(root, content) if problem.tolerated}
+    assert kinds == {"bad iscrowd", "bad image record"}
+    train_on(load(root, content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("duplicate category id", repeat("categories")),
+        ("duplicate category name", set_value("categories.1.name", "person")),
+        ("category without id", set_value("categories.0.id", "3")),
+        ("category without name", delete("categories.0.name")),
+        ("category without isthing", set_value("categories.0.isthing", 2)),
+        ("bad category color", set_value("categories.0.color", [0, 30])),
+        ("bad record", lambda content: content["categories"].append("wall")),
+        ("missing section", set_value("categories", [])),
+        ("missing section", delete("images")),
+    ],
+)
+def test_registration_and_class_table_use_the_same_words(
+    root: Path, content: Content, kind: str, spoil: Callable[[Content], None]
+) -> None:
+    spoil(content)
+    problem = next(problem for problem in check(root, content) if problem.severity == "error")
+    assert problem.kind == kind
+    paths = [str(root / name) for name in ("images", "panoptic", "set.json")]
+    with pytest.raises(UserError) as caught:
+        register_panoptic_dataset(f"spoilt_{root.name}_{id(root)}", *paths)
+    assert str(caught.value) == f"{paths[2]}: {problem}"
+    if "images" in content:
+        with pytest.raises(UserError) as caught:
+            ClassTable.from_categories(content["categories"])
+        assert str(caught.value) == str(problem)
+
+
+@pytest.mark.parametrize(("kind", "words", "spoil"), FILE_FAULTS)
+def test_the_mapper_uses_the_same_words_for_files(
+    root: Path, content: Content, kind: str, words: str, spoil: Callable[[Path], None]
+) -> None:
+    spoil(root)
+    (problem,) = check(root, content)
+    if problem.tolerated:
+        train_on(load(root, content))
+        return
+    with pytest.raises(UserError) as caught:
+        train_on(load(root, content))
+    sentence = str(caught.value)
+    assert words in sentence
+    assert problem.message in sentence
+    if kind.startswith("missing"):
+        # The first file is already missed when the data set is read.
+        folder = root / ("images" if "image" in kind else "panoptic")
+        hint = f"; is {folder} the right folder?"
+        assert sentence == f"{root / 'set.json'}: {problem.message}{hint}"
+    elif problem.kind != "PNG red and blue swapped":
+        assert sentence == problem.message  # which names the file
+    else:
+        assert sentence == f"{root / 'panoptic/11.png'}: {problem.message}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("JSON id not in PNG", lambda c: segments(c).append({**segments(c)[0], "id": 77})),
+        ("PNG id not in JSON", delete(f"{SEGMENTS}.2")),
+    ],
+)
+def test_the_mapper_uses_the_same_words_for_ids(
+    root: Path, content: Content, kind: str, spoil: Callable[[Content], None]
+) -> None:
+    spoil(content)
+    (problem,) = check(root, content)
+    assert problem.kind == kind
+    with pytest.raises(UserError) as caught:
+        train_on(load(root, content))
+    assert str(caught.value) == str(replace(problem, image=str(root / "panoptic/11.png")))
 
 
 def test_a_problem_names_image_and_segment(root: Path, content: Content) -> None:
@@ -321,21 +443,9 @@ def test_max_images_and_decoding_bound_what_is_read(root: Path, content: Content
     assert kinds == ["missing panoptic PNG"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [(None, "cannot read"), ("{", "not valid JSON"), ("[]", "holds a list")]
-)
-def test_an_unusable_json_is_a_user_error(root: Path, text: str | None, words: str) -> None:
-    path = root / "other.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match=words):
-        check_panoptic_dataset(path, root / "images", root / "panoptic")
-
-
 def test_a_missing_folder_is_a_user_error(root: Path, content: Content) -> None:
-    (root / "set.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"panoptic folder not found: .*nowhere"):
-        check_panoptic_dataset(root / "set.json", root / "images", root / "nowhere")
+        check_panoptic_content(content, root / "images", root / "nowhere")
 
 
 def run_command(root: Path, content: Content, *options: str) -> int:
@@ -371,7 +481,7 @@ def test_the_command_groups_counts_and_fails(
         "warning: no bbox (1)",
         "FAILED: 4 errors, 1 warnings, 0 notes",
     ]
-    assert lines[1].startswith("  11.png, segment 70000: area is 10, the PNG has 9 pixels")
+    assert lines[1].startswith("  11.png, segment 70000: area is 10, but the PNG has 9 pixels")
     assert lines[3] == "  ... and 1 more"
 
 
@@ -387,7 +497,7 @@ def test_the_command_says_in_one_line_what_is_missing(
     root: Path, content: Content, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / "images").rename(root / "moved")
-    assert run_command(root, content) == 1
+    assert run_command(root, content) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: image folder not found: {root / 'images'}\n"

@@ -191,7 +191,7 @@ def test_timm_freezing_follows_the_maps():
         assert f"features.model.s2.b1.conv3.bn.{part}" in changed
 
 
-def test_timm_frozen_norms_keep_everything():
+def test_timm_frozen_norms_do_not_change():
     model = timm_model("regnetx_002", MODEL__BACKBONE__FREEZE_AT=0)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
     trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
@@ -199,7 +199,7 @@ def test_timm_frozen_norms_keep_everything():
     assert not any(".bn" in name for name in trained)
 
 
-def test_trying_a_timm_model_out_leaves_no_trace():
+def test_the_trial_run_does_not_change_a_timm_model():
     cfg = timm_cfg("regnetx_002", MODEL__TIMM__FROZEN_BN=False, MODEL__BACKBONE__FREEZE_AT=0)
     backbone = build_backbone(cfg)
     means = [m.running_mean for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -278,7 +278,7 @@ def test_failed_download_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_pretrained_weights_want_their_pixel_statistics(monkeypatch):
+def test_pretrained_weights_need_their_pixel_statistics(monkeypatch):
     timm = pytest.importorskip("timm")
     create = timm.create_model
     monkeypatch.setattr(
@@ -293,7 +293,7 @@ def test_pretrained_weights_want_their_pixel_statistics(monkeypatch):
     build_backbone(timm_cfg("resnet18", MODEL__TIMM__PRETRAINED=True, **statistics))
 
 
-def test_maps_of_timm_are_normalised_if_asked_for():
+def test_maps_of_timm_are_normalised_on_request():
     images = torch.randn(2, 3, 64, 64)
     plain, normalised = (
         build_backbone(timm_cfg("resnet18", MODEL__TIMM__NORMALIZE_MAPS=on)).eval()

@@ -1,4 +1,4 @@
-"""Attention runs through PyTorch's fused function, and nobody makes weights that nobody reads."""
+"""Attention runs through PyTorch's fused function, and no unused attention weights are computed."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_every_attention_is_the_fused_function(monkeypatch, name, sizes, mask_pa
 
 @pytest.mark.parametrize("name", CALLS)
 def test_padding_is_not_attended_to(name):
-    """What stands in the padding is no matter to the tokens and queries of the image."""
+    """The content of the padding does not influence the tokens and queries of the image."""
     model = tiny_model(
         MODEL__DETR__TRANSFORMER_NAME=name,
         MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],

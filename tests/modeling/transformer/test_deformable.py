@@ -74,7 +74,7 @@ def test_images_without_objects_train(counts, kind):
 
 @each_kind
 def test_start_is_finite_and_trains(kind):
-    """At the published start all points lie on centres of cells."""
+    """With the published initialisation all points are at centres of cells."""
     model = tiny_model(**DEFORMABLE, **kind, **BLOCK).train()
     total(model(random_inputs(SIZES))).backward()
     for name, parameter in model.named_parameters():

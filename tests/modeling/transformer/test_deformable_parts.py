@@ -47,7 +47,7 @@ def test_narrow_models_have_groups_that_fit():
 # --- levels --------------------------------------------------------------------------------------
 
 
-def test_reference_points_of_tokens_lie_on_the_same_place_of_every_level():
+def test_reference_points_of_tokens_are_the_same_place_on_every_level():
     mask = torch.zeros(1, 4, 8, dtype=torch.bool)
     mask[:, :, 4:] = True  # the right half is padding
     centers = cell_centers(mask)
@@ -62,7 +62,7 @@ def test_reference_points_of_tokens_lie_on_the_same_place_of_every_level():
     torch.testing.assert_close(boxes[0, 0, 0], torch.tensor([0.2, 0.4, 0.1, 0.2]))
 
 
-def test_the_encoder_expands_what_it_knows_of_the_levels():
+def test_the_encoder_expands_its_levels():
     model = make(**BLOCK).train()
     seen = []
     encoder = model.transformer.encoder
@@ -153,7 +153,7 @@ def test_proposals_are_those_of_each_stream():
     assert not references.requires_grad
 
 
-def test_queries_of_tokens_that_propose_nothing_start_at_the_end_of_the_logits():
+def test_queries_of_tokens_without_a_proposal_start_at_the_bound_of_the_logits():
     model = make(**TWO_STAGE, MODEL__DETR__NUM_OBJECT_QUERIES=100).train()  # all tokens
     output = predictions(model)
     references = output.transformer.reference_points
@@ -174,7 +174,7 @@ def test_losses_of_proposals_depend_on_objects_and_not_on_classes():
     assert not torch.allclose(losses["loss_ce"], others["loss_ce"])
 
 
-def test_tokens_at_the_edge_and_in_the_padding_propose_nothing():
+def test_tokens_at_the_edge_and_in_the_padding_have_no_proposal():
     mask = torch.zeros(1, 60, 60, dtype=torch.bool)
     mask[:, 40:] = True
     shapes, centers = ((60, 60),), cell_centers(mask)

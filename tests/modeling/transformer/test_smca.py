@@ -32,7 +32,7 @@ each_block = pytest.mark.parametrize("block", [{}, BLOCK], ids=["plain", "batchf
 
 
 def random_model(kind, **overrides):
-    """Nothing at its initial value: neither the scales of one nor the biases of zero."""
+    """A model without initial values such as scales of one and biases of zero."""
     model = tiny_model(**kind, **overrides)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():
@@ -66,7 +66,7 @@ def random_features(model, size):
 
 
 def pasted(features, model, padded):
-    """Features at the origin of larger maps whose padding is loud."""
+    """Features at the origin of larger maps, with large values in the padding."""
     result = {name: 50 * x for name, x in random_features(model, padded).items()}
     for name, x in features.items():
         result[name][..., : x.shape[-2], : x.shape[-1]] = x
@@ -85,7 +85,7 @@ def test_a_training_step_reaches_every_parameter(kind, block, mask_on):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     silent = {n for n, p in model.named_parameters() if p.grad.abs().amax() == 0}
-    # The first self-attention is among queries of no content: it starts with constants alone.
+    # The queries of the first self-attention have no content: its values are constant.
     still = ("decoder.layers.0.self_attn", "decoder.layers.0.norm1")
     assert all(any(part in name for part in still) for name in silent), silent
 
@@ -145,7 +145,7 @@ def test_the_published_encoder_sees_the_padding():
 @each_name
 @pytest.mark.parametrize("pad_in_test", [False, True])
 def test_results_do_not_depend_on_batch_mates(kind, pad_in_test):
-    """Images of one size: no border of the backbone sees any padding."""
+    """Images of one size, so that the backbone reads no padding at their borders."""
     model = random_model(kind, MODEL__DETR__PAD_IN_TEST=pad_in_test).eval()
     inputs = random_inputs([(64, 64)] * 3 if pad_in_test else [(48, 64), (64, 56), (48, 64)])
     alone = [model([x])[0]["instances"] for x in inputs]
@@ -186,7 +186,7 @@ def test_reference_points_are_the_centres_of_all_layers(kind):
 
 
 def test_a_gaussian_draws_attention_to_its_centre():
-    """With a narrow Gaussian, only the cell at the centre of a query changes what it predicts."""
+    """With a narrow Gaussian, the prediction of a query depends only on the cell at its centre."""
     model = random_model(
         ONE_SCALE, MODEL__SMCA__SMOOTH=1e-3, MODEL__SMCA__DYNAMIC_SCALE="fixed"
     ).eval()

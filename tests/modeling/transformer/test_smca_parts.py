@@ -1,4 +1,4 @@
-"""The parts that SMCA is made of, each against the plain way to compute it."""
+"""The parts of SMCA, each against a direct computation."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_maps_and_tokens_are_inverse():
         assert torch.equal(ours, wanted)
 
 
-def test_valid_areas_are_resized_each_by_itself():
+def test_valid_areas_are_resized_separately():
     coarse = torch.randn(3, 2, 5, 6)
     coarse_sizes, fine_sizes = [(5, 6), (3, 4), (1, 1)], [(9, 11), (6, 7), (2, 1)]
 

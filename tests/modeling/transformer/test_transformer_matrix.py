@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from batchformer_panoptic.engine.flops import flop_analysis
 from batchformer_panoptic.modeling.build import build_box_head, build_scoring_from_config
 from batchformer_panoptic.modeling.transformer import TRANSFORMER_REGISTRY
+from helpers.commands import load_script
 from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
 
 SIZES = [(48, 64), (64, 56), (40, 40)]
@@ -27,14 +27,14 @@ def make_model(name: str, task: str, block: bool):
         MODEL__DETR__TRANSFORMER_NAME=name,
         MODEL__DETR__SCORING=SCORING.get(name, "focal"),
         MODEL__MASK_ON=TASKS[task],
-        # One transformer wants strides that double; another, at width 32, no level of one cell.
+        # One transformer needs strides that double; another, at width 32, no level of one cell.
         MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],
         MODEL__BATCHFORMER__ENABLED=block,
     )
 
 
 def flatten(results):
-    """Everything a result holds, as (name, tensor)."""
+    """All fields of the results, as (name, tensor)."""
     for result in results:
         fields = result["instances"].get_fields()
         yield "boxes", fields["pred_boxes"].tensor
@@ -90,7 +90,7 @@ def test_results_do_not_depend_on_the_batch(name, task, block):
 
 @each_pair
 def test_padded_predictions_do_not_depend_on_batch_mates(name, task):
-    """From backbone features on: the padding of one image is of no concern to its predictions."""
+    """From backbone features on, the predictions of an image do not depend on its padding."""
     model = make_model(name, task, block=False).eval()
     features = {
         name: torch.randn(2, shape.channels, 64 // shape.stride, 64 // shape.stride)
@@ -131,6 +131,7 @@ def test_boxes_start_at_their_reference_points(name, bias):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_operations_are_counted_and_the_block_costs_none_of_them(name):
     """Counting traces the model, which turns sizes into tensors."""
+    flop_analysis = load_script("tools/analyze_model.py").flop_analysis
     plain, with_block = (
         flop_analysis(make_model(name, "panoptic", block).eval(), random_inputs([(64, 64)])).total()
         for block in (False, True)

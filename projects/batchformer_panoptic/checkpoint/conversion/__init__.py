@@ -1,4 +1,4 @@
-"""Weights of other projects in, and this project's weights out."""
+"""Conversion of weights from and to other projects."""
 
 from .core import Converted, Request, Source
 from .detr import official_to_ours, ours_to_official

@@ -1,4 +1,4 @@
-"""Weights and names of fundamentalvision/Deformable-DETR and of its BatchFormer fork."""
+"""Deformable-DETR (fundamentalvision/Deformable-DETR) and its BatchFormer fork: names, weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -7,44 +7,48 @@ import torch
 from torch import Tensor
 
 from ...data.class_table import ClassTable
-from .conditional_smca import transformer_layout
 from .core import (
     AFFINE,
     BLOCKS,
     CLASS_KEYS,
+    NO_STATISTICS_COUNT,
+    REMEDY,
+    TORCHVISION_INPUT,
     Converted,
     NameTable,
     Renamed,
     Request,
     Row,
-    block_layout,
-    compare_with_layout,
-    refuse_misfit,
+    refuse_mismatch,
     rename,
     select_class_rows,
-    settings_of,
-    transformer_settings,
+    wrong_shapes,
 )
 from .detr import (
     ALIAS,
     ALIASED,
-    NO_STATISTICS_COUNT,
-    TORCHVISION_INPUT,
+    UNKNOWN_DEPTH,
     block_notes,
     official_to_ours,
     refuse_without_block,
 )
+from .layout import (
+    block_layout,
+    compare_with_layout,
+    settings_of,
+    transformer_layout,
+    transformer_settings,
+)
 
 _PUBLISHED_HEADS, _PUBLISHED_POINTS = 8, 4
-_WHAT = "the weights are no Deformable-DETR that can be converted"
-_REMEDY = "check --source, or name what may be left behind with --allow PATTERN"
+_WHAT = "the weights are not a Deformable-DETR that can be converted"
 
 _HEAD, _LAYER_HEADS = "box_head.", "box_head.layers."
 _QUERIES = "transformer.query_embed.weight"
 _LEVELS = "transformer.level_embed"
 _ENCODER, _DECODER = "transformer.encoder.layers.", "transformer.decoder.layers."
 _PROJECTION = "transformer.projection.levels."
-# Config keys and the weights that hold one number for each head, level and point.
+# Config key: the weight with one number for each head, level and point.
 _POINTS = {
     "MODEL.DEFORMABLE.ENC_POINTS": f"{_ENCODER}0.self_attn.attention_weights.bias",
     "MODEL.DEFORMABLE.DEC_POINTS": f"{_DECODER}0.cross_attn.attention_weights.bias",
@@ -77,7 +81,7 @@ _TRANSFORMER = [
 
 
 def _box_heads(ours: str) -> list[Row]:
-    """Heads are listed once for each layer, and where they refine, in the decoder once more."""
+    """Rows of the box heads, stored once per layer and, for refinement, again in the decoder."""
     return [
         row
         for theirs in ("", "transformer.decoder.")
@@ -96,13 +100,13 @@ _LAYERWISE_HEADS = NameTable([*_TRANSFORMER, *_box_heads("box_head.layers.#.")])
 
 
 def official_deformable_to_ours(name: str, *, box_refine: bool) -> str | None:
-    """This project's name of an official parameter, None if there is none.
+    """Return this project's name of an official parameter, or None.
 
     Args:
-        name: in a checkpoint of Deformable-DETR or of its BatchFormer fork. Several names may mean
-            one parameter: heads are listed for each layer and again in the decoder.
-        box_refine: whether boxes are refined, and so each layer has a head of its own; otherwise
-            the heads of all layers are one.
+        name: in a checkpoint of Deformable-DETR or its BatchFormer fork. A parameter may have
+            several names: heads are stored per layer and again in the decoder.
+        box_refine: True: each layer has its own head, which refines boxes; False: all layers share
+            one head.
     """
     if name.startswith(("backbone.", ALIAS, ALIASED)):
         return official_to_ours(name)
@@ -110,10 +114,10 @@ def official_deformable_to_ours(name: str, *, box_refine: bool) -> str | None:
 
 
 def convert_deformable(state: dict[str, Tensor], request: Request) -> Converted:
-    """Convert a Deformable-DETR: plain, with box refinement, or of two stages, as its names tell.
+    """Convert a Deformable-DETR; the names distinguish plain, box refinement and two-stage models.
 
-    Its 91 class rows are numbered as COCO's files do. The head of the proposals keeps its row 0
-    whatever the classes are: it tells objects from background.
+    The 91 class rows are indexed by COCO's class ids. The head of the proposals keeps its row 0 for
+    any classes, since it separates objects from background.
 
     Raises:
         UserError: lists every key that is left over, missing, or has another shape.
@@ -141,26 +145,22 @@ def convert_deformable(state: dict[str, Tensor], request: Request) -> Converted:
 
 
 def convert_deformable_batchformer(state: dict[str, Tensor], request: Request) -> Converted:
-    """Convert a Deformable-DETR of zhihou7/BatchFormer together with its blocks.
+    """Convert a Deformable-DETR of zhihou7/BatchFormer including its blocks.
 
     Raises:
-        UserError: as in :func:`convert_deformable`, and when there is no block.
+        UserError: as in `convert_deformable`, or there is no block.
     """
     of_blocks = {k: v for k, v in state.items() if k.startswith((ALIAS, ALIASED))}
     renamed = rename(of_blocks, official_to_ours, [], request)
     refuse_without_block(renamed.model)
     converted = convert_deformable({k: state[k] for k in state.keys() - of_blocks.keys()}, request)
     expected = dict(block_layout(renamed.model, converted.settings["MODEL.DETR.HIDDEN_DIM"]))
-    refuse_misfit(
+    refuse_mismatch(
         _WHAT,
         leftovers=renamed.leftovers,
         missing=expected.keys() - renamed.model.keys(),
-        wrong_shape=[
-            f"{name}: {tuple(value.shape)} instead of {expected[name]}"
-            for name, value in renamed.model.items()
-            if tuple(value.shape) != expected[name]
-        ],
-        remedy=_REMEDY,
+        wrong_shape=wrong_shapes(renamed.model, expected),
+        remedy=REMEDY,
     )
     return converted._replace(
         model={**converted.model, **renamed.model},
@@ -170,20 +170,20 @@ def convert_deformable_batchformer(state: dict[str, Tensor], request: Request) -
 
 
 def _refuse_unknown_sizes(renamed: Renamed) -> None:
-    """Raise UserError where a weight is absent that sizes are read from."""
+    """Raise UserError if a weight is absent from which a size is read."""
     needed = [_LEVELS, *_POINTS.values(), f"{_ENCODER}0.linear1.weight"]
     if not _has_two_stages(renamed.model):
         needed.append(_QUERIES)
     missing = [name for name in needed if name not in renamed.model]
     leftovers = renamed.leftovers if missing else []
-    refuse_misfit(_WHAT, leftovers=leftovers, missing=missing, remedy=_REMEDY)
+    refuse_mismatch(_WHAT, leftovers=leftovers, missing=missing, remedy=REMEDY)
 
 
 def _settings(model: Mapping[str, Tensor], *, box_refine: bool) -> dict[str, Any]:
     """Config keys of the transformer.
 
-    Of heads and points the product is known: it is put down to the published number of heads where
-    that gives the published number of points, and otherwise to points alone.
+    Only the product of heads and points is known. It is split into the published numbers if it is
+    their product; otherwise NHEADS is 1 and marks the split as unknown.
     """
     num_levels = len(model[_LEVELS])
     projections = [f"{_PROJECTION}{level}.0.weight" for level in range(num_levels)]
@@ -205,27 +205,27 @@ def _settings(model: Mapping[str, Tensor], *, box_refine: bool) -> dict[str, Any
 
 
 def _drop_unknown(settings: dict[str, Any], model: Mapping[str, Tensor]) -> list[str]:
-    """Remove settings that are guesses; what the user must know about them, a line each."""
+    """Remove settings that are guesses; return a line for the user about each of them."""
     notes = []
     if _QUERIES not in model:
         del settings["MODEL.DETR.NUM_OBJECT_QUERIES"]
-        notes.append("the weights do not tell MODEL.DETR.NUM_OBJECT_QUERIES; published: 300")
+        notes.append("the weights do not determine MODEL.DETR.NUM_OBJECT_QUERIES; published: 300")
     if settings["MODEL.DETR.NHEADS"] != _PUBLISHED_HEADS:
         del settings["MODEL.DETR.NHEADS"]
         products = " and ".join(f"{settings.pop(key)} for {key}" for key in _POINTS)
         notes.append(f"MODEL.DETR.NHEADS times the number of points must be {products}")
     if "MODEL.RESNETS.DEPTH" not in settings:
-        notes.append("the numbers of blocks of the ResNet are those of no MODEL.RESNETS.DEPTH")
+        notes.append(UNKNOWN_DEPTH)
     return notes
 
 
 def _has_two_stages(model: Collection[str]) -> bool:
-    """Whether queries come from proposals; they are learned otherwise."""
+    """Whether queries are derived from proposals instead of being learned."""
     return _QUERIES not in model and any(name.startswith(_PROPOSALS) for name in model)
 
 
 def _head_prefixes(settings: Mapping[str, Any]) -> list[str]:
-    """Of the one box head, or of that of each layer and then of the proposals."""
+    """Prefix of the shared box head, or of the heads of each layer and then of the proposals."""
     if not settings["MODEL.DEFORMABLE.BOX_REFINE"]:
         return [_HEAD]
     count = settings["MODEL.DETR.DEC_LAYERS"] + settings["MODEL.DEFORMABLE.TWO_STAGE"]
@@ -233,7 +233,10 @@ def _head_prefixes(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _as_detr(model: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    """The weights with one of the box heads, and one vector a query, where a DETR has them."""
+    """View the weights as a DETR's, with one of the box heads and one vector per query.
+
+    A query of Deformable-DETR has two vectors, and one of a two-stage model has no weights.
+    """
     view = {name: value for name, value in model.items() if not name.startswith(_HEAD)}
     view |= {_HEAD + k.removeprefix(head): v for k, v in model.items() if k.startswith(head)}
     queries = model.get(_QUERIES)
@@ -244,7 +247,7 @@ def _as_detr(model: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
 def _refuse_wrong_layout(
     renamed: Renamed, settings: Mapping[str, Any], heads: Sequence[str]
 ) -> None:
-    """Raise UserError unless everything is there, has its shape, and nothing else is."""
+    """Raise UserError unless the names and shapes are exactly those of the layout."""
     model = renamed.model
     unexpected = [
         name for name in model if name.startswith(_HEAD) and not name.startswith(tuple(heads))
@@ -256,16 +259,16 @@ def _refuse_wrong_layout(
     for head in heads:
         view = _as_detr(model, head)
         layout[_QUERIES] = tuple(view[_QUERIES].shape)
-        misfit = compare_with_layout(view, layout)
+        mismatch = compare_with_layout(view, layout)
         for found, kind in (
-            (misfit.unexpected, leftovers),
-            (misfit.missing, missing),
-            (misfit.wrong_shape, wrong),
+            (mismatch.unexpected, leftovers),
+            (mismatch.missing, missing),
+            (mismatch.wrong_shape, wrong),
         ):
-            # Heads under their own names; what is no head shows up with each of them.
+            # Heads get their own names back. Other keys are found once per head: see set() below.
             kind += [head + n.removeprefix(_HEAD) if n.startswith(_HEAD) else n for n in found]
     lists = {"leftovers": leftovers, "missing": missing, "wrong_shape": wrong}
-    refuse_misfit(_WHAT, **{kind: set(names) for kind, names in lists.items()}, remedy=_REMEDY)
+    refuse_mismatch(_WHAT, **{kind: set(names) for kind, names in lists.items()}, remedy=REMEDY)
 
 
 def _select_rows(
@@ -274,7 +277,7 @@ def _select_rows(
     settings: Mapping[str, Any],
     classes: ClassTable | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The wanted class rows of every head, and lines for the user."""
+    """Select the class rows of every head; also return lines for the user."""
     result, notes = dict(model), list[str]()
     for head in heads:
         keys = [head + key.removeprefix(_HEAD) for key in CLASS_KEYS]
@@ -283,6 +286,6 @@ def _select_rows(
         for key, name in zip(CLASS_KEYS, keys, strict=True):
             rows = selected[key]
             if settings["MODEL.DEFORMABLE.TWO_STAGE"] and head == heads[-1]:
-                rows = torch.cat([model[name][:1], rows[1:]])  # row 0 stands for any object
+                rows = torch.cat([model[name][:1], rows[1:]])  # row 0: object
             result[name] = rows
     return result, notes

@@ -1,7 +1,4 @@
-"""Weights of facebookresearch/detr, of its BatchFormer fork and of its Detectron2 wrapper.
-
-Names of facebookresearch/detr and of its fork zhihou7/BatchFormer, and this project's names.
-"""
+"""DETR (facebookresearch/detr), its BatchFormer fork and its Detectron2 wrapper: names, weights."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -14,19 +11,22 @@ from .core import (
     BLOCKS,
     CLASS_KEYS,
     FROZEN_NORM,
+    NO_STATISTICS_COUNT,
+    REMEDY,
+    TORCHVISION_INPUT,
     Allowed,
     Converted,
     NameTable,
     Renamed,
     Request,
     Row,
-    block_names,
-    compare_with_layout,
-    refuse_misfit,
+    refuse_mismatch,
     rename,
     select_class_rows,
-    settings_of,
 )
+from .layout import block_names, compare_with_layout, settings_of
+
+# Names.
 
 _ATTENTION = r"(?:in_proj_weight|in_proj_bias|out_proj\.weight|out_proj\.bias)"
 _ENCODER_LAYER = rf"(?:self_attn\.{_ATTENTION}|(?:linear[12]|norm[12])\.{AFFINE})"
@@ -70,19 +70,19 @@ _TABLE = NameTable(
     ]
 )
 
-# The mask head lies beside the detector, which DETRsegm holds under this prefix.
+# DETRsegm holds the detector under this prefix, and the mask head next to it.
 DETECTOR = "detr."
 BESIDE_DETECTOR = ("bbox_attention.", "mask_head.")
-# With one block for each layer the fork registers the very same blocks in two places.
+# With one block per layer, the fork registers the same blocks in two places.
 ALIAS, ALIASED = "transformer.encoder.bf.", "transformer.bf."
 
 
 def official_to_ours(name: str) -> str | None:
-    """This project's name of an official parameter, None if there is none.
+    """Return this project's name of an official parameter, or None.
 
     Args:
-        name: with or without the ``detr.`` of DETRsegm. Of the fork's BatchFormer blocks also the
-            second name, ``transformer.encoder.bf.*``.
+        name: with or without the ``detr.`` of DETRsegm. Both names of the fork's BatchFormer blocks
+            are accepted, ``transformer.bf.*`` and ``transformer.encoder.bf.*``.
     """
     name = name.removeprefix(DETECTOR)
     if name.startswith(ALIAS):
@@ -91,11 +91,12 @@ def official_to_ours(name: str) -> str | None:
 
 
 def ours_to_official(name: str, *, with_masks: bool = False) -> str | None:
-    """The official name of a parameter of this project, None if there is none.
+    """Return the official name of a parameter of this project, or None.
 
     Args:
-        name: as in the state dict of :class:`PanopticDETR`.
-        with_masks: whether the detector is part of a DETRsegm and its names begin with ``detr.``.
+        name: as in the state dict of `PanopticDETR`.
+        with_masks: whether the detector is part of a DETRsegm, so that its names start with
+            ``detr.``.
     """
     official = _TABLE.to_theirs(name)
     if official is None or not with_masks or official.startswith(BESIDE_DETECTOR):
@@ -103,23 +104,13 @@ def ours_to_official(name: str, *, with_masks: bool = False) -> str | None:
     return DETECTOR + official
 
 
-# The public code divides by 255 and normalises with torchvision's mean and deviation, RGB.
-TORCHVISION_INPUT: dict[str, Any] = {
-    "INPUT.FORMAT": "RGB",
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-}
-NO_STATISTICS_COUNT = Allowed(
-    "*.num_batches_tracked", "a frozen batch norm does not count its batches"
-)
+# Converters.
+
 _NO_CRITERION = Allowed(
     "criterion.empty_weight", "class weights of the loss, here MODEL.DETR.NO_OBJECT_WEIGHT"
 )
 _WRAPPER_BACKBONE = "backbone.0.backbone."
-_REMEDY = (
-    "check --source, or name what may be left behind with --allow PATTERN (missing keys are in "
-    "this project's names)"
-)
+UNKNOWN_DEPTH = "the numbers of blocks of the ResNet match no MODEL.RESNETS.DEPTH"
 
 
 def convert_official(state: dict[str, Tensor], request: Request) -> Converted:
@@ -132,10 +123,10 @@ def convert_official(state: dict[str, Tensor], request: Request) -> Converted:
 
 
 def convert_batchformer(state: dict[str, Tensor], request: Request) -> Converted:
-    """Convert a DETR of zhihou7/BatchFormer together with its blocks, for further training.
+    """Convert a DETR of zhihou7/BatchFormer including its blocks, for further training.
 
     Raises:
-        UserError: as in :func:`convert_official`, and when there is no block.
+        UserError: as in `convert_official`, or there is no block.
     """
     return _convert_official(state, request, with_block=True)
 
@@ -144,7 +135,7 @@ def convert_detectron2(state: dict[str, Tensor], request: Request) -> Converted:
     """Convert a checkpoint of the Detectron2 wrapper, facebookresearch/detr in ``d2/``.
 
     Raises:
-        UserError: as in :func:`convert_official`.
+        UserError: as in `convert_official`.
     """
     allowed = [NO_STATISTICS_COUNT, _NO_CRITERION]
     renamed = rename(state, _wrapper_to_ours, allowed, request)
@@ -152,88 +143,11 @@ def convert_detectron2(state: dict[str, Tensor], request: Request) -> Converted:
     weight, bias = (renamed.model[key] for key in CLASS_KEYS)
     if torch.equal(weight[-1], weight[0]) and torch.equal(bias[-1], bias[0]):
         converted.notes.append(
-            "the 'no object' row is a copy of the first class, as the wrapper's own converter "
-            "writes it: no query can prefer 'no object'; convert the official file instead where "
-            "you have it"
+            "the 'no object' row is a copy of the first class, as written by the wrapper's own "
+            "converter: no query can prefer 'no object'; convert the official file instead if you "
+            "have it"
         )
     return converted
-
-
-def settings_of_args(args: Any) -> dict[str, Any]:
-    """Config keys from the command line that official training checkpoints hold as "args".
-
-    They say what no weight tells.
-
-    Args:
-        args: an ``argparse.Namespace``; anything without the expected attributes gives less.
-    """
-    settings: dict[str, Any] = {}
-    if isinstance(nheads := getattr(args, "nheads", None), int):
-        settings["MODEL.DETR.NHEADS"] = nheads
-    if isinstance(smooth := getattr(args, "smooth", None), int | float):  # of SMCA
-        settings["MODEL.SMCA.SMOOTH"] = float(smooth)
-    if isinstance(dilation := getattr(args, "dilation", None), bool):
-        settings.update(dilation_settings(dilation))
-    return settings
-
-
-def dilation_settings(dilated: bool) -> dict[str, Any]:
-    """Config keys of a ResNet whose last stage dilates as torchvision's does (DC5), or strides."""
-    if not dilated:
-        return {"MODEL.RESNETS.RES5_DILATION": 1}
-    return {
-        "MODEL.BACKBONE.NAME": "build_resnet_dc5_backbone",
-        "MODEL.RESNETS.RES5_DILATION": 2,
-    }
-
-
-def open_questions(settings: Mapping[str, Any]) -> list[str]:
-    """What the user must know beside the weights, a line each.
-
-    Args:
-        settings: all that is known, from the weights and from what came with them.
-    """
-    questions = {
-        "MODEL.DETR.NHEADS": "the weights do not tell MODEL.DETR.NHEADS; published: 8",
-        "MODEL.RESNETS.RES5_DILATION": (
-            "the weights do not tell whether res5 is dilated; a model called DC5 needs "
-            + ", ".join(f"{key} {value}" for key, value in dilation_settings(True).items())
-        ),
-    }
-    transformer = settings.get("MODEL.DETR.TRANSFORMER_NAME")
-    if transformer is None:
-        return []  # a backbone alone
-    if transformer.startswith("smca"):
-        questions["MODEL.SMCA.SMOOTH"] = (
-            "the weights do not tell MODEL.SMCA.SMOOTH (--smooth); published: 8"
-        )
-    return [question for key, question in questions.items() if key not in settings]
-
-
-def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]) -> Converted:
-    """Check that the weights are complete, choose the class rows and collect the settings.
-
-    Args:
-        renamed: weights in this project's names.
-        request: of the user.
-        input_settings: what the weights expect of the image.
-
-    Raises:
-        UserError: lists every key that is left over, missing, or has another shape.
-    """
-    misfit = compare_with_layout(renamed.model)
-    refuse_misfit(
-        "the weights are no DETR that can be converted",
-        leftovers=[*renamed.leftovers, *renamed.old_keys(misfit.unexpected)],
-        missing=misfit.missing,
-        wrong_shape=misfit.wrong_shape,
-        remedy=_REMEDY,
-    )
-    model, notes = select_class_rows(renamed.model, request.classes)
-    settings = {**input_settings, "MODEL.RESNETS.STRIDE_IN_1X1": False, **settings_of(model)}
-    if "MODEL.RESNETS.DEPTH" not in settings:
-        notes.append("the numbers of blocks of the ResNet are those of no MODEL.RESNETS.DEPTH")
-    return Converted(model, renamed.dropped, [*notes, *block_notes(model)], settings)
 
 
 def _convert_official(state: dict[str, Tensor], request: Request, *, with_block: bool) -> Converted:
@@ -253,36 +167,117 @@ def _without_block(new_name: Callable[[str], str | None]) -> Callable[[str], str
 
 
 def _wrapper_to_ours(key: str) -> str | None:
-    """Names of the wrapper: "detr." before those of DETR or DETRsegm, backbone by Detectron2."""
+    """Translate the wrapper's names: "detr." and DETR's or DETRsegm's, Detectron2's backbone."""
     if not key.startswith("detr."):
         return None
     inner = key.removeprefix("detr.")
     if (part := inner.removeprefix("detr.")).startswith(_WRAPPER_BACKBONE):
-        # Detectron2's own names: what is no part of a ResNet shows up as unexpected later.
+        # Detectron2's own names; those that are not part of a ResNet are found later as unexpected.
         name = "backbone." + part.removeprefix(_WRAPPER_BACKBONE)
         return None if name.endswith(".num_batches_tracked") else name
     return official_to_ours(inner)
 
 
+def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]) -> Converted:
+    """Check that the weights are complete, select the class rows and collect the settings.
+
+    Args:
+        renamed: weights in this project's names.
+        request: of the user.
+        input_settings: config keys of the pixel normalisation.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    mismatch = compare_with_layout(renamed.model)
+    refuse_mismatch(
+        "the weights are not a DETR that can be converted",
+        leftovers=[*renamed.leftovers, *renamed.old_keys(mismatch.unexpected)],
+        missing=mismatch.missing,
+        wrong_shape=mismatch.wrong_shape,
+        remedy=REMEDY,
+    )
+    model, notes = select_class_rows(renamed.model, request.classes)
+    settings = {**input_settings, "MODEL.RESNETS.STRIDE_IN_1X1": False, **settings_of(model)}
+    if "MODEL.RESNETS.DEPTH" not in settings:
+        notes.append(UNKNOWN_DEPTH)
+    return Converted(model, renamed.dropped, [*notes, *block_notes(model)], settings)
+
+
+# BatchFormer blocks.
+
+
 def refuse_without_block(model: Collection[str]) -> None:
-    """Raise UserError unless there is a BatchFormer block among some weights."""
+    """Raise UserError unless the weights contain a BatchFormer block."""
     if not block_names(model):
-        refuse_misfit(
-            "the weights hold no BatchFormer block",
+        refuse_mismatch(
+            "the weights have no BatchFormer block",
             missing=["transformer.bf.*"],
-            remedy="they are those of a plain model: use its --source",
+            remedy="use the --source of the plain model",
         )
 
 
 def block_notes(model: Collection[str]) -> Sequence[str]:
-    """What the user needs to know to go on training with the blocks of some weights."""
+    """Return lines on how to continue training with the blocks."""
     blocks = block_names(model)
     if not blocks:
         return []
     if blocks == ["shared"]:
-        layers = "MODEL.BATCHFORMER.SHARED True, and INSERT_LAYERS, which the weights do not tell"
-        return [f"to go on training in two streams: MODEL.BATCHFORMER.ENABLED True, {layers}"]
+        layers = "MODEL.BATCHFORMER.SHARED True, and INSERT_LAYERS, unknown from the weights"
+        return [f"to continue training in two streams: MODEL.BATCHFORMER.ENABLED True, {layers}"]
     return [
-        "to go on training in two streams: MODEL.BATCHFORMER.ENABLED True, INSERT_LAYERS "
+        "to continue training in two streams: MODEL.BATCHFORMER.ENABLED True, INSERT_LAYERS "
         f"[{', '.join(blocks)}]"
     ]
+
+
+# Settings that the weights do not determine.
+
+
+def settings_of_args(args: Any) -> dict[str, Any]:
+    """Read config keys from the command line that official training checkpoints keep as "args".
+
+    Args:
+        args: an ``argparse.Namespace``; absent attributes are skipped.
+    """
+    settings: dict[str, Any] = {}
+    if isinstance(nheads := getattr(args, "nheads", None), int):
+        settings["MODEL.DETR.NHEADS"] = nheads
+    if isinstance(smooth := getattr(args, "smooth", None), int | float):  # of SMCA
+        settings["MODEL.SMCA.SMOOTH"] = float(smooth)
+    if isinstance(dilation := getattr(args, "dilation", None), bool):
+        settings.update(dilation_settings(dilation))
+    return settings
+
+
+def dilation_settings(dilated: bool) -> dict[str, Any]:
+    """Return the config keys of a ResNet with or without dilation in its last stage (DC5)."""
+    if not dilated:
+        return {"MODEL.RESNETS.RES5_DILATION": 1}
+    return {
+        "MODEL.BACKBONE.NAME": "build_resnet_dc5_backbone",
+        "MODEL.RESNETS.RES5_DILATION": 2,
+    }
+
+
+def open_questions(settings: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting that has to be known besides the weights.
+
+    Args:
+        settings: those known from the weights and the files next to them.
+    """
+    questions = {
+        "MODEL.DETR.NHEADS": "the weights do not determine MODEL.DETR.NHEADS; published: 8",
+        "MODEL.RESNETS.RES5_DILATION": (
+            "the weights do not determine whether res5 is dilated; a model called DC5 needs "
+            + ", ".join(f"{key} {value}" for key, value in dilation_settings(True).items())
+        ),
+    }
+    transformer = settings.get("MODEL.DETR.TRANSFORMER_NAME")
+    if transformer is None:
+        return []  # a backbone only
+    if transformer.startswith("smca"):
+        questions["MODEL.SMCA.SMOOTH"] = (
+            "the weights do not determine MODEL.SMCA.SMOOTH (--smooth); published: 8"
+        )
+    return [question for key, question in questions.items() if key not in settings]

@@ -1,4 +1,4 @@
-"""A model of this project in the layout of facebookresearch/detr or of transformers."""
+"""Export of a model to the layout of facebookresearch/detr or of transformers."""
 
 import shutil
 import uuid
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from ...data.class_table import ClassTable
 from ...errors import UserError
-from ..settings import SettingsRecord
-from .core import BLOCKS, compare_with_layout, has_masks, refuse_misfit, resnet_shape, settings_of
-from .detr import ALIAS, ALIASED, TORCHVISION_INPUT, ours_to_official
+from ..records import SettingsRecord
+from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
+from .detr import ALIAS, ALIASED, ours_to_official
 from .huggingface import ours_to_huggingface, split_projections
+from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
 
 _EXTRA = "huggingface"
 _GROUPS = 8  # of the group norms in published mask heads
 
 
 def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict[str, Tensor]:
-    """A DETR, or a DETRsegm when there is a mask head, in the names of facebookresearch/detr.
+    """Rename a DETR, or a DETRsegm if there is a mask head, to facebookresearch/detr.
 
     Args:
-        state: of a :class:`PanopticDETR` with Detectron2's ResNet and the transformer "detr".
-        with_block: keep BatchFormer blocks, under both names that zhihou7/BatchFormer gives them.
+        state: of a `PanopticDETR` with Detectron2's ResNet and the transformer "detr".
+        with_block: keep BatchFormer blocks, under both of their names in zhihou7/BatchFormer.
 
     Raises:
-        UserError: lists what has no place there.
+        UserError: lists the keys that have no counterpart there.
     """
     model = _exportable(state, with_block=with_block)
     segm = has_masks(model)
@@ -45,20 +46,20 @@ def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict
 
 
 def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple[str, str]]:
-    """Keys that an export leaves out, with the reason."""
+    """Return the keys that an export leaves out, with the reason."""
     dropped = []
     for name in state:
         if name.startswith("semantic_head."):
-            dropped.append((name, "the auxiliary head serves training alone"))
+            dropped.append((name, "the auxiliary head is for training only"))
         elif name.endswith(".num_batches_tracked"):
             dropped.append((name, "exported batch norms are frozen"))
         elif name.startswith(BLOCKS) and not with_block:
-            dropped.append((name, "the BatchFormer block serves training alone"))
+            dropped.append((name, "the BatchFormer block is for training only"))
     return dropped
 
 
 def check_official_input(cfg: CfgNode) -> None:
-    """Refuse a model whose images are prepared otherwise than the public code does.
+    """Refuse a model whose preprocessing differs from that of the public code.
 
     Raises:
         UserError: names the first key that differs.
@@ -71,15 +72,14 @@ def check_official_input(cfg: CfgNode) -> None:
     for key, value in TORCHVISION_INPUT.items():
         if found[key] != value:
             raise UserError(
-                f"{key} is {found[key]}: facebookresearch/detr prepares images with {value}, and "
-                "its weights do not say otherwise"
+                f"{key} is {found[key]}: facebookresearch/detr uses {value} for all weights"
             )
     if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         raise UserError("MODEL.RESNETS.STRIDE_IN_1X1 is True: torchvision's ResNet cannot do that")
 
 
 def check_config(state: Mapping[str, Tensor], cfg: CfgNode) -> None:
-    """Refuse a config that is not the one of the weights, or a model that is no DETR.
+    """Refuse a config that does not match the weights, or a model that is not a DETR.
 
     Raises:
         UserError: names each key that differs.
@@ -98,19 +98,19 @@ def check_config(state: Mapping[str, Tensor], cfg: CfgNode) -> None:
 def to_huggingface(
     state: Mapping[str, Tensor], folder: Path, *, cfg: CfgNode, classes: ClassTable | None
 ) -> None:
-    """Write a folder that ``from_pretrained`` of transformers loads and that predicts the same.
+    """Write a folder for ``from_pretrained`` of transformers, with the same predictions.
 
-    It holds ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``. The folder
-    appears as a whole or not at all; one that is there is replaced.
+    The files are ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``. The
+    folder is written completely or not at all; an existing one is replaced.
 
     Args:
-        state: as in :func:`to_official`; BatchFormer blocks are left out.
+        state: as in `to_official`; BatchFormer blocks are left out.
         folder: to be written.
-        cfg: the config the model was trained with.
-        classes: names of the classes; None: they stay numbers.
+        cfg: the config of the training.
+        classes: names of the classes; None: their indices are the names.
 
     Raises:
-        UserError: transformers is not installed, or cannot express the model.
+        UserError: transformers is not installed, or does not support the model.
     """
     transformers = _transformers()
     check_config(state, cfg)
@@ -135,17 +135,17 @@ def to_huggingface(
 
 
 def _exportable(state: Mapping[str, Tensor], *, with_block: bool) -> dict[str, Tensor]:
-    """The part of a state dict that is exported, complete and expressible elsewhere."""
+    """Return the exported part of a state dict, which must be a complete published DETR."""
     dropped = {name for name, _ in not_exported(state, with_block=with_block)}
     model = {name: value for name, value in state.items() if name not in dropped}
-    misfit = compare_with_layout(model)
-    refuse_misfit(
-        "the model is no DETR as published",
-        leftovers=misfit.unexpected,
-        missing=misfit.missing,
-        wrong_shape=misfit.wrong_shape,
-        remedy="exported are the transformer 'detr' on Detectron2's ResNet with FrozenBN or BN, "
-        "and the mask head in its published widths",
+    mismatch = compare_with_layout(model)
+    refuse_mismatch(
+        "the model is not a published DETR",
+        leftovers=mismatch.unexpected,
+        missing=mismatch.missing,
+        wrong_shape=mismatch.wrong_shape,
+        remedy="the export supports the transformer 'detr' on Detectron2's ResNet with FrozenBN or "
+        "BN, and the mask head in its published widths",
     )
     if has_masks(model):
         for name, value in model.items():
@@ -166,7 +166,7 @@ def _write_folder(folder: Path, weights: dict[str, Tensor], config: Any, process
 
 
 def _transformers() -> Any:
-    """The library, of which nothing but the export needs anything."""
+    """Import the optional library, which only the export uses."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -207,7 +207,7 @@ def _huggingface_config(
         decoder_attention_heads=node.NHEADS,
         encoder_ffn_dim=node.DIM_FEEDFORWARD,
         decoder_ffn_dim=node.DIM_FEEDFORWARD,
-        # There are three rates there and one here.
+        # This project has one dropout rate, transformers three.
         dropout=node.DROPOUT,
         attention_dropout=node.DROPOUT,
         activation_dropout=node.DROPOUT,
@@ -229,7 +229,7 @@ def _check_expressible(model: Mapping[str, Tensor], cfg: CfgNode) -> None:
         and [4 * width for width in shape.inner_widths] != list(shape.widths),
     }
     if found := [problem for problem, is_so in problems.items() if is_so]:
-        raise UserError(f"{found[0]}: the DETR of transformers cannot express that")
+        raise UserError(f"{found[0]}: the DETR of transformers does not support that")
 
 
 def _image_processor(transformers: Any, cfg: CfgNode, *, segm: bool) -> Any:

@@ -1,7 +1,7 @@
-"""Names of DETR in Hugging Face transformers, as its files hold them, and this project's names.
+"""DETR of Hugging Face transformers: names and weights, and the configs in its model folders.
 
-Attention projections lie apart there and together here; :func:`merge_projections` and
-:func:`split_projections` translate. The mask head has the names of facebookresearch/detr.
+Query, key and value projections are separate parameters there and one parameter here, see
+`merge_projections` and `split_projections`. The mask head has the names of facebookresearch/detr.
 """
 
 import json
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 from .core import (
     AFFINE,
     FROZEN_NORM,
+    NO_STATISTICS_COUNT,
+    TORCHVISION_INPUT,
     Allowed,
     Converted,
     NameTable,
     Request,
     Row,
-    refuse_misfit,
+    refuse_mismatch,
     rename,
 )
 from .detr import (
     BESIDE_DETECTOR,
-    NO_STATISTICS_COUNT,
-    TORCHVISION_INPUT,
     dilation_settings,
     finish,
     official_to_ours,
@@ -85,7 +85,7 @@ _ALLOWED = [
     NO_STATISTICS_COUNT,
     Allowed("*criterion.empty_weight", "class weights of the loss"),
 ]
-# What DetrImageProcessor uses where a folder does not say; torchvision's, of pixels from 0 to 1.
+# Defaults of DetrImageProcessor: torchvision's statistics, of pixels from 0 to 1.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The projections in the order in which torch.nn.MultiheadAttention stacks them.
 _STACKED = ("q_proj", "k_proj", "v_proj")
@@ -94,12 +94,12 @@ _TOGETHER = re.compile(r"(?P<attention>.*attn)\.in_proj_(?P<part>weight|bias)")
 
 
 class ModelFolder(NamedTuple):
-    """What a folder of Hugging Face says about its model beside the weights.
+    """A folder of Hugging Face: its weights, and settings from the files next to them.
 
     Attributes:
-        weights: path of the file of weights.
-        settings: config keys that its ``config.json`` and, where there is one,
-            ``preprocessor_config.json`` imply.
+        weights: path of the weights.
+        settings: config keys implied by ``config.json`` and, if it exists,
+            ``preprocessor_config.json``.
     """
 
     weights: Path
@@ -107,7 +107,7 @@ class ModelFolder(NamedTuple):
 
 
 def convert_huggingface(state: dict[str, Tensor], request: Request) -> Converted:
-    """Convert a DetrForObjectDetection or DetrForSegmentation, whichever backbone names it has.
+    """Convert a DetrForObjectDetection or DetrForSegmentation, with any of its backbone names.
 
     Raises:
         UserError: lists every key that is left over, missing, or has another shape.
@@ -118,26 +118,26 @@ def convert_huggingface(state: dict[str, Tensor], request: Request) -> Converted
 
 
 def huggingface_to_ours(name: str) -> str | None:
-    """This project's name of a parameter in a file of transformers, None if there is none.
+    """Return this project's name of a parameter of transformers, or None.
 
-    Attention projections keep their own names (``self_attn.q_proj.weight``).
+    Attention projections keep their names (``self_attn.q_proj.weight``).
     """
     if name.startswith(BESIDE_DETECTOR):
         return official_to_ours(name)
     name = name.removeprefix("detr.")
     if name.startswith(_CONV_ENCODER):
-        # Files of the hub have the names of timm and torchvision, others those of ResNetBackbone.
+        # Backbones on the hub have timm's (torchvision's) names, others those of ResNetBackbone.
         torchvision_name = "backbone.0.body." + name.removeprefix(_CONV_ENCODER)
         return official_to_ours(torchvision_name) or _TABLE.to_ours(name)
     return _TABLE.to_ours(name)
 
 
 def ours_to_huggingface(name: str, *, with_masks: bool) -> str | None:
-    """The name in files of transformers, with the names of its ResNetBackbone; None if none.
+    """Return the name of a parameter in transformers, with ResNetBackbone names, or None.
 
     Args:
-        name: of this project, attention projections separate.
-        with_masks: for a DetrForSegmentation, which holds the detector under ``detr.``.
+        name: of this project, with separate attention projections.
+        with_masks: for a DetrForSegmentation, whose detector has the prefix ``detr.``.
     """
     if name.startswith("mask_head."):
         return ours_to_official(name, with_masks=with_masks)
@@ -149,7 +149,7 @@ def merge_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stack query, key and value projections as torch.nn.MultiheadAttention does.
 
     Raises:
-        UserError: lists the projections that are missing beside others.
+        UserError: lists the missing projections of an attention that has others.
     """
     merged = {name: value for name, value in model.items() if not _SEPARATE.fullmatch(name)}
     groups: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -157,7 +157,7 @@ def merge_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if found := _SEPARATE.fullmatch(name):
             group = groups.setdefault((found["attention"], found["part"]), {})
             group[found["which"]] = value
-    refuse_misfit(
+    refuse_mismatch(
         "the attention projections are incomplete",
         missing=[
             f"{attention}.{which}.{part}"
@@ -173,7 +173,7 @@ def merge_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`merge_projections`."""
+    """Split stacked projections: the inverse of `merge_projections`."""
     split = {}
     for name, value in model.items():
         if found := _TOGETHER.fullmatch(name):
@@ -185,22 +185,22 @@ def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_folder(folder: Path) -> ModelFolder:
-    """Find the weights in a folder of Hugging Face and read what lies beside them.
+    """Find the weights in a folder of Hugging Face and read its configs.
 
     Raises:
-        UserError: no weights in one file, no config of a DETR, or unreadable pixel statistics.
+        UserError: no weights in a single file, no config of a DETR, or unreadable statistics.
     """
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     weights = next((file for file in files if file.is_file()), None)
     if weights is None:
-        raise UserError(f"folder {folder} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"folder {folder} has neither model.safetensors nor pytorch_model.bin")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+        raise UserError(f"{folder}/config.json cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("model_type") != "detr":
         found = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"{folder}/config.json is not that of a DETR: model_type {found!r}")
+        raise UserError(f"{folder}/config.json does not describe a DETR: model_type {found!r}")
     settings = {**_settings_of_config(config, folder), **_pixel_settings(folder)}
     return ModelFolder(weights, settings)
 
@@ -209,7 +209,7 @@ def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     backbone = config.get("backbone_config") or {}
     heads = {config.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")}
     unsupported = {
-        "encoder_attention_heads and decoder_attention_heads that differ": len(heads) > 1,
+        "different encoder_attention_heads and decoder_attention_heads": len(heads) > 1,
         "position_embedding_type other than sine": (
             config.get("position_embedding_type", "sine") != "sine"
         ),
@@ -217,7 +217,7 @@ def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "backbone_config.downsample_in_first_stage": backbone.get("downsample_in_first_stage"),
     }
     if found := [what for what, is_so in unsupported.items() if is_so]:
-        raise UserError(f"{folder}/config.json asks for what is not built here: {found[0]}")
+        raise UserError(f"{folder}/config.json needs an unsupported setting: {found[0]}")
     dilated = config.get("dilation") or backbone.get("output_stride") == 16
     return {
         "MODEL.DETR.NHEADS": heads.pop(),
@@ -227,7 +227,7 @@ def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _pixel_settings(folder: Path) -> dict[str, Any]:
-    """Statistics of pixels from 0 to 255; nothing without a file, which may be left out."""
+    """Read statistics of pixels from 0 to 255; the file is optional."""
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return {}
@@ -243,5 +243,5 @@ def _pixel_settings(folder: Path) -> dict[str, Any]:
         if any(len(value) != 3 for value in settings.values()):
             raise ValueError("image_mean and image_std must have three numbers")
     except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     return settings

@@ -1,4 +1,4 @@
-"""Every layout that can be converted, by the name a user gives it."""
+"""Registry of the layouts that can be converted, by the name given to ``--source``."""
 
 from ...errors import UserError
 from .backbones import BACKBONE_SOURCES, TIMM_PREFIX, timm_source
@@ -13,7 +13,7 @@ _DETR_SOURCES = (
     Source("detr", "facebookresearch/detr, boxes or panoptic (.pth)", convert_official),
     Source(
         "detr_batchformer",
-        "DETR of zhihou7/BatchFormer, its blocks kept for further training",
+        "DETR of zhihou7/BatchFormer with its blocks, for further training",
         convert_batchformer,
     ),
     Source(
@@ -32,7 +32,7 @@ _DETR_SOURCES = (
     ),
     Source(
         "deformable_detr_batchformer",
-        "Deformable-DETR of zhihou7/BatchFormer, its blocks kept for further training",
+        "Deformable-DETR of zhihou7/BatchFormer with its blocks, for further training",
         convert_deformable_batchformer,
     ),
     Source("smca_detr", "gaopengcuhk/SMCA-DETR, boxes, single- or multi-scale", convert_smca),
@@ -52,12 +52,12 @@ SOURCES: dict[str, Source] = {
 
 
 def source_named(name: str) -> Source:
-    """Return the source of a name: one of :data:`SOURCES`, or a prefix and a model of timm.
+    """Return the source with a name: one of `SOURCES`, or a prefix and the name of a timm model.
 
-    ``timm:`` makes a backbone of the model, ``timm_vit:`` an image classifier.
+    The prefix is ``timm:`` for a backbone and ``timm_vit:`` for an image classifier.
 
     Raises:
-        UserError: there is none; the message lists the names.
+        UserError: an unknown name; the message lists the known ones.
     """
     if name.startswith(TIMM_PREFIX):
         return timm_source(name.removeprefix(TIMM_PREFIX))

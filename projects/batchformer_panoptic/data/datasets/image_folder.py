@@ -1,4 +1,4 @@
-"""Image folders: a folder of images for each class, as torchvision's ImageFolder has it."""
+"""Image folders: one folder of images per class, as in torchvision's ImageFolder."""
 
 import functools
 from typing import Any
@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ...errors import UserError
-from .panoptic import check_paths, resolve_path
+from .catalog import is_registered, resolve_path
 
 CLASSIFICATION = "classification"  # the evaluator_type of image folders
 
@@ -15,36 +15,30 @@ DatasetDict = dict[str, Any]
 
 
 def register_image_folder(name: str, image_root: str) -> None:
-    """Make a folder of class folders known to Detectron2 under a name.
+    """Register a folder of class folders in Detectron2's catalogs.
 
-    Labels are the places of the class folders in alphabetical order; a folder whose name begins
-    with a dot is no class. Only the names of the folders are read now; images are listed when the
-    data set is used. Registering a name again with the same path does nothing.
+    Labels are the positions of the class folders in alphabetical order; hidden folders are
+    ignored. Only the names of the folders are read now; images are listed when the data set is
+    used. Registering a name again with the same path does nothing.
 
     Args:
-        name: what DATASETS.TRAIN and DATASETS.TEST will call the data set.
-        image_root: the folder. It may hold ``~`` and environment variables and is relative to the
-            working directory.
+        name: for DATASETS.TRAIN and DATASETS.TEST.
+        image_root: the folder. It may contain ``~`` and environment variables and is relative to
+            the working directory.
 
     Raises:
-        UserError: the folder does not exist or holds no folders, or the name is taken.
+        UserError: the folder does not exist or has no subfolders, or the name is taken.
     """
     root = resolve_path(image_root)
-    metadata = MetadataCatalog.get(name)
-    if name in DatasetCatalog:
-        if metadata.get("image_root") != root or metadata.evaluator_type != CLASSIFICATION:
-            raise UserError(
-                f"data set {name!r} is already registered with another path: choose another name"
-            )
+    if is_registered(name, {"image_root": root}, CLASSIFICATION):
         return
-    check_paths(name, {"image_root": root})
     classes = _class_names(root)
     DatasetCatalog.register(name, functools.partial(load_image_folder, root))
-    metadata.set(
+    MetadataCatalog.get(name).set(
         image_root=root,
         evaluator_type=CLASSIFICATION,
         classes=classes,
-        # where the rest of the project looks for classes
+        # The keys that other parts of the project read.
         thing_classes=classes,
         thing_dataset_id_to_contiguous_id={label: label for label in range(len(classes))},
     )
@@ -54,7 +48,7 @@ def load_image_folder(image_root: str) -> list[DatasetDict]:
     """List the images, by class and then by path; no image is opened.
 
     Returns:
-        Dicts with file_name, image_id (the place in the list) and label.
+        Dicts with file_name, image_id (the position in the list) and label.
 
     Raises:
         UserError: a class folder without images.
@@ -64,8 +58,8 @@ def load_image_folder(image_root: str) -> list[DatasetDict]:
     if empty := sorted(set(labels.values()) - {label for _, label in samples}):
         folder = list(labels)[empty[0]]
         raise UserError(
-            f"{image_root}: the class folder {folder!r} holds no image "
-            f"({len(empty)} such of {len(labels)} folders): known are the endings "
+            f"{image_root}: the class folder {folder!r} has no images "
+            f"({len(empty)} of {len(labels)} folders are empty): known extensions are "
             f"{' '.join(IMG_EXTENSIONS)}; add images or remove the folder"
         )
     return [
@@ -77,11 +71,13 @@ def load_image_folder(image_root: str) -> list[DatasetDict]:
 def _class_names(image_root: str) -> list[str]:
     try:
         names, _ = find_classes(image_root)
-    except OSError as error:  # no folder in it, or it is a file
+    except OSError as error:  # no subfolder, or the path is a file
         raise UserError(
             f"{image_root}: an image folder holds one folder for each class ({error})"
         ) from error
     visible = [name for name in names if not name.startswith(".")]
     if not visible:
-        raise UserError(f"{image_root}: an image folder holds one folder for each class, here none")
+        raise UserError(
+            f"{image_root}: an image folder holds one folder for each class; found none"
+        )
     return visible

@@ -2,51 +2,51 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from detectron2.utils.file_io import PathManager
 
-from ...errors import UserError
 from ..class_table import ClassTable
-from .panoptic import check_paths, read_coco_json, records_by_id, resolve_path
+from ..io import read_coco_json
+from ..validation import (
+    SECTIONS,
+    Problem,
+    check_categories,
+    check_entries,
+    check_lists,
+    check_unique,
+    raise_first_error,
+)
+from .catalog import check_first_file, is_registered, resolve_path
 
 DatasetDict = dict[str, Any]
 
-_FORMAT = "COCO-instances"
-
 
 def register_instances_dataset(name: str, image_root: str, json_file: str) -> None:
-    """Make a COCO-instances data set known to Detectron2 under a name; every class is a thing.
+    """Register a COCO-instances data set in Detectron2's catalogs; every class is a thing.
 
     The catalog entries are those of Detectron2's ``register_coco_instances``, but the classes are
-    known at once, and mistakes in the JSON are told in one line. Only the JSON's "categories" are
-    read now. Registering a name again with the same paths does nothing.
+    set at once, and mistakes in the JSON are reported in one line. Only the JSON's "categories"
+    are checked now. Registering a name again with the same paths does nothing.
 
     Args:
-        name: what DATASETS.TRAIN and DATASETS.TEST will call the data set.
+        name: for DATASETS.TRAIN and DATASETS.TEST.
         image_root: folder of the images.
-        json_file: the annotations. Paths may hold ``~`` and environment variables and are relative
-            to the working directory.
+        json_file: the annotations. All paths may contain ``~`` and environment variables and are
+            relative to the working directory.
 
     Raises:
         UserError: a path does not exist, the categories are not usable, or the name is taken.
     """
     paths = {"image_root": resolve_path(image_root), "json_file": resolve_path(json_file)}
-    metadata = MetadataCatalog.get(name)
-    if name in DatasetCatalog:
-        if any(metadata.get(key) != path for key, path in paths.items()):
-            raise UserError(
-                f"data set {name!r} is already registered with other paths: choose another name"
-            )
+    if is_registered(name, paths, "coco"):
         return
-    check_paths(name, paths)
-    table = _class_table(read_coco_json(paths["json_file"], _FORMAT), paths["json_file"])
+    table = _class_table(read_coco_json(paths["json_file"]), paths["json_file"])
     DatasetCatalog.register(name, functools.partial(load_instances_json, name=name, **paths))
-    # Without "stuff_classes", that is how Detectron2 tells boxes from panoptic data.
-    metadata.set(
+    # Without "stuff_classes", which is how Detectron2 distinguishes boxes from panoptic data.
+    MetadataCatalog.get(name).set(
         **paths,
         evaluator_type="coco",
         thing_classes=list(table.names),
@@ -56,7 +56,7 @@ def register_instances_dataset(name: str, image_root: str, json_file: str) -> No
 
 
 def load_instances_json(json_file: str, image_root: str, name: str) -> list[DatasetDict]:
-    """Read a COCO-instances JSON with Detectron2's reader, after a check of every record.
+    """Read COCO-instances JSON with Detectron2's reader, after a check of every record.
 
     Returns:
         Detectron2's dataset dicts, one per image: file_name, image_id, height, width and
@@ -64,64 +64,61 @@ def load_instances_json(json_file: str, image_root: str, name: str) -> list[Data
         (contiguous), iscrowd and, if the JSON has it, segmentation.
 
     Raises:
-        UserError: naming the record that is wrong, or the first image if it does not exist.
+        UserError: names the first record with an error, or the first image if it does not exist.
     """
-    content = read_coco_json(json_file, _FORMAT)
+    content = read_coco_json(json_file)
     table = _class_table(content, json_file)
-    try:
-        _check_records(content, set(table.dataset_ids))
-        dataset_dicts: list[DatasetDict] = load_coco_json(json_file, image_root, name)
-        if not dataset_dicts:
-            raise UserError('"images" is empty')
-        first = dataset_dicts[0]
-        if not PathManager.isfile(first["file_name"]):
-            raise UserError(
-                f"image {first['image_id']!r}: {first['file_name']} does not exist; "
-                f"is {image_root} the right folder?"
-            )
-    except UserError as error:
-        raise UserError(f"{json_file}: {error}") from error
+    raise_first_error(check_entries(content, "images"), json_file)
+    raise_first_error(_check_records(content, set(table.dataset_ids)), json_file)
+    dataset_dicts: list[DatasetDict] = load_coco_json(json_file, image_root, name)
+    check_first_file(dataset_dicts[0]["file_name"], "image", image_root, json_file)
     return dataset_dicts
 
 
 def _class_table(content: DatasetDict, json_file: str) -> ClassTable:
-    """The classes of "categories", which say nothing of things and stuff in this format."""
-    try:
-        return ClassTable.from_categories(
-            [
-                {**category, "isthing": 1} if isinstance(category, dict) else category
-                for category in content["categories"]
-            ]
-        )
-    except UserError as error:
-        raise UserError(f"{json_file}: {error}") from error
+    """Return the classes; this format does not distinguish things from stuff."""
+    for problems in (check_lists(content, SECTIONS), check_entries(content, "categories")):
+        raise_first_error(problems, json_file)
+    categories = [{**category, "isthing": 1} for category in content["categories"]]
+    raise_first_error(check_categories({"categories": categories}), json_file)
+    return ClassTable.from_categories(categories)
 
 
-def _check_records(content: DatasetDict, category_ids: set[int]) -> None:
-    images = records_by_id(content["images"], "id", "image")
+def _check_records(content: DatasetDict, category_ids: set[int]) -> Iterator[Problem]:
+    for section in ("images", "annotations"):
+        for number, record in enumerate(content[section]):
+            if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
+                message = f"entry {number} of the list '{section}' has no 'id'"
+                yield Problem("record without id", message)
+    yield from check_unique(
+        "duplicate image id", "image records have the id", content["images"], "id"
+    )
+    images = {image["id"]: image for image in content["images"]}
     for image_id, image in images.items():
-        if not isinstance(image.get("file_name"), str):
-            raise UserError(f"image {image_id!r} has no 'file_name'")
-        for key in ("height", "width"):
-            if not isinstance(image.get(key), int) or image[key] < 1:
-                raise UserError(f"image {image_id!r} has the {key} {image.get(key)!r}")
-    annotations = records_by_id(content["annotations"], "id", "annotation")
-    for annotation_id, annotation in annotations.items():
-        if annotation.get("image_id") not in images:
-            raise UserError(
-                f"annotation {annotation_id!r} has image_id {annotation.get('image_id')!r}, "
-                "which is not among the images"
-            )
-        if annotation.get("category_id") not in category_ids:
-            raise UserError(
-                f"annotation {annotation_id!r} has category_id {annotation.get('category_id')!r}, "
-                "which is not among the categories"
-            )
+        yield from _check_image(f"image {image_id!r}", image)
+    yield from check_unique(
+        "duplicate annotation id", "annotations have the id", content["annotations"], "id"
+    )
+    for annotation in content["annotations"]:
+        where = f"annotation {annotation['id']!r}"
+        for key, known, what in (
+            ("image_id", images, "images"),
+            ("category_id", category_ids, "categories"),
+        ):
+            if annotation.get(key) not in known:
+                message = f"{where}: {key} {annotation.get(key)!r} is not among the {what}"
+                yield Problem(f"unknown {key}", message)
         if not _is_box(annotation.get("bbox")):
-            raise UserError(
-                f"annotation {annotation_id!r} has the bbox {annotation.get('bbox')!r}: give "
-                "[x, y, width, height] in pixels"
-            )
+            message = f"{where}: bbox is {annotation.get('bbox')!r}; give [x, y, width, height] in"
+            yield Problem("wrong bbox", f"{message} pixels")
+
+
+def _check_image(where: str, image: DatasetDict) -> Iterator[Problem]:
+    if not isinstance(image.get("file_name"), str):
+        yield Problem("bad image record", f"{where} has no 'file_name'")
+    for key in ("height", "width"):
+        if not isinstance(image.get(key), int) or image[key] < 1:
+            yield Problem("bad image record", f"{where} has the {key} {image.get(key)!r}")
 
 
 def _is_box(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the data sets of a config decide: registrations, classes, things."""
+"""Registers the data sets of a config and derives its classes from them."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from .image_folder import CLASSIFICATION, register_image_folder
 from .instances import register_instances_dataset
 from .panoptic import register_panoptic_dataset
 
-# Lists of data sets in a config: how a row is registered, and the words of a row.
+# Config key -> function that registers a row, and the names of a row's entries.
 _CUSTOM: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "CUSTOM_PANOPTIC": (
         register_panoptic_dataset,
@@ -25,7 +25,7 @@ _CUSTOM: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
 def setup_datasets(cfg: CfgNode) -> None:
     """Register the custom data sets and derive the classes from DATASETS.TRAIN and TEST.
 
-    DATASETS.CUSTOM_PANOPTIC, CUSTOM_INSTANCES and CUSTOM_IMAGE_FOLDERS list data sets of one's own.
+    DATASETS.CUSTOM_PANOPTIC, CUSTOM_INSTANCES and CUSTOM_IMAGE_FOLDERS list custom data sets.
     MODEL.DETR.NUM_CLASSES of 0 and MODEL.PANOPTIC.THING_CLASS_IDS of [] are filled in, for the
     meta-architecture "ImageClassifier" MODEL.CLASSIFIER.NUM_CLASSES instead. Calling this again
     with the same config changes nothing.
@@ -34,9 +34,9 @@ def setup_datasets(cfg: CfgNode) -> None:
         cfg: changed in place, therefore not frozen.
 
     Raises:
-        UserError: a wrong row, an unknown data set, data sets that do not share their classes,
-            classes in the config that are not those of the data sets, or data sets that the model
-            cannot learn from (masks from boxes, boxes from labels of whole images).
+        UserError: a malformed row, an unknown data set, data sets with different classes, classes
+            in the config that differ from those of the data sets, or data sets without the
+            annotations that the model learns (masks, boxes or labels of images).
     """
     for key in _CUSTOM:
         for row in cfg.DATASETS[key]:
@@ -60,7 +60,7 @@ def setup_datasets(cfg: CfgNode) -> None:
 
 
 def class_section(cfg: CfgNode) -> str:
-    """The section of MODEL whose NUM_CLASSES the model reads: "CLASSIFIER" or "DETR"."""
+    """Return the section of MODEL whose NUM_CLASSES the model reads: "CLASSIFIER" or "DETR"."""
     return "CLASSIFIER" if _classifies(cfg) else "DETR"
 
 
@@ -75,7 +75,7 @@ def _take_things(cfg: CfgNode, things: list[int]) -> None:
 
 
 def class_table_of(names: Sequence[str]) -> ClassTable | None:
-    """The classes that all named data sets share; None without any name.
+    """Return the classes that all named data sets share; None without any name.
 
     Raises:
         UserError: an unknown name, or classes that differ.
@@ -85,8 +85,7 @@ def class_table_of(names: Sequence[str]) -> ClassTable | None:
         check_registered(name)
         metadata = MetadataCatalog.get(name)
         if not metadata.get("thing_classes") and not metadata.get("stuff_classes"):
-            # Data sets of boxes registered with register_coco_instances learn their classes
-            # when they are read.
+            # register_coco_instances sets the classes only when the data set is read.
             DatasetCatalog.get(name)
         other = ClassTable.from_metadata(metadata)
         if table is None:
@@ -99,12 +98,12 @@ def class_table_of(names: Sequence[str]) -> ClassTable | None:
 
 
 def check_registered(name: str) -> None:
-    """Raise UserError, with similar names and the remedy, for a name Detectron2 does not know."""
+    """Raise UserError, with similar names and the remedy, for a name that is not registered."""
     if name in DatasetCatalog:
         return
     raise UserError(
-        f"unknown data set {name!r}{did_you_mean(name, DatasetCatalog.list())}; add a data set of "
-        "your own to "
+        f"unknown data set {name!r}{did_you_mean(name, DatasetCatalog.list())}; add a custom data "
+        "set to "
         + " or ".join(
             f"DATASETS.{key} as {_row_form(words)}" for key, (_, words) in _CUSTOM.items()
         )
@@ -117,14 +116,14 @@ def _classifies(cfg: CfgNode) -> bool:
 
 def _check_task(cfg: CfgNode) -> None:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        has_labels_alone = MetadataCatalog.get(name).get("evaluator_type") == CLASSIFICATION
-        if has_labels_alone == _classifies(cfg):
+        is_image_folder = MetadataCatalog.get(name).get("evaluator_type") == CLASSIFICATION
+        if is_image_folder == _classifies(cfg):
             continue
-        what = "one label for each image" if has_labels_alone else "segments or boxes"
+        what = "one label for each image" if is_image_folder else "segments or boxes"
         raise UserError(
             f"the data set {name!r} has {what}, and MODEL.META_ARCHITECTURE is "
-            f"{cfg.MODEL.META_ARCHITECTURE!r}: image folders (DATASETS.CUSTOM_IMAGE_FOLDERS) are "
-            "for 'ImageClassifier', and nothing else is"
+            f"{cfg.MODEL.META_ARCHITECTURE!r}: 'ImageClassifier' takes image folders "
+            "(DATASETS.CUSTOM_IMAGE_FOLDERS) only, and other models take none"
         )
 
 
@@ -132,8 +131,8 @@ def _check_masks(names: Sequence[str]) -> None:
     for name in names:
         if not MetadataCatalog.get(name).get("panoptic_root"):
             raise UserError(
-                f"MODEL.MASK_ON asks for masks, but the data set {name!r} has no panoptic PNGs to "
-                "learn them from: set MODEL.MASK_ON False for boxes alone"
+                f"MODEL.MASK_ON needs masks, but the data set {name!r} has no panoptic PNGs to "
+                "learn them from: set MODEL.MASK_ON False to train on boxes only"
             )
 
 

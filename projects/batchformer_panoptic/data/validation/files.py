@@ -1,192 +1,203 @@
-"""Checks of the pictures and of the PNGs' pixels against the JSON."""
+"""Checks of the files that a panoptic JSON names, and of the PNGs' pixels against the JSON."""
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
-from panopticapi.utils import rgb2id
-from PIL import Image
 from tqdm import tqdm
 
+from ...errors import UserError
+from ..io import IntArray, missing_file, png_format_fault, read_image_size, read_segment_map
+from ..segment_maps import Extent, segment_extents
+from .annotations import check_panoptic_json
 from .problems import Problem, Record, image_name, records, segment_number, segments_of
 
-T = TypeVar("T")
-BBOX_TOLERANCE = 1  # pixels: tools disagree about whether the last pixel counts
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-EXIF_ORIENTATION, EXIF_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+BBOX_TOLERANCE = 1  # pixels: tools disagree on whether a box includes the last pixel
+
+Size = tuple[int, int]  # height, width
 
 
-class Extent(NamedTuple):
-    """What the PNG shows of a segment; ``bbox_xywh`` is tight, in pixels."""
-
-    area: int
-    bbox_xywh: tuple[int, int, int, int]
-
-
-def check_files(
+def check_panoptic_content(
     content: Record,
-    image_root: Path,
-    panoptic_root: Path,
-    max_images: int | None,
-    decode_images: bool,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    *,
+    max_images: int | None = None,
+    decode_images: bool = True,
+) -> list[Problem]:
+    """Check a whole data set: the JSON, the images and the panoptic PNGs.
+
+    Args:
+        content: of the panoptic JSON, as `read_coco_json` returns it.
+        image_root: folder of the images named by ``images[].file_name``.
+        panoptic_root: folder of the PNGs named by ``annotations[].file_name``.
+        max_images: open only the files of that many annotations; None opens all. The whole JSON
+            is checked in any case.
+        decode_images: decode every pixel of the images, which finds truncated files. False reads
+            only their headers, which is several times faster.
+
+    Raises:
+        UserError: a folder does not exist.
+    """
+    for name, root in (("image", image_root), ("panoptic", panoptic_root)):
+        if not Path(root).is_dir():
+            raise UserError(f"{name} folder not found: {root}")
+    files = _check_files(content, Path(image_root), Path(panoptic_root), max_images, decode_images)
+    return list(chain(check_panoptic_json(content), files))
+
+
+def _check_files(
+    content: Record, image_root: Path, panoptic_root: Path, max_images: int | None, decode: bool
 ) -> Iterator[Problem]:
-    """Open pictures and PNGs of the first ``max_images`` annotations (None: all)."""
-    images = {str(image.get("id")): image for image in records(content, "images")}
+    images = {repr(image.get("id")): image for image in records(content, "images")}
     annotations = records(content, "annotations")[:max_images]
     for annotation in tqdm(annotations, desc="checking files", disable=None):
-        image = images.get(str(annotation.get("image_id")), {})
+        image = images.get(repr(annotation.get("image_id")), {})
+        size = (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
         if "file_name" in image:
-            yield from check_image_file(image, image_root / str(image["file_name"]), decode_images)
+            path = image_root / str(image["file_name"])
+            yield from check_image_file(path, size, image_name(image), decode=decode)
         if "file_name" in annotation:
             path = panoptic_root / str(annotation["file_name"])
-            yield from check_panoptic_file(annotation, image, path)
+            yield from check_panoptic_file(annotation, size, path)
 
 
-def check_image_file(image: Record, path: Path, decode: bool) -> Iterator[Problem]:
-    """One picture: there, readable, as large as the JSON says."""
-
-    def size_hw(picture: Image.Image) -> tuple[int, int]:
-        if decode:
-            picture.load()
-        exif = Image.Image.getexif(picture)  # that of a PNG would decode all of it
-        sideways = exif.get(EXIF_ORIENTATION) in EXIF_SIDEWAYS
-        return picture.size if sideways else (picture.height, picture.width)
-
-    found = read_picture(path, "image file", image_name(image), size_hw)
-    if isinstance(found, Problem):
-        yield found
-    else:
-        yield from check_size("image size", found, image)
-
-
-def check_panoptic_file(annotation: Record, image: Record, path: Path) -> Iterator[Problem]:
-    """One PNG: there, readable, of the right size and format, and its pixels."""
-    name = image_name(annotation)
-    rgb = read_picture(path, "panoptic PNG", name, lambda picture: np.array(picture))
-    if isinstance(rgb, Problem):
-        yield rgb
-        return
-    yield from check_size("panoptic PNG size", (rgb.shape[0], rgb.shape[1]), image)
-    fault = png_format_fault(path)
-    if fault is not None:
-        message = f"{path} is {fault}; segment ids need a PNG of 8 bit RGB"
-        yield Problem("wrong PNG format", message, name)
-    elif isinstance(annotation.get("segments_info"), list):
-        yield from check_pixels(annotation, rgb)
-
-
-def read_picture(path: Path, what: str, name: str, read: Callable[[Image.Image], T]) -> T | Problem:
-    """Apply ``read`` to the opened file; a file that is missing or broken gives a problem."""
-    if not path.is_file():
-        others = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png"))
-        hint = next((f"; {other.name} is there" for other in others if other.is_file()), "")
-        return Problem(f"missing {what}", f"{path} not found{hint}", name)
-    try:
-        with Image.open(path) as picture:
-            return read(picture)
-    except UNREADABLE as error:
-        return Problem(f"unreadable {what}", f"{path}: {error}", name)
-
-
-def check_size(kind: str, size_hw: tuple[int, int], image: Record) -> Iterator[Problem]:
-    """Compare with the JSON; pictures count as Detectron2 loads them, turned as EXIF says."""
-    if "height" in image and "width" in image and size_hw != (image["height"], image["width"]):
-        height, width = size_hw
-        message = f"file is {width}x{height}, the JSON says {image['width']}x{image['height']}"
-        yield Problem(f"wrong {kind}", message, image_name(image))
-
-
-def png_format_fault(path: Path) -> str | None:
-    """What a file is instead of a PNG of 8 bit RGB, by its header; None when it is one.
-
-    Pillow shows 16 bit RGB as 8 bit, so that its ``mode`` does not tell.
-    """
-    with path.open("rb") as file:
-        header = file.read(26)
-    if not header.startswith(PNG_SIGNATURE):
-        return "no PNG"
-    depth, color_type = header[24], header[25]
-    if (depth, color_type) == (8, 2):
-        return None
-    return f"{depth} bit {PNG_COLOR_TYPES.get(color_type, color_type)}"
-
-
-def check_pixels(annotation: Record, rgb: np.ndarray) -> Iterator[Problem]:
-    """Compare ``segments_info`` with the PNG's (H, W, 3) uint8 pixels."""
-    name = image_name(annotation)
-    extents = segment_extents(rgb2id(rgb))
-    listed = {segment_number(segment) for segment in segments_of(annotation)}
-    if (
-        listed
-        and listed.isdisjoint(extents)
-        and listed & set(segment_extents(rgb2id(rgb[..., ::-1])))
-    ):
-        yield Problem("PNG red and blue swapped", "ids match once R and B change places", name)
-        return
-    for unlisted in sorted(extents.keys() - listed):
-        message = f"{extents[unlisted].area} pixels of an id that segments_info does not list"
-        yield Problem("PNG id not in JSON", message, name, unlisted)
-    for segment in segments_of(annotation):
-        segment_id = segment_number(segment)
-        if segment_id is None:
-            continue
-        if segment_id not in extents:
-            message = f"segments_info lists id {segment_id}, which no pixel has"
-            yield Problem("JSON id not in PNG", message, name, segment_id)
-        else:
-            yield from check_area(segment, extents[segment_id].area, name)
-            yield from check_bbox(segment, extents[segment_id].bbox_xywh, name)
-
-
-def segment_extents(id_map: np.ndarray) -> dict[int, Extent]:
-    """Area and box of every segment of an (H, W) integer id map, void (0) left out.
-
-    Works on horizontal runs of equal ids, which are far fewer than pixels.
-    """
-    height, width = id_map.shape
-    starts_run = np.ones((height, width), bool)
-    starts_run[:, 1:] = id_map[:, 1:] != id_map[:, :-1]
-    starts = np.flatnonzero(starts_run)
-    lengths = np.diff(starts, append=height * width)
-    ids, which = np.unique(id_map.ravel()[starts], return_inverse=True)
-    top, left = np.full(len(ids), height), np.full(len(ids), width)
-    bottom, right = np.zeros(len(ids), int), np.zeros(len(ids), int)
-    rows, columns = np.divmod(starts, width)
-    np.minimum.at(top, which, rows)
-    np.maximum.at(bottom, which, rows + 1)
-    np.minimum.at(left, which, columns)
-    np.maximum.at(right, which, columns + lengths)
-    areas = np.bincount(which, weights=lengths).astype(int)
-    boxes = np.stack([left, top, right - left, bottom - top], axis=1)
-    found = zip(ids.tolist(), areas.tolist(), boxes.tolist(), strict=True)
-    return {key: Extent(area, tuple(box)) for key, area, box in found if key != 0}
-
-
-def check_area(segment: Record, pixels: int, image: str) -> Iterator[Problem]:
-    """The stated area is the number of pixels."""
-    if segment.get("area") != pixels:
-        message = f"area is {segment.get('area')!r}, the PNG has {pixels} pixels; evaluation trusts"
-        message += " the JSON, and a wrong area gives an IoU that is wrong, even above 1"
-        yield Problem("wrong area", message, image, segment["id"])
-
-
-def check_bbox(
-    segment: Record, bbox_xywh: tuple[int, int, int, int], image: str
+def check_image_file(
+    path: Path, size: Size | None, image: str, *, decode: bool = True
 ) -> Iterator[Problem]:
-    """The stated box is the tight one, to within :data:`BBOX_TOLERANCE`."""
+    """Check that an image exists, can be read and has the size in the JSON (None: not stated)."""
+    if not path.is_file():
+        yield Problem("missing image file", missing_file(path, "image"), image)
+        return
+    try:
+        found = read_image_size(path, decode=decode)
+    except UserError as error:
+        yield Problem("unreadable image file", str(error), image)
+        return
+    yield from check_image_size(path, found, size, image)
+
+
+def check_panoptic_file(annotation: Record, size: Size | None, path: Path) -> Iterator[Problem]:
+    """Check that a PNG exists, can be read, has size and format, and agrees with the JSON."""
+    image = image_name(annotation)
+    if not path.is_file():
+        yield Problem("missing panoptic PNG", missing_file(path, "panoptic PNG"), image)
+        return
+    fault = png_format_fault(path)
+    try:
+        segment_map = read_segment_map(path)
+    except UserError as error:
+        # The reader refuses what is not a PNG of RGB or RGBA with this very sentence.
+        kind = "wrong PNG format" if str(error) == fault else "unreadable panoptic PNG"
+        yield Problem(kind, str(error), image)
+        return
+    height, width = segment_map.shape
+    yield from check_png_size(path, (height, width), size, image)
+    if fault is not None:
+        yield Problem("wrong PNG format", fault, image, tolerated=True)
+    elif isinstance(annotation.get("segments_info"), list):
+        yield from check_pixels(annotation, segment_map)
+
+
+def check_image_size(
+    path: str | Path, found: Size, stated: Size | None, image: str | None = None
+) -> Iterator[Problem]:
+    """Compare the size of an image, rotated according to its EXIF data, with the JSON."""
+    if stated is not None and found != stated:
+        message = f"image {path} is {_format(found)}, but in the JSON {_format(stated)}"
+        yield Problem("wrong image size", message, image)
+
+
+def check_png_size(
+    path: str | Path, found: Size, size: Size | None, image: str | None = None
+) -> Iterator[Problem]:
+    """Compare the size of a panoptic PNG with that of its image (None: unknown)."""
+    if size is not None and found != size:
+        message = f"panoptic PNG {path} is {_format(found)}, but its image is {_format(size)}"
+        yield Problem("wrong panoptic PNG size", message, image)
+
+
+def _format(size: Size) -> str:
+    height, width = size
+    return f"{width}x{height}"
+
+
+# ---------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------
+
+
+def check_pixels(annotation: Record, segment_map: IntArray) -> Iterator[Problem]:
+    """Compare ``segments_info`` with the (H, W) segment map of the PNG."""
+    image = image_name(annotation)
+    ids = [segment_number(segment) for segment in segments_of(annotation)]
+    problems = list(check_segment_ids(segment_map, ids, image))
+    yield from problems
+    if any(problem.kind == _SWAPPED for problem in problems):
+        return  # every other check would fail as well
+    extents = segment_extents(segment_map)
+    for segment, segment_id in zip(segments_of(annotation), ids, strict=True):
+        if segment_id in extents:
+            extent = extents[segment_id]
+            yield from check_area(segment_id, segment.get("area"), extent.area, image)
+            yield from check_bbox(segment, extent, image)
+
+
+_SWAPPED = "PNG red and blue swapped"
+
+
+def check_segment_ids(
+    segment_map: IntArray, ids: Sequence[int | None], image: str
+) -> Iterator[Problem]:
+    """Check that the ids with pixels are the listed ones.
+
+    Args:
+        segment_map: (H, W) integers; 0 is void.
+        ids: the ids in ``segments_info``; None is ignored.
+        image: names the image or the PNG.
+    """
+    extents = segment_extents(segment_map)
+    listed = set(ids) - {None}
+    if listed and listed.isdisjoint(extents):
+        red, green, blue = segment_map & 255, segment_map >> 8 & 255, segment_map >> 16
+        if listed & segment_extents(blue | green << 8 | red << 16).keys():
+            yield Problem(_SWAPPED, "the ids match if red and blue change places", image)
+            return
+    for unlisted in sorted(extents.keys() - listed):
+        message = f"not listed in segments_info (pixels: {extents[unlisted].area})"
+        yield Problem("PNG id not in JSON", message, image, unlisted)
+    for segment_id in ids:
+        if segment_id is not None and segment_id not in extents:
+            yield segment_without_pixels(segment_id, image)
+
+
+def segment_without_pixels(segment_id: int, image: str) -> Problem:
+    """Return the problem of a listed id that no pixel has."""
+    message = "listed in segments_info, but no pixel has this id"
+    return Problem("JSON id not in PNG", message, image, segment_id)
+
+
+def check_area(segment_id: int, stated: object, pixels: int, image: str) -> Iterator[Problem]:
+    """Check that the stated area is the number of pixels."""
+    if stated != pixels:
+        message = f"area is {stated!r}, but the PNG has {pixels} pixels; panopticapi divides by the"
+        message += " stated area, and a wrong one gives a wrong IoU, even above 1"
+        yield Problem("wrong area", message, image, segment_id)
+
+
+def check_bbox(segment: Record, extent: Extent, image: str) -> Iterator[Problem]:
+    """Check that the stated box is the tight one, to within `BBOX_TOLERANCE`."""
     found = segment.get("bbox")
     if found is None:
         yield Problem("no bbox", "segment without 'bbox'", image, segment["id"], "warning")
         return
     is_box = isinstance(found, list) and len(found) == 4
     try:
-        offset = np.abs(np.array(found, float) - bbox_xywh).max() if is_box else np.inf
+        offset = np.abs(np.array(found, float) - extent.bbox_xywh).max() if is_box else np.inf
     except (TypeError, ValueError):
         offset = np.inf
     if not offset <= BBOX_TOLERANCE:
-        message = f"bbox is {found!r}, the PNG says {list(bbox_xywh)} (x, y, width, height)"
+        box = list(extent.bbox_xywh)
+        message = f"bbox is {found!r}, but in the PNG it is {box} (x, y, width, height)"
         yield Problem("wrong bbox", message, image, segment["id"])

@@ -1,9 +1,4 @@
-"""Any timm model with feature maps as a backbone, through its ``features_only`` interface.
-
-Creating models of timm by name: what can go wrong, as one line each.
-
-Creating timm models that return feature maps.
-"""
+"""Backbones from timm, through its ``features_only`` interface, and the creation of timm models."""
 
 import logging
 from collections.abc import Sequence
@@ -18,87 +13,12 @@ from torch.nn import functional as F
 
 from ...errors import UserError, did_you_mean, one_line
 
-_TOLERANCE = 0.01  # of pixel statistics that should be equal, in grey levels
+_logger = logging.getLogger(__name__)
 
+_TOLERANCE = 0.01  # difference up to which pixel statistics count as equal, in grey levels
+COLOURS = 3  # channels of an image
 
-def import_timm() -> Any:
-    """Return the module timm.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import timm  # an extra: only those who name a timm model need it
-    except ImportError as error:
-        raise UserError(
-            "models of timm need timm: pip install timm, or this project's extra [timm]"
-        ) from error
-    return timm
-
-
-def create_timm_model(name: str, *, node: str, pretrained: bool, **arguments: Any) -> Any:
-    """Create a model of timm.
-
-    Args:
-        name: as ``timm.list_models()`` has it, with or without the tag of its weights.
-        node: the part of the config that asks for the model, for messages ("MODEL.TIMM").
-        pretrained: load weights, which timm downloads where it does not have them.
-        **arguments: of ``timm.create_model``.
-
-    Raises:
-        UserError: timm is not installed or does not know the model, or its weights cannot be had.
-        Exception: what timm raises at arguments that do not suit the model.
-    """
-    timm = import_timm()
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models()) or "; see timm.list_models()"
-        raise UserError(f"timm has no model {name!r}{hint}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, AttributeError):
-        raise
-    # Hubs fail in many ways (offline, no such weights, damaged file), with as many types.
-    except Exception as error:
-        if not pretrained:
-            raise
-        reason = one_line(error, first_line_only=True)
-        raise UserError(
-            f"{node}.PRETRAINED: timm has no weights of {name} here and cannot download "
-            f"them ({type(error).__name__}: {reason}); set it to False and MODEL.WEIGHTS to a "
-            "converted file"
-        ) from error
-
-
-def timm_pixel_statistics(net: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, 0 to 255 and RGB, that timm's weights of a model expect."""
-    mean, std = ([255.0 * x for x in net.pretrained_cfg[key]] for key in ("mean", "std"))
-    return [round(x, 4) for x in mean], [round(x, 4) for x in std]
-
-
-def check_pixel_statistics(
-    net: Any, name: str, pixel_mean: Sequence[float], pixel_std: Sequence[float]
-) -> None:
-    """Refuse to feed timm's weights images that are normalised in another way.
-
-    Args:
-        net: a model of timm.
-        name: of it.
-        pixel_mean: MODEL.PIXEL_MEAN.
-        pixel_std: MODEL.PIXEL_STD.
-
-    Raises:
-        UserError: the first of the two that differs, and what to set it to.
-    """
-    mean, std = timm_pixel_statistics(net)
-    for key, used, wanted in (("PIXEL_MEAN", pixel_mean, mean), ("PIXEL_STD", pixel_std, std)):
-        if any(abs(a - b) > _TOLERANCE for a, b in zip(used, wanted, strict=True)):
-            raise UserError(
-                f"MODEL.{key} is {list(used)}, but timm's weights of {name} were trained "
-                f"with {wanted}: set MODEL.{key} {wanted}"
-            )
-
-
-# Covered by the tests, with training step and evaluation; others of these families should do.
+# Covered by the tests, with a training step and evaluation; related models are expected to work.
 TESTED_TIMM_MODELS = (
     "resnet18",
     "resnet50",
@@ -111,21 +31,102 @@ TESTED_TIMM_MODELS = (
     "swin_tiny_patch4_window7_224",
 )
 
-# What families that are built for one image size call the permission to take others.
+# Arguments by which timm's families for one image size allow others.
 _ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
-COLOURS = 3  # channels of an image
+
+# --- timm models by name -------------------------------------------------------------------------
+
+
+def import_timm() -> Any:
+    """Return the module timm.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import timm  # an optional dependency
+    except ImportError as error:
+        raise UserError(
+            "models of timm need timm: pip install timm, or this project's extra [timm]"
+        ) from error
+    return timm
+
+
+def create_timm_model(name: str, *, node: str, pretrained: bool, **arguments: Any) -> Any:
+    """Create a model of timm.
+
+    Args:
+        name: a name in ``timm.list_models()``, with or without the tag of its weights.
+        node: the config node of the model, for messages ("MODEL.TIMM").
+        pretrained: load weights; timm downloads them if they are not cached.
+        **arguments: further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: timm is not installed or has no such model, or its weights are not available.
+        Exception: raised by timm for arguments that the model does not accept.
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        hint = did_you_mean(name, timm.list_models()) or "; see timm.list_models()"
+        raise UserError(f"timm has no model {name!r}{hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AttributeError):
+        raise
+    # Downloads fail with many exception types (offline, no such weights, damaged file).
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = one_line(error, first_line_only=True)
+        raise UserError(
+            f"{node}.PRETRAINED: timm has no weights of {name} here and cannot download "
+            f"them ({type(error).__name__}: {reason}); set it to False and MODEL.WEIGHTS to a "
+            "converted file"
+        ) from error
+
+
+def timm_pixel_statistics(net: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, 0 to 255 and RGB, with which timm trained a model's weights."""
+    mean, std = ([255.0 * x for x in net.pretrained_cfg[key]] for key in ("mean", "std"))
+    return [round(x, 4) for x in mean], [round(x, 4) for x in std]
+
+
+def check_pixel_statistics(
+    net: Any, name: str, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+) -> None:
+    """Check that images are normalised as those that timm's weights were trained on.
+
+    Args:
+        net: a timm model.
+        name: its name.
+        pixel_mean: MODEL.PIXEL_MEAN.
+        pixel_std: MODEL.PIXEL_STD.
+
+    Raises:
+        UserError: a statistic differs; the message has the value to set.
+    """
+    mean, std = timm_pixel_statistics(net)
+    for key, used, wanted in (("PIXEL_MEAN", pixel_mean, mean), ("PIXEL_STD", pixel_std, std)):
+        if any(abs(a - b) > _TOLERANCE for a, b in zip(used, wanted, strict=True)):
+            raise UserError(
+                f"MODEL.{key} is {list(used)}, but timm's weights of {name} were trained "
+                f"with {wanted}: set MODEL.{key} {wanted}"
+            )
+
+
+# --- timm models that return feature maps --------------------------------------------------------
 
 
 class TimmFeatures(NamedTuple):
-    """A timm model that returns feature maps, and which they are.
+    """A timm model that returns feature maps, with the names and channels of the maps.
 
     Attributes:
-        net: (B, 3, H, W) -> list of maps (B, C_i, H / stride, W / stride). Its parameters are
-            called ``model.`` and what timm calls them in the whole model.
-        levels: what is returned, in this order: ``res2`` for stride 4, ``res3`` for 8 and so on.
-        channels: of each map.
-        beyond: names of what the model computes later maps from, which ``net`` does not have.
+        net: (B, 3, H, W) -> list of maps (B, C_i, H / stride, W / stride). Its parameter names are
+            those of the whole timm model with the prefix ``model.``.
+        levels: names of the maps, in order: ``res2`` for stride 4, ``res3`` for 8 and so on.
+        channels: channels of each map.
+        beyond: state-dict keys of the whole model that ``net`` does not have: its later stages.
     """
 
     net: Any
@@ -137,19 +138,19 @@ class TimmFeatures(NamedTuple):
 def create_timm_features(
     name: str, *, out_features: tuple[str, ...] | None = None, pretrained: bool = False
 ) -> TimmFeatures:
-    """Create a timm model that returns a map for each stride, and nothing beyond the last one.
+    """Create a timm model that returns a map for each stride and ends at the last of them.
 
     Args:
-        name: of the model, as ``timm.list_models()`` has it.
-        out_features: maps that are wanted. None: all that the model has up to stride 32.
-        pretrained: load weights, which timm downloads where it does not have them.
+        name: a name in ``timm.list_models()``.
+        out_features: names of the maps. None: all maps of the model up to stride 32.
+        pretrained: load weights; timm downloads them if they are not cached.
 
     Raises:
         UserError: see :func:`build_timm_backbone`.
     """
     whole = _create(name, pretrained=False)
     info = whole.feature_info
-    # Of several maps of one stride the deepest one counts.
+    # Of several maps of one stride the deepest one is used.
     available = {
         f"res{stride.bit_length() - 1}": index
         for stride, index in zip(info.reduction(), info.out_indices, strict=True)
@@ -162,8 +163,8 @@ def create_timm_features(
         raise UserError(
             f"timm's {name} has no map {', '.join(missing)}: it has {', '.join(available)} "
             f"(strides {strides}). List no others in "
-            "MODEL.TIMM.OUT_FEATURES; what reads them (MODEL.DETR.IN_FEATURE, "
-            "MODEL.MASK_HEAD.IN_FEATURES with MODEL.MASK_ON) must fit, or take another model"
+            "MODEL.TIMM.OUT_FEATURES, MODEL.DETR.IN_FEATURE and MODEL.MASK_HEAD.IN_FEATURES, or "
+            "use another model"
         )
     deepest = max(available[level] for level in wanted)
     levels = {level: index for level, index in available.items() if index <= deepest}
@@ -184,9 +185,9 @@ def stride_of(level: str) -> int:
 
 
 def try_out(net: nn.Module, unit: int) -> list[Tensor]:
-    """The maps of a small noise image; leaves the model as it was."""
+    """The maps of a small image with a ramp of pixel values; the model is not changed."""
     was_training = net.training
-    net.eval()  # no statistics are collected, no random numbers are drawn
+    net.eval()  # updates no statistics and draws no random numbers
     maps = net(torch.linspace(-1, 1, COLOURS * 6 * unit**2).view(1, COLOURS, 2 * unit, 3 * unit))
     net.train(was_training)
     return list(maps)
@@ -200,7 +201,7 @@ def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
                 node="MODEL.TIMM",
                 pretrained=pretrained,
                 features_only=True,
-                feature_cls="getter",  # maps as (B, C, H, W), parameters under timm's own names
+                feature_cls="getter",  # maps as (B, C, H, W), timm's own parameter names
                 **any_size,
                 **arguments,
             )
@@ -209,11 +210,11 @@ def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
                 raise
         except AttributeError as error:
             raise UserError(f"timm's {name} offers no feature maps ({error})") from error
-    raise AssertionError("the last attempt passes no argument that could be unknown")
+    raise AssertionError("the last attempt has no argument that a model could refuse")
 
 
 def _check_maps(name: str, features: TimmFeatures) -> None:
-    """Try the model on an image of another size than its own; what it says of itself must hold."""
+    """Run the model on an image of another size, and check the shapes that it declares."""
     largest = max(stride_of(level) for level in features.levels)
     try:
         with torch.no_grad():
@@ -222,7 +223,7 @@ def _check_maps(name: str, features: TimmFeatures) -> None:
         reason = one_line(error, first_line_only=True)
         raise UserError(
             f"timm's {name} takes images of one size only, and this model all sizes ({reason}); "
-            f"take another one, such as {', '.join(TESTED_TIMM_MODELS[:4])}"
+            f"use another one, such as {', '.join(TESTED_TIMM_MODELS[:4])}"
         ) from error
     for level, channels, found in zip(features.levels, features.channels, maps, strict=True):
         cells = largest // stride_of(level)
@@ -230,23 +231,23 @@ def _check_maps(name: str, features: TimmFeatures) -> None:
             raise UserError(
                 f"timm's {name} returns a map of shape {tuple(found.shape)} for an image of "
                 f"{2 * largest} x {3 * largest}, which is no map of stride {stride_of(level)} "
-                f"and {channels} channels; take another model"
+                f"and {channels} channels; use another model"
             )
 
 
-_logger = logging.getLogger(__name__)
+# --- the backbone --------------------------------------------------------------------------------
 
 
 class TimmBackbone(Backbone):
-    """Maps of a timm model under Detectron2's names.
+    """A timm model as a Detectron2 backbone, with Detectron2's names of the maps.
 
     Args:
         features: the timm model.
-        out_features: which of its maps to return.
-        freeze_at: the parameters that ``res<freeze_at>`` is computed from stay as they are, and so
-            do the statistics of their batch norms. 0: none.
-        frozen_norm: all batch norms stay as they are.
-        normalize_maps: bring the channels of each pixel of a map to mean 0 and variance 1.
+        out_features: names of the maps to return.
+        freeze_at: freeze the parameters that ``res<freeze_at>`` is computed from, and the
+            statistics of their batch norms. 0: none.
+        frozen_norm: freeze all batch norms.
+        normalize_maps: normalise the channels of each pixel of a map to mean 0 and variance 1.
     """
 
     def __init__(
@@ -269,14 +270,14 @@ class TimmBackbone(Backbone):
         self._size_divisibility = max(stride_of(level) for level in features.levels)
         self.features = features.net
         self._beyond = features.beyond
-        self.register_load_state_dict_pre_hook(_leave_out_later_stages)
+        self.register_load_state_dict_pre_hook(_drop_later_stages)
         self._freeze(freeze_at)
         if frozen_norm:
             self.features = _with_frozen_norms(self.features)
 
     @property
     def size_divisibility(self) -> int:
-        """Patches and windows would leave out what is beyond the last whole one."""
+        """The largest stride: images are padded to whole patches and windows."""
         return self._size_divisibility
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -290,7 +291,7 @@ class TimmBackbone(Backbone):
             maps = {name: _normalized(x) for name, x in maps.items()}
         return {name: maps[name] for name in self._out_features}
 
-    @torch.enable_grad()  # gradients tell what depends on what, whoever builds the model
+    @torch.enable_grad()  # the dependencies of a map are found by gradients
     def _freeze(self, freeze_at: int) -> None:
         names, parameters = zip(*self.features.named_parameters(), strict=True)
         maps = try_out(self.features, self._size_divisibility)
@@ -299,7 +300,7 @@ class TimmBackbone(Backbone):
         if freeze_at:
             frozen = _reached([maps[self._levels.index(f"res{freeze_at}")]], parameters)
         for parameter, is_used, is_frozen in zip(parameters, used, frozen, strict=True):
-            # What no map depends on gets no gradient, which distributed training does not forgive.
+            # Distributed training fails for trainable parameters without a gradient.
             parameter.requires_grad_(is_used and not is_frozen)
         for name in {n.rpartition(".")[0] for n, f in zip(names, frozen, strict=True) if f}:
             parent, _, child = name.rpartition(".")
@@ -308,14 +309,12 @@ class TimmBackbone(Backbone):
 
 
 def _normalized(maps: Tensor) -> Tensor:
-    """Layer norm of each pixel's channels without weights, so that no checkpoint changes."""
+    """Layer norm of each pixel's channels; without weights, so checkpoint keys do not change."""
     return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
 
 
-def _leave_out_later_stages(
-    backbone: TimmBackbone, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Weights of a whole model serve a backbone that ends earlier."""
+def _drop_later_stages(backbone: TimmBackbone, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load-state-dict pre-hook that drops the weights of stages after the last map."""
     later = [name for name in backbone._beyond if f"{prefix}features.{name}" in state]
     for name in later:
         del state[f"{prefix}features.{name}"]
@@ -329,9 +328,9 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The timm model ``MODEL.TIMM.NAME``.
 
     Raises:
-        UserError: timm is not installed or does not know the model, the model has no such maps or
-            takes one image size only, its weights cannot be downloaded or were made for other
-            pixel statistics, or the input is no RGB image.
+        UserError: timm is not installed or has no such model, the model has no such maps or takes
+            one image size only, its weights cannot be downloaded or were trained with other pixel
+            statistics, or the input is not an RGB image.
     """
     node = cfg.MODEL.TIMM
     if input_shape.channels != COLOURS or cfg.INPUT.FORMAT != "RGB":
@@ -360,7 +359,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def _reached(maps: list[Tensor], parameters: tuple[nn.Parameter, ...]) -> list[bool]:
-    """Which parameters some maps are computed from."""
+    """For each parameter, whether any of the maps depends on it."""
     total = torch.stack([one.sum() for one in maps]).sum()
     gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
     return [gradient is not None for gradient in gradients]

@@ -8,7 +8,7 @@ import pytest
 # Page faults of ten rounds that allocate and free 160 MiB in blocks of 16 MiB.
 PROGRAM = """
 import json, os, resource
-from batchformer_panoptic.modeling.cpu import tune_allocation
+from batchformer_panoptic.engine.run import tune_allocation
 import torch
 tune_allocation()
 

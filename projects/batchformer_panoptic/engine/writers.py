@@ -1,4 +1,4 @@
-"""Hooks of a training run beside Detectron2's own."""
+"""Output of a training run: console line, periodic writing, and the best checkpoint."""
 
 import datetime
 import json
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import hooks
+from detectron2.engine.hooks import BestCheckpointer as Detectron2BestCheckpointer
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
 from ..data.io import write_json
@@ -15,14 +16,14 @@ from ..data.io import write_json
 logger = logging.getLogger(__name__)
 
 
-class LogWriter(hooks.PeriodicWriter):
-    """Detectron2's periodic writer that writes after the first iteration and evaluations as well.
+class LogWriter(PeriodicWriter):
+    """Detectron2's periodic writer; also writes after the first iteration and each evaluation.
 
     Args:
-        writers: where to write.
-        period: iterations between two writings.
-        eval_period: iterations between two evaluations, whose results the next evaluation would
-            otherwise overwrite unwritten; 0: none.
+        writers: called at each of these iterations.
+        period: iterations between two calls.
+        eval_period: iterations between two evaluations, 0: none. Without a call in between, the
+            results of the next evaluation would overwrite those of the last one.
     """
 
     def __init__(self, writers: list[EventWriter], period: int, eval_period: int) -> None:
@@ -31,7 +32,7 @@ class LogWriter(hooks.PeriodicWriter):
         self._eval_period = eval_period
 
     def after_step(self) -> None:
-        """Write where the training loop has just logged or the model was evaluated."""
+        """Write if the training loop has just logged or the model was just evaluated."""
         iteration = self.trainer.iter
         evaluated = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
         if iteration == self.trainer.start_iter or evaluated:
@@ -42,10 +43,10 @@ class LogWriter(hooks.PeriodicWriter):
 
 
 class ConsoleWriter(EventWriter):
-    """One readable line: progress, ETA, totals, last-layer losses, norms, times.
+    """Logs one line with progress, ETA, totals, losses of the last layer, gradient norm and times.
 
     Detectron2's printer shows every scalar with "loss" in its name: about a hundred with auxiliary
-    layers and two streams. They are all in ``metrics.json`` and TensorBoard.
+    layers and two streams. ``metrics.json`` and TensorBoard have all of them.
 
     Args:
         max_iter: number of iterations of the run.
@@ -55,7 +56,7 @@ class ConsoleWriter(EventWriter):
         self._max_iter = max_iter
 
     def write(self) -> None:
-        """Log the line, unless training is over."""
+        """Log the line, except after the last iteration."""
         storage = get_event_storage()
         if storage.iter >= self._max_iter:
             return
@@ -76,7 +77,7 @@ class ConsoleWriter(EventWriter):
     def _is_shown(name: str) -> bool:
         if name.endswith("total_loss") or name == "grad_norm":
             return True
-        # Neither an auxiliary layer ("loss_ce_0") nor a single term of a stream.
+        # No auxiliary layers ("loss_ce_0") and no terms of a single stream ("original/loss_ce").
         return name.startswith("loss_") and "/" not in name and not name[-1].isdigit()
 
     def _eta(self, storage: EventStorage) -> str:
@@ -87,10 +88,10 @@ class ConsoleWriter(EventWriter):
         return str(datetime.timedelta(seconds=int(seconds)))
 
 
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's keeper of the best checkpoint, remembering the best across resumed runs.
+class BestCheckpointer(Detectron2BestCheckpointer):
+    """Detectron2's best checkpointer; a resumed run continues with the best value so far.
 
-    Writes ``model_best.pth`` and, beside it, ``model_best.json`` with metric, value and iteration.
+    Writes ``model_best.pth``, and ``model_best.json`` with metric, value and iteration.
     """
 
     def __init__(self, eval_period: int, checkpointer: Any, metric: str, output_dir: str) -> None:
@@ -100,19 +101,19 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._written: dict[str, Any] | None = None
 
     def before_train(self) -> None:
-        """Take up the best of the run that is resumed."""
+        """Read the best value of a resumed run."""
         if self.trainer.start_iter > 0 and self._record.is_file():
             record = json.loads(self._record.read_text())
             if record["metric"] == self._metric and record["iteration"] < self.trainer.start_iter:
                 self.best_metric, self.best_iter = record["value"], record["iteration"]
 
     def after_step(self) -> None:
-        """Save when the evaluation of this iteration is the best so far."""
+        """Save if the evaluation of this iteration is the best so far."""
         super().after_step()
         self._write_record()
 
     def after_train(self) -> None:
-        """Save when the last evaluation is the best."""
+        """Save if the last evaluation is the best."""
         super().after_train()
         self._write_record()
 

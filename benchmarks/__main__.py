@@ -1,0 +1,116 @@
+"""Run a benchmark, save its result as JSON, and update the tables of docs/benchmarks.md.
+
+python benchmarks/run.py transformers
+python benchmarks/run.py --render
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from batchformer_panoptic.errors import UserError, command, one_line
+
+from . import (
+    cost_curves,
+    digits_accuracy,
+    inference,
+    layer_cost,
+    pq_evaluation,
+    quickstart_cost,
+    sampling_cost,
+    training_step,
+    transformers_cost,
+    two_streams,
+)
+from .measure import machine
+
+BENCHMARKS: dict[str, ModuleType] = {
+    "transformers": transformers_cost,
+    "quickstart": quickstart_cost,
+    "sampling": sampling_cost,
+    "layers": layer_cost,
+    "inference": inference,
+    "training": training_step,
+    "streams": two_streams,
+    "pq": pq_evaluation,
+    "curves": cost_curves,
+    "digits": digits_accuracy,
+}
+HERE = Path(__file__).resolve().parent
+RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="file with the tables")
+    parser.add_argument("--render", action="store_true", help="only update the tables")
+    chosen = parser.add_subparsers(dest="name", metavar="NAME")
+    for name, module in BENCHMARKS.items():
+        one = chosen.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        one.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+        module.add_arguments(one)
+    args = parser.parse_args(argv)
+    if not args.render and args.name is None:
+        parser.error(f"name a benchmark ({', '.join(BENCHMARKS)}) or give --render")
+    return args
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if not args.render:
+            result = {"machine": machine(), **BENCHMARKS[args.name].run(args)}
+            args.results.mkdir(parents=True, exist_ok=True)
+            path = args.results / f"{args.name}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(BENCHMARKS[args.name].table(result))
+            print(f"\n{path}")
+        text = args.document.read_text(encoding="utf-8")
+        args.document.write_text(rendered(text, read_results(args.results)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(one_line(error)) from error
+    return 0
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")}
+
+
+def rendered(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return the document with every generated part rendered from its result.
+
+    A part is enclosed in ``<!-- NAME -->`` and ``<!-- end NAME -->``; one without a result is kept.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in results:
+            return found[0]
+        result, module = results[name], BENCHMARKS[name]
+        content = f"{module.table(result)}\n\n{caption(result, module)}"
+        return f"<!-- {name} -->\n{content}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end \1 -->", part, text, flags=re.S)
+
+
+def caption(result: dict[str, Any], module: ModuleType) -> str:
+    """Return machine, versions and how the numbers were taken, which a benchmark may describe."""
+    where = result["machine"]
+    rounds = f"medians of {result['rounds']} rounds."
+    how_taken = module.how_taken(result) if hasattr(module, "how_taken") else rounds
+    return (
+        f"{where['processor']}, {where['threads']} of {where['cores']} cores, device "
+        f"{where['device']}, torch {where['torch']}; {how_taken}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

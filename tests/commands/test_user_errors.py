@@ -1,0 +1,94 @@
+"""Every command ends with status 2 and one line after a user's mistake."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchformer_panoptic.errors import UserError, command
+from helpers.commands import REPO_ROOT, add_benchmarks_to_path, load_script
+
+ABSENT = "nowhere/absent"
+CONFIG = ["--config-file", f"{ABSENT}.yaml"]
+COMMANDS = {
+    "train_net.py": CONFIG,
+    "demo/demo.py": [*CONFIG, "--input", "a.png", "--output", "{tmp}"],
+    "tools/analyze_model.py": [*CONFIG, "--tasks", "structure"],
+    "tools/check_dataset.py": [
+        *("--json", f"{ABSENT}.json"),
+        *("--image-root", ABSENT, "--panoptic-root", ABSENT),
+    ],
+    "tools/compare_merges.py": CONFIG,
+    "tools/convert_checkpoint.py": [f"{ABSENT}.pth", "{tmp}/converted.pth", "--source", "detr"],
+    "tools/export_checkpoint.py": [
+        *("src.pth", "{tmp}/exported.pth", "--format", "official"),
+        *CONFIG,
+    ],
+    "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
+    "tools/visualize_data.py": [*CONFIG, "--output", "{tmp}"],
+    "tools/visualize_predictions.py": [*CONFIG, "--output", "{tmp}"],
+}
+# These only start another command, or are covered by tests of their own.
+NOT_HERE = {
+    "benchmarks/run.py",
+    "datasets/prepare_digits.py",
+    "datasets/prepare_shapes_panoptic.py",
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_mistake_is_one_line_and_status_2(
+    script: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "occupied").touch()  # no folder for a virtual environment
+    argv = [argument.format(tmp=tmp_path) for argument in COMMANDS[script]]
+    assert load_script(script).main(argv) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert ("absent" if script != "tools/setup_env.py" else str(tmp_path)) in captured.err
+
+
+def test_a_benchmark_without_a_document_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add_benchmarks_to_path(monkeypatch)
+    run = importlib.import_module("benchmarks.__main__")
+    assert run.main(["--render", "--document", f"{ABSENT}.md"]) == 2
+    assert capfd.readouterr().err.startswith("error: [Errno 2] No such file")
+
+
+def test_every_command_is_checked() -> None:
+    scripts = [REPO_ROOT / "train_net.py", REPO_ROOT / "benchmarks" / "run.py"]
+    scripts += [
+        p for name in ("demo", "datasets", "tools") for p in (REPO_ROOT / name).glob("*.py")
+    ]
+    assert {str(path.relative_to(REPO_ROOT)) for path in scripts} == {*COMMANDS, *NOT_HERE}
+
+
+def test_the_status_reaches_the_shell() -> None:
+    command_line = [sys.executable, str(REPO_ROOT / "train_net.py"), *CONFIG]
+    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT / "projects")}
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: config file {ABSENT}.yaml does not exist"
+
+
+def test_the_decorator_only_catches_user_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main(error: Exception | None) -> int:
+        """Raise."""
+        if error is not None:
+            raise error
+        return 1
+
+    assert main(None) == 1
+    assert main(UserError("a line")) == 2
+    assert capsys.readouterr().err == "error: a line\n"
+    with pytest.raises(ValueError, match="not the user's"):
+        main(ValueError("not the user's"))
+    assert (main.__name__, main.__doc__) == ("main", "Raise.")
