@@ -1,5 +1,6 @@
-"""The records stored in a checkpoint besides weights: the class table, and the settings that affect
-predictions but not names or shapes.
+"""The records stored in a checkpoint: its class table and the settings that weights depend on.
+
+Settings are those that affect predictions but neither names nor shapes of weights.
 """
 
 import math

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from detectron2.projects.point_rend.color_augmentation import ColorAugSSDTransform
 from detectron2.structures import Boxes, Instances
 from scipy import ndimage
 
@@ -308,7 +309,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     MIN_SIZES and cropped; each side of the crop is drawn from CROP_RANGE and clipped to the image.
     Then all images are resized (MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING) and
     flipped (RANDOM_FLIP). These are the two branches of DETR's recipe, which both end in that
-    resize. DETR flips first, which gives the same distribution. Detectron2's INPUT.CROP is applied
+    resize. DETR flips first, which gives the same distribution. INPUT.LARGE_SCALE_JITTER replaces
+    resizing and cropping, and INPUT.COLOR_JITTER comes first. Detectron2's INPUT.CROP is applied
     before everything else.
 
     Evaluation: the resize of MIN_SIZE_TEST and MAX_SIZE_TEST; a MIN_SIZE_TEST of 0 keeps the size.
@@ -318,11 +320,42 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """
     _check_flip(cfg.INPUT.RANDOM_FLIP)
     augmentations: list[T.Augmentation] = detection_utils.build_augmentation(cfg, is_train)
+    if is_train and cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
+        augmentations = [*_large_scale_jitter(cfg), *_flips(augmentations)]
     if is_train and cfg.INPUT.RESIZE_OR_CROP.ENABLED:
         augmentations.insert(0, _resized_crop(cfg))
     if is_train and cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    if is_train and cfg.INPUT.COLOR_JITTER:
+        augmentations.insert(0, ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
     return augmentations
+
+
+def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    node = cfg.INPUT.LARGE_SCALE_JITTER
+    if cfg.INPUT.RESIZE_OR_CROP.ENABLED:
+        raise UserError(
+            "INPUT.LARGE_SCALE_JITTER and INPUT.RESIZE_OR_CROP are both enabled: choose one"
+        )
+    scales = list(node.SCALE_RANGE)
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+        raise UserError(
+            f"INPUT.LARGE_SCALE_JITTER.SCALE_RANGE is {scales}: give the smallest and the largest "
+            "factor, such as [0.1, 2.0]"
+        )
+    if node.SIZE < 1:
+        raise UserError(f"INPUT.LARGE_SCALE_JITTER.SIZE is {node.SIZE}; it counts pixels, from 1")
+    return [
+        T.ResizeScale(scales[0], scales[1], node.SIZE, node.SIZE),
+        # Void, which is 0 in the segment map, where the image does not cover the square.
+        T.FixedSizeCrop((node.SIZE, node.SIZE), seg_pad_value=0),
+    ]
+
+
+def _flips(augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
+    return [
+        augmentation for augmentation in augmentations if isinstance(augmentation, T.RandomFlip)
+    ]
 
 
 def _resized_crop(cfg: CfgNode) -> T.Augmentation:
