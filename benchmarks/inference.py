@@ -23,7 +23,7 @@ from batchformer_panoptic.engine import load_config
 from helpers.official_detr import official_weights
 
 from . import ROOT
-from .inference_ways import AllQueries, Case, Naive, Peer, as_class, predict
+from .inference_ways import AllQueries, Case, Naive, Peer, predict, with_head
 from .measure import in_turns, median_ratio, peak_bytes
 
 CONFIGS = ROOT / "configs" / "coco" / "panoptic"
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ways = {
         FAST: partial(prepare_for_inference(case.model), case.inputs),
         DEFAULT: partial(case.model, case.inputs),
-        ALL: partial(as_class(case.model, AllQueries), case.inputs),
-        NAIVE: partial(as_class(case.model, Naive), case.inputs),
+        ALL: partial(with_head(case.model, AllQueries), case.inputs),
+        NAIVE: partial(with_head(case.model, Naive), case.inputs),
     }
     result = {"size": list(args.size), "kept": args.kept, "rounds": args.rounds}
     result |= compare_segments({name: way()[0]["panoptic_seg"] for name, way in ways.items()})
@@ -130,7 +130,7 @@ def random_input(height: int, width: int) -> dict[str, Any]:
 
 def keep_best(case: Case, kept: int) -> float:
     """Set the score threshold between the last kept query and the next one."""
-    predictions, _ = predict(case)
+    predictions = predict(case)
     scores = case.model.scoring.decode(predictions.logits[-1]).scores[0].sort().values
     threshold = scores[-kept - 1 : -kept + 1 or None].mean().item()
     set_threshold(case.model, threshold)
@@ -164,7 +164,7 @@ def check_in_double_precision(model: PanopticDETR) -> None:
     model = copy.deepcopy(model).double()
     set_threshold(model, 0.0)
     inputs = [random_input(*SMALL)]
-    segment_map, segments = as_class(model, Naive)(inputs)[0]["panoptic_seg"]
+    segment_map, segments = with_head(model, Naive)(inputs)[0]["panoptic_seg"]
     fast_map, fast_segments = prepare_for_inference(model)(inputs)[0]["panoptic_seg"]
     assert torch.equal(segment_map, fast_map)
     assert [s["area"] for s in segments] == [s["area"] for s in fast_segments]
@@ -182,7 +182,7 @@ def cost_of_block(case: Case, threshold: float, args: argparse.Namespace) -> dic
     plain, with_block = (way()[0]["panoptic_seg"] for way in ways.values())
     assert torch.equal(plain[0], with_block[0])
     assert plain[1] == with_block[1]
-    predictions = [predict(one)[0] for one in (case, other)]
+    predictions = [predict(one) for one in (case, other)]
     assert torch.equal(predictions[0].logits, predictions[1].logits)
     assert torch.equal(predictions[0].boxes, predictions[1].boxes)
     times = in_turns(ways, max(args.rounds, 5))

@@ -2,20 +2,22 @@
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
-from batchformer_panoptic.modeling.panoptic_detr import Predictions
+from batchformer_panoptic.modeling.heads import MaskHead
+from batchformer_panoptic.modeling.panoptic_detr import ModelPredictions
+from batchformer_panoptic.modeling.set_prediction.predictions import MaskSelector
+from batchformer_panoptic.modeling.transformer import TransformerOutput
 
 
 class Case(NamedTuple):
@@ -26,66 +28,74 @@ class Case(NamedTuple):
     inputs: list[dict[str, Any]]
 
 
-def predict(case: Case) -> tuple[Predictions, dict[str, Tensor]]:
+def predict(case: Case) -> ModelPredictions:
     images = case.model.preprocess(case.inputs)
-    features = case.model.backbone(images.tensor)
     size = tuple(images.tensor.shape[-2:])
-    return case.model.predict(features, images.image_sizes, size), features
+    return case.model.predict(case.model.backbone(images.tensor), images.image_sizes, size)
 
 
-def as_class(model: PanopticDETR, kind: type[PanopticDETR]) -> PanopticDETR:
-    """Return a copy of the model with the same weights and the methods of another class."""
-    other = copy.copy(model)
-    other.__class__ = kind
-    return other
+class AllQueries(nn.Module):
+    """Decodes the masks of all queries with a mask head, and then selects the needed ones."""
 
+    def __init__(self, head: MaskHead) -> None:
+        super().__init__()
+        self.head = head
 
-class AllQueries(PanopticDETR):
-    """Decodes the masks of all queries and then selects the needed ones."""
+    def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> MaskSelector:
+        def select(layer: Tensor | int, image: Tensor, query: Tensor) -> Tensor:
+            assert isinstance(layer, int), "masks of one layer only"
+            entries, queries = output.hidden_states.shape[1:3]
+            everything = torch.ones(entries, queries).nonzero()
+            masks = self.decode(output, features, layer, everything[:, 0], everything[:, 1])
+            return masks.unflatten(0, (entries, queries))[image, query]
 
-    decode: Callable[..., Tensor] = PanopticDETR.predict_masks
-
-    def predict_masks(
-        self,
-        predictions: Predictions,
-        features: dict[str, Tensor],
-        image_index: Tensor,
-        query_index: Tensor,
-    ) -> Tensor:
-        images, queries = predictions.logits.shape[1:3]
-        everything = torch.ones(images, queries).nonzero()
-        masks = self.decode(predictions, features, everything[:, 0], everything[:, 1])
-        return masks.unflatten(0, (images, queries))[image_index, query_index]
-
-
-class Naive(AllQueries):
-    """Decodes as the public code does: maps in default layout, copied for every query."""
-
-    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        images = super().preprocess(batched_inputs)
-        images.tensor = images.tensor.contiguous()
-        return images
+        return select
 
     def decode(
         self,
-        predictions: Predictions,
-        features: dict[str, Tensor],
-        image_index: Tensor,
-        query_index: Tensor,
+        output: TransformerOutput,
+        features: Mapping[str, Tensor],
+        layer: int,
+        image: Tensor,
+        query: Tensor,
     ) -> Tensor:
-        head, output = self.mask_head, predictions.transformer
-        queries = output.hidden_states[-1][image_index, query_index]
-        attention = head.attention(queries, output.memory_map, output.padding_mask, image_index)
-        x = torch.cat([output.projected_map[image_index], attention], dim=1)
+        return self.head.decode(output, features, layer, image, query)
+
+
+class Naive(AllQueries):
+    """Decodes as the public code does: maps are copied for every query."""
+
+    def decode(
+        self,
+        output: TransformerOutput,
+        features: Mapping[str, Tensor],
+        layer: int,
+        image: Tensor,
+        query: Tensor,
+    ) -> Tensor:
+        head, streams = self.head, output.streams
+        padding_mask = streams.expand(output.padding_mask)
+        source = streams.image_of(image, len(output.projected_map))
+        queries = output.hidden_states[layer, image, query]
+        attention = head.attention(queries, output.memory_map, padding_mask, image)
+        x = torch.cat([output.projected_map[source], attention], dim=1)
         x = F.relu(head.norms[0](head.convs[0](x)))
         x = F.relu(head.norms[1](head.convs[1](x)))
         for name, adapter, conv, norm in zip(
-            self.mask_features, head.adapters, head.convs[2:], head.norms[2:], strict=True
+            head.in_features, head.adapters, head.convs[2:], head.norms[2:], strict=True
         ):
-            adapted = adapter(features[name])[image_index]
+            adapted = adapter(features[name])[source]
             x = adapted + F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
             x = F.relu(norm(conv(x)))
         return head.predictor(x)[:, 0]
+
+
+def with_head(model: PanopticDETR, kind: type[AllQueries]) -> PanopticDETR:
+    """Return a copy of the model with shared weights whose mask head decodes in another way."""
+    assert isinstance(model.mask_head, MaskHead)
+    other = copy.copy(model)
+    other._modules = {**model._modules, "mask_head": kind(model.mask_head)}
+    return other
 
 
 class Peer:
@@ -124,11 +134,11 @@ class Peer:
         """Return the largest difference of raw predictions and masks; assert that it is small."""
         theirs = self.outputs()
         assert self.process(theirs)[0]["segments_info"], "nothing is found: no fair comparison"
-        predictions, features = predict(case)
+        predictions = predict(case)
         threshold = case.model.inference_options.panoptic.score_threshold
         scores = case.model.scoring.decode(predictions.logits[-1]).scores[0]
         queries = (scores > threshold).nonzero()[:, 0]
-        masks = case.model.predict_masks(predictions, features, torch.zeros_like(queries), queries)
+        masks = predictions.last_masks(torch.zeros_like(queries), queries)
         pairs = [
             (predictions.logits[-1], theirs.logits),
             (predictions.boxes[-1], theirs.pred_boxes),

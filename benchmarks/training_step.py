@@ -33,12 +33,14 @@ from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
+from batchformer_panoptic.modeling.set_prediction.criterion import MaskLoss
 from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
-from batchformer_panoptic.modeling.set_prediction.targets import gather_masks, to_target
+from batchformer_panoptic.modeling.set_prediction.matcher import Matching
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
 from helpers.tiny_model import random_inputs
 
 from . import ROOT
-from .inference_ways import AllQueries, Naive, as_class
+from .inference_ways import AllQueries, Naive, with_head
 from .measure import in_turns, median_ratio, peak_bytes
 
 CONFIG = ROOT / "configs" / "coco" / "panoptic" / "detr_R50_joint_300ep.yaml"
@@ -141,11 +143,11 @@ class PeerStep(Step):
     def __init__(self, model: nn.Module, ours: PanopticDETR, batch: list[dict[str, Any]]) -> None:
         super().__init__(model, batch)
         self.pixels = ours.preprocess(batch).tensor
-        targets = [to_target(inputs, self.pixels.device, True) for inputs in batch]
+        targets = [to_target(inputs, self.pixels.device, with_masks=True) for inputs in batch]
         self.labels = []
         for target in targets:
             own = torch.arange(len(target))
-            masks = gather_masks([target], torch.zeros_like(own), own)
+            masks = TargetBatch([target]).masks.gather(torch.zeros_like(own), own)
             boxes = target.boxes_cxcywh
             label = {"class_labels": target.labels, "boxes": boxes, "masks": masks.float()}
             self.labels.append(label)
@@ -162,30 +164,33 @@ def make_step(
     if arm == PEER:
         return PeerStep(peer_of(model, settings), model, batch)
     if arm in ALL_QUERIES:
-        model = as_class(model, ALL_QUERIES[arm])
+        model = with_head(model, ALL_QUERIES[arm])
         plain_mask_losses(model)
     return Step(model, batch)
 
 
-def plain_mask_losses(model: PanopticDETR) -> None:
-    """Replace the mask losses by plain autograd on all masks at once."""
+class PlainMaskLoss(MaskLoss):
+    """The mask losses of all masks at once, by plain autograd."""
 
-    def mask_losses(masks: Tensor, targets: Any, matching: Any, count: Tensor) -> dict[str, Tensor]:
-        wanted = gather_masks(targets, matching.image, matching.local_target)
+    def _losses(
+        self, logits: Tensor, targets: TargetBatch, pairs: Matching
+    ) -> tuple[Tensor, Tensor]:
+        wanted = targets.masks.gather(pairs.image, pairs.local_target)
         large = F.interpolate(
-            masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False
+            logits[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False
         )
         flat = large.flatten(1), wanted.flatten(1).float()
-        each = {"mask": mask_focal_loss(*flat), "dice": mask_dice_loss(*flat)}
-        weights = model.criterion.weights
-        return {
-            f"loss_{name}": weights[name]
-            * masks.new_zeros(len(targets)).index_add(0, matching.image, value)
-            / count
-            for name, value in each.items()
-        }
+        return mask_focal_loss(*flat), mask_dice_loss(*flat)
 
-    model.criterion.mask_losses = mask_losses  # type: ignore[method-assign]
+
+def plain_mask_losses(model: PanopticDETR) -> None:
+    """Replace the mask losses of a model by plain ones."""
+    model.criterion.terms = tuple(
+        PlainMaskLoss(focal_weight=term.focal_weight, dice_weight=term.dice_weight)
+        if isinstance(term, MaskLoss)
+        else term
+        for term in model.criterion.terms
+    )
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.RESIZE_OR_CROP.MIN_SIZES = [400, 500, 600]  # pixels
     cfg.INPUT.RESIZE_OR_CROP.CROP_RANGE = [384, 600]  # smallest and largest side in pixels
 
-    # Large-scale jittering (Ghiasi et al. 2021), instead of resizing and cropping as above: an image
-    # is scaled to fit a square of SIZE pixels, times a factor from SCALE_RANGE, and then cropped or
-    # padded to that square.
+    # Large-scale jittering (Ghiasi et al. 2021), instead of resizing and cropping as above: images
+    # are scaled to fit a square of SIZE pixels, times a factor from SCALE_RANGE, and then cropped
+    # or padded to that square.
     cfg.INPUT.LARGE_SCALE_JITTER = CN()
     cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
     cfg.INPUT.LARGE_SCALE_JITTER.SCALE_RANGE = [0.1, 2.0]
