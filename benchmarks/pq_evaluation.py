@@ -29,7 +29,7 @@ OURS, DETECTRON2, PANOPTICAPI = "streaming", "detectron2", "panopticapi"
 LABELS = {
     OURS: "this project's",
     DETECTRON2: "Detectron2's `COCOPanopticEvaluator`",
-    PANOPTICAPI: "panopticapi's `pq_compute` alone, predictions already on disk",
+    PANOPTICAPI: "only panopticapi's `pq_compute`, predictions already on disk",
 }
 EVALUATORS: dict[str, Callable[[], DatasetEvaluator]] = {
     OURS: lambda: PanopticEvaluator(DATASET, allow_subset=True),

@@ -1,4 +1,4 @@
-"""Deformable-DETR, alone and with BatchFormerV2: the recorded numbers of the public code."""
+"""Deformable-DETR, without and with BatchFormerV2: the recorded numbers of the public code."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ BLOCKS = load_golden("deformable_detr_batchformer.pt")
 BASE = load_golden(BLOCKS["base_file"])  # weights, inputs and targets are those of this file
 WITH_BLOCK = BASE | {"config": BASE["config"] | BLOCKS["config"]}
 BLOCK_VARIANTS = BLOCKS["variants"]
-# The fork's mode 7 replaces the batch by the block's output: the batchformer stream alone.
+# The fork's mode 7 replaces the batch by the block's output: the batchformer stream only.
 TWO_STREAMS = [name for name, v in BLOCK_VARIANTS.items() if v["args"]["bf"] != 7]
 REPLACED = [name for name, v in BLOCK_VARIANTS.items() if v["args"]["bf"] == 7]
 each_block_variant = pytest.mark.parametrize("name", TWO_STREAMS)

@@ -23,7 +23,7 @@ OUTPUTS = 1e-4  # absolute: outputs of a model and what it computes on the way
 MASKS = 2e-4  # absolute: behind the group norms of the mask head
 LOSSES = 1e-5  # relative; of 0.1 for smaller ones
 GRADIENTS = 1e-4  # of the tensor's largest value
-# Gradients that are zero by construction hold rounding errors alone: a share of the total norm.
+# Gradients that are zero by construction hold rounding errors only: a share of the total norm.
 ROUNDING = 5e-7
 
 
@@ -60,7 +60,7 @@ def assert_outputs(
     slack: float = 1.0,
     last_only: bool = False,
 ) -> None:
-    """Classes and boxes of the decoder layers; of the last alone in evaluation."""
+    """Classes and boxes of the decoder layers; of the last layer only in evaluation."""
     layers = [*recorded_outputs.get("aux_outputs", ()), recorded_outputs]
     layers = layers[-1:] if last_only else layers
     for key, ours in (("pred_logits", predictions.logits), ("pred_boxes", predictions.boxes)):

@@ -223,7 +223,7 @@ def layer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def coarsest_map(config: Mapping[str, Any]) -> str:
-    """The map that a single-scale transformer reads: the last that is not for masks alone."""
+    """The map that a single-scale transformer reads: the last that is not only for masks."""
     return [n for n in config["channels"] if n not in config.get("fpn_order_to_mask_head", ())][-1]
 
 
