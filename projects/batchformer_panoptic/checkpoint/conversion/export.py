@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.class_table import ClassTable
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ..settings import SettingsRecord
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
 from .detr import ALIAS, ALIASED, ours_to_official
@@ -171,7 +171,7 @@ def _transformers() -> Any:
         return import_module("transformers")
     except ImportError as error:
         raise UserError(
-            f"the export needs transformers, which cannot be imported ({error}): "
+            f"the export needs transformers, which cannot be imported ({one_line(error)}): "
             f"pip install 'batchformer-panoptic[{_EXTRA}]'"
         ) from error
 

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from ...config import add_batchformer_panoptic_config
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...modeling.transformer import build_transformer
 from .core import BLOCKS, Shape, wrong_shapes
 
@@ -89,7 +89,9 @@ def transformer_layout(
             state = build_transformer(cfg, shapes).state_dict()
     except (AssertionError, ValueError) as error:
         sizes = ", ".join(f"{key} {value}" for key, value in pairs.items())
-        raise UserError(f"{subject}: no model has its sizes ({sizes}): {error}") from error
+        raise UserError(
+            f"{subject}: no model has its sizes ({sizes}): {one_line(error)}"
+        ) from error
     return {f"transformer.{name}": tuple(value.shape) for name, value in state.items()}
 
 
