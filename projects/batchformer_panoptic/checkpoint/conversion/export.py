@@ -40,6 +40,7 @@ def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict
         theirs = ours_to_official(name, with_masks=segm)
         assert theirs is not None, name
         official[theirs] = value
+        # The fork registers per-layer blocks twice, but a shared block once.
         if ALIASED in theirs and not name.startswith(f"{BLOCKS}shared."):
             official[theirs.replace(ALIASED, ALIAS)] = value
     return official

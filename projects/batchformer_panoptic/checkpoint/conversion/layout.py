@@ -54,6 +54,7 @@ def compare_with_layout(
         model: the state dict.
         transformer: names and shapes of the transformer; None: DETR's.
     """
+    # Without these sizes, nothing else can be compared.
     if absent := missing_sizes(model):
         return LayoutMismatch(absent, [], [])
     parts = _detr_transformer(model) if transformer is None else transformer.items()
@@ -283,6 +284,7 @@ def _backbone(model: Mapping[str, Tensor]) -> Iterator[Any]:
             block = f"backbone.{stage}.{i}"
             for conv in ("conv1", "conv2", "conv3")[: 3 if bottleneck else 2]:
                 yield from _conv_norm(model, f"{block}.{conv}")
+            # A block has a projection shortcut if its input and output widths differ.
             first, final = model.get(f"{block}.conv1.weight"), model.get(f"{block}.{last}.weight")
             if first is not None and final is not None and first.shape[1] != final.shape[0]:
                 yield from _conv_norm(model, f"{block}.shortcut")
