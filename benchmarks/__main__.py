@@ -46,7 +46,9 @@ RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="file with the tables")

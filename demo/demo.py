@@ -1,6 +1,6 @@
 """Draw a trained model's predictions on images, a video or the webcam.
 
-    python demo/demo.py --config-file F --input IMAGES, FOLDERS, "GLOBS" --output DIR \
+    python demo/demo.py --config-file F --input IMAGES, FOLDERS, "GLOBS" --output DIR \\
         --opts MODEL.WEIGHTS W
 
 Without --output, results are shown in a window (Escape or q quits, any other key continues). Exit

@@ -1,6 +1,6 @@
 """Draw input, ground truth and prediction side by side for some images of a data set.
 
-    python tools/visualize_predictions.py --config-file F --num 12 --output DIR \
+    python tools/visualize_predictions.py --config-file F --num 12 --output DIR \\
         --opts MODEL.WEIGHTS W
 """
 

@@ -92,3 +92,22 @@ def test_the_decorator_only_catches_user_errors(capsys: pytest.CaptureFixture[st
     with pytest.raises(ValueError, match="not the user's"):
         main(ValueError("not the user's"))
     assert (main.__name__, main.__doc__) == ("main", "Raise.")
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "value"),
+    [
+        ("tools/visualize_data.py", "--num", "0"),
+        ("tools/visualize_predictions.py", "--seed", "-1"),
+        ("tools/analyze_model.py", "--num-inputs", "1.5"),
+        ("tools/check_dataset.py", "--max-problems", "none"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    script: str, option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [argument.format(tmp=tmp_path) for argument in COMMANDS[script]]
+    with pytest.raises(SystemExit) as error:
+        load_script(script).main([*argv, f"{option}={value}"])
+    assert error.value.code == 2
+    assert f"argument {option}: {value!r} is not a whole number from" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from batchformer_panoptic.data import PanopticDatasetMapper, load_dataset_dicts
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
@@ -51,6 +52,29 @@ def test_results_are_those_of_evaluation(
         assert torch.equal(result["instances"].pred_masks, expected["instances"].pred_masks)
         numbers.append(len(result["panoptic_seg"][1]))
     assert max(numbers) > 0, "empty results would be equal in any case"
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_inputs_are_those_of_the_test_loader(
+    run: Run, tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset, image_format: str
+) -> None:
+    """Exactly, with an image that is resized and one that its EXIF data rotate."""
+    dataset_dicts = load_dataset_dicts([tiny_panoptic_dataset.name], filter_empty=False)
+    path = Path(dataset_dicts[0]["file_name"])
+    rotated = tmp_path / "rotated.png"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: 90 degrees
+    image.save(rotated, exif=exif)
+    cfg = run.cfg.clone()
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = image_format, 60
+    mapper = PanopticDatasetMapper(cfg, is_train=False)
+    for file in (path, rotated):
+        expected = mapper({"file_name": str(file), "image_id": 0})
+        found = mapper.map_image(read_image(file))
+        assert torch.equal(found.pop("image"), expected.pop("image"))
+        assert found == {key: expected[key] for key in ("height", "width")}
+    assert found == {"height": image.width, "width": image.height}
 
 
 def test_a_batch_of_several_sizes_gives_the_results_of_single_images(

@@ -235,6 +235,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         mask_head = list(filter(is_mask_head, ours))
         missing = set(mismatch.missing)
         has_backbone = len(outside_backbone) < len(ours)
+        # Files with only a backbone may lack the counters of batch norms, which are not used.
         if has_backbone and not self._fresh_classes and _all_missing(outside_backbone, missing):
             self.logger.info(f"{self._path} only initialises the backbone")
             return mismatch._replace(

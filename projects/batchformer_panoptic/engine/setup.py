@@ -150,8 +150,9 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts)
     _set_start(cfg, args)
-    setup_datasets(cfg)
+    setup_datasets(cfg)  # fills in NUM_CLASSES and THING_CLASS_IDS
     _check_run(cfg, eval_only=args.eval_only)
+    # Every process must have the same seed, since the data loader divides one permutation.
     if cfg.SEED < 0:
         cfg.SEED = int(comm.shared_random_seed())
     cfg.freeze()

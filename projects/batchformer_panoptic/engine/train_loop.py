@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..errors import NonFiniteError, UserError
 from .solver import GradientClipper
 
+# Random numbers.
+
 
 def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     """Seed torch (all devices), numpy and random for one training iteration of one process.
@@ -35,6 +37,9 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+# Weight averaging.
 
 
 class WeightAverage:
@@ -79,6 +84,9 @@ class WeightAverage:
         self.copy_live()
         self._averaged.n_averaged.fill_(state["steps"])
         self._live.load_state_dict(state["weights"])
+
+
+# Metrics and checks without host synchronisation.
 
 
 class MetricWindow:
@@ -151,6 +159,9 @@ class FiniteCheck:
         return bool(torch.isfinite(self._value))
 
 
+# Losses of the streams.
+
+
 class StreamLosses(NamedTuple):
     """Result of `combine_streams`: total loss with its graph, and detached 0-d tensors to log."""
 
@@ -208,7 +219,9 @@ def _add(values: list[Tensor]) -> Tensor:
     return total
 
 
-LOG_PERIOD = 20
+# The training loop.
+
+LOG_PERIOD = 20  # iterations
 
 
 class StreamTrainLoop(SimpleTrainer):

@@ -331,6 +331,7 @@ def _beside_thing(
 def _widest_place(
     mask: BoolMap, placed: list[_Rectangle], width: float, height: float
 ) -> tuple[float, float]:
+    # Avoid names that are already placed, unless they cover the whole mask.
     free = mask.copy()
     for other in placed:
         rows = slice(int(max(0, other.y0)), int(other.y1) + 1)
@@ -342,6 +343,7 @@ def _widest_place(
 
 def _widest_point(mask: BoolMap) -> tuple[float, float, float]:
     """x, y and radius of the largest circle inside a mask and the picture."""
+    # Padding makes the border of the picture count as outside.
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
     y, x = np.unravel_index(int(distance.argmax()), distance.shape)
     return float(x) - 1, float(y) - 1, float(distance[y, x])

@@ -161,6 +161,7 @@ def _resnet_layout(model: Mapping[str, Tensor]) -> BackboneLayout:
     inner = model.get("backbone.res2.0.conv2.weight")
     bottleneck = any(".conv3." in name for name in model)
     groups, width = 1, 64
+    # The grouped 3x3 convolution of a bottleneck has the shape (groups * width, width, 3, 3).
     if bottleneck and inner is not None and inner.dim() == 4:
         groups, width = max(1, inner.shape[0] // inner.shape[1]), inner.shape[1]
     layouts = [_detectron2_resnet(d, groups, width) for d in _DEPTHS if (d >= 50) == bottleneck]

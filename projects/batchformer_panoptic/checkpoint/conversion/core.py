@@ -185,6 +185,7 @@ def rename(
     result = Renamed({}, [], [], {})
     for key, value in state.items():
         name = new_name(key)
+        # The user's patterns come first, since they also match keys that have a new name.
         reasons = [*by_user, *(allowed if name is None else [])]
         reason = next((a.reason for a in reasons if fnmatchcase(key, a.pattern)), None)
         if reason is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.class_table import ClassTable
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ..records import SettingsRecord
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
 from .detr import ALIAS, ALIASED, ours_to_official
@@ -40,6 +40,7 @@ def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict
         theirs = ours_to_official(name, with_masks=segm)
         assert theirs is not None, name
         official[theirs] = value
+        # The fork registers per-layer blocks twice, but a shared block once.
         if ALIASED in theirs and not name.startswith(f"{BLOCKS}shared."):
             official[theirs.replace(ALIASED, ALIAS)] = value
     return official
@@ -171,7 +172,7 @@ def _transformers() -> Any:
         return import_module("transformers")
     except ImportError as error:
         raise UserError(
-            f"the export needs transformers, which cannot be imported ({error}): "
+            f"the export needs transformers, which cannot be imported ({one_line(error)}): "
             f"pip install 'batchformer-panoptic[{_EXTRA}]'"
         ) from error
 
