@@ -208,10 +208,11 @@ class AttachedBatchFormer(nn.Module):
             ValueError: an odd number of entries along the first dimension of a tensor.
         """
         streams = self.streams
-        return {
-            name: map_tensors(outputs, lambda x, i=i: streams.split(x)[i] if x.dim() else x)
-            for i, name in enumerate(streams.names)
-        }
+
+        def part(index: int) -> Any:
+            return map_tensors(outputs, lambda x: streams.split(x)[index] if x.dim() else x)
+
+        return {name: part(index) for index, name in enumerate(streams.names)}
 
     def original(self, outputs: Any) -> Any:
         """Return the original stream of the outputs: those of the B images, in both modes."""
