@@ -86,7 +86,6 @@ def test_a_run_leaves_json_and_a_table(run, tmp_path, capsys):
     ("name", "case"),
     [
         ("sampling", "encoder, 4 images of 128 x 128"),
-        ("layers", "linear, 2 x 192 tokens, 256 to 2048 (DETR, 384 x 512)"),
         ("layers", "enlarged to 95 x 127, 8 queries, 32 to 16"),
     ],
 )
