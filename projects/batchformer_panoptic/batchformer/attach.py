@@ -208,10 +208,11 @@ class AttachedBatchFormer(nn.Module):
             ValueError: an odd number of entries along the first dimension of a tensor.
         """
         streams = self.streams
-        return {
-            name: map_tensors(outputs, partial(_part_of, streams, index))
-            for index, name in enumerate(streams.names)
-        }
+
+        def part(index: int) -> Any:
+            return map_tensors(outputs, lambda x: streams.split(x)[index] if x.dim() else x)
+
+        return {name: part(index) for index, name in enumerate(streams.names)}
 
     def original(self, outputs: Any) -> Any:
         """Return the original stream of the outputs: those of the B images, in both modes."""
@@ -528,8 +529,3 @@ def _count_images(value: Any) -> int | None:
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() == 4 else None
     return len(value) if isinstance(value, list) and value else None
-
-
-def _part_of(streams: StreamState, index: int, value: Tensor) -> Tensor:
-    """The part of one stream; 0-d tensors, such as losses, belong to all of them."""
-    return streams.split(value)[index] if value.dim() else value

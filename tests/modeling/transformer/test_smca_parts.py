@@ -111,3 +111,8 @@ def test_valid_areas_are_resized_separately():
             align_corners=True,
         )
         torch.testing.assert_close(fine[image : image + 1, :, :rows, :columns], wanted)
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="dynamic_scale is 'type3'; known: fixed, isotropic"):
+        SpatialPrior(embed_dim=8, num_heads=2, strides=[32], dynamic_scale="type3", smooth=8.0)
