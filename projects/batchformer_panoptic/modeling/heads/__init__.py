@@ -1,8 +1,7 @@
 """Heads: query states in, raw predictions out."""
 
 from .box import BoxHead, ClassHead, LayerwiseBoxHead
-from .mask import MaskHead, QueryMaskHead
-from .semantic import SemanticAuxHead
+from .mask import MaskHead, QueryMaskHead, SemanticAuxHead
 
 __all__ = [
     "BoxHead",

@@ -1,6 +1,6 @@
-"""The panoptic mask head of DETR: attention maps, then a small feature pyramid network.
+"""Heads for masks: DETR's mask head, products of queries and pixels, and auxiliary pixel classes.
 
-Shapes: K queries of interest gathered from all images, B' = streams * B, h heads, C channels.
+Shapes: K chosen queries gathered from all images, B' = streams * B, h heads, C channels.
 """
 
 import math
@@ -235,6 +235,30 @@ class QueryMaskHead(nn.Module):
             raise ValueError("QueryMaskHead needs a transformer that returns mask embeddings")
         assert output.padded_size is not None
         return QueryMasks(output.mask_embeddings, output.mask_features, output.padded_size)
+
+
+class SemanticAuxHead(nn.Module):
+    """One 1x1 convolution on each of some backbone maps.
+
+    Not part of DETR, and used in training only. A set loss reaches a randomly initialised backbone
+    only through a few matched queries. Classifying every pixel as well gives it a dense signal
+    from the first step.
+
+    Args:
+        in_channels: channels of the backbone maps to read, by name.
+        num_classes: things and stuff together.
+    """
+
+    def __init__(self, *, in_channels: Mapping[str, int], num_classes: int) -> None:
+        super().__init__()
+        self.in_features = tuple(in_channels)
+        self.classifiers = nn.ModuleDict(
+            {name: nn.Conv2d(n, num_classes, kernel_size=1) for name, n in in_channels.items()}
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Class logits (B, num_classes, H_i, W_i) of each map."""
+        return [self.classifiers[name](features[name]) for name in self.in_features]
 
 
 def _of_entries(per_entry: Tensor, index: Tensor) -> Tensor:
