@@ -332,8 +332,9 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     # Weight decay of normalisation layers. None: SOLVER.WEIGHT_DECAY, as in DETR.
     cfg.SOLVER.WEIGHT_DECAY_NORM = None
-    # Weight decay of position embedding and class token of a vision Transformer. None:
-    # SOLVER.WEIGHT_DECAY. DeiT: 0.0, as for WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS.
+    # Weight decay of embedding layers and of the embeddings of vision Transformers. None:
+    # SOLVER.WEIGHT_DECAY. Mask2Former: 0.0, as for WEIGHT_DECAY_NORM; DeiT: 0.0, as for
+    # WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = None
     # "full_model" clips the gradient norm of the whole model, as in DETR. Detectron2's types
     # "value" and "norm" clip each parameter.

@@ -194,3 +194,18 @@ def test_a_classifier_decays_as_deit_does() -> None:
         rate = 0.1 if "batchformer" in name else 0.2
         assert found[name] == (rate, 0.05 if decays else 0.0), name
     assert embeddings <= found.keys()
+
+
+def test_weight_decay_of_embedding_layers() -> None:
+    cfg = get_cfg()
+    add_batchformer_panoptic_config(cfg)
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.05, 0.0
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4))
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in build_optimizer(cfg, model).param_groups
+        for parameter in group["params"]
+    }
+    assert decays.pop(id(model[0].weight)) == 0.0
+    assert set(decays.values()) == {0.05}
+    assert len(decays) == 2

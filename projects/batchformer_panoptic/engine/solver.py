@@ -16,9 +16,9 @@ OPTIMIZERS = ("ADAMW", "SGD")
 CLIP_TYPES = ("full_model", "norm", "value")
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
-# Embeddings of timm's vision Transformers, and a bias of torch's attention. By default, Detectron2
-# gives both the decay of weights.
-EMBEDDINGS = ("pos_embed", "cls_token", "reg_token")
+# Embeddings of timm's vision Transformers, Swin included, and a bias of torch's attention. By
+# default, Detectron2 gives both the decay of weights.
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "relative_position_bias_table")
 ATTENTION_BIAS = "in_proj_bias"
 
 # Modules of Deformable-DETR with a lower learning rate, as published.
@@ -136,9 +136,26 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         lr_factor_func=lr_factor,
         overrides=_weight_decays_by_name(cfg),
     )
+    if cfg.SOLVER.WEIGHT_DECAY_EMBED is not None:
+        groups = _with_decay_of_embeddings(groups, model, cfg.SOLVER.WEIGHT_DECAY_EMBED)
     if not groups:
         raise UserError("no parameter of the model is trainable; see MODEL.*FREEZE* in the config")
     return groups
+
+
+def _with_decay_of_embeddings(
+    groups: list[dict[str, Any]], model: nn.Module, decay: float
+) -> list[dict[str, Any]]:
+    """Move the weights of embedding layers to groups of their own, with another weight decay."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    embeddings = {id(layer.weight) for layer in layers}
+    separated = []
+    for group in groups:
+        theirs = [p for p in group["params"] if id(p) in embeddings]
+        others = [p for p in group["params"] if id(p) not in embeddings]
+        separated += [{**group, "params": others}] if others else []
+        separated += [{**group, "params": theirs, "weight_decay": decay}] if theirs else []
+    return separated
 
 
 def _weight_decays_by_name(cfg: CfgNode) -> dict[str, dict[str, float]]:
