@@ -37,8 +37,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     * ``SOLVER.BACKBONE_MULTIPLIER`` for names with "backbone".
 
     The weight decay is ``SOLVER.WEIGHT_DECAY``. ``SOLVER.WEIGHT_DECAY_NORM`` replaces it for
-    normalisation layers, ``WEIGHT_DECAY_BIAS`` for biases, and ``WEIGHT_DECAY_EMBED`` for position
-    embedding and class token of a vision Transformer, unless they are None. DETR has one decay for
+    normalisation layers, ``WEIGHT_DECAY_BIAS`` for biases, and ``WEIGHT_DECAY_EMBED`` for embedding
+    layers and the embeddings of vision Transformers, unless they are None. DETR has one decay for
     all parameters.
 
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" clip each parameter inside the step, as
