@@ -209,7 +209,7 @@ CURVES: dict[str, Callable[[int, Path], Curve]] = {
     "training mapper, segments of an image": mapper_by_segments,
     "inference, pixels": inference_by_pixels,
     "training step, pixels": training_by_pixels,
-    "attention of an encoder layer alone, tokens": attention_by_tokens,
+    "attention of one encoder layer, tokens": attention_by_tokens,
     "inference, kept queries": inference_by_kept_queries,
     "training step, objects of an image": training_by_objects,
     "inference, images of a batch": inference_by_batch,

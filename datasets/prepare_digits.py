@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from batchformer_panoptic.data.prepared_folder import PreparedFolder, integer_between
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import UserError, command, one_line
 
 NUM_CLASSES = 10
 NUM_POOL = 898  # images to draw training images from; the others are for evaluation
@@ -97,6 +97,7 @@ def prepare(output: Path, per_class: int, seed: int, overwrite: bool) -> str:
     return f"{output}: {counts['train']} train, {counts['val']} val images of {NUM_CLASSES} digits"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -119,9 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(prepare(args.output, args.labels_per_class, args.seed, args.overwrite))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written: {one_line(error)}") from error
     return 0
 
 

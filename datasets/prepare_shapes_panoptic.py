@@ -29,7 +29,7 @@ from panopticapi.utils import id2rgb
 
 from batchformer_panoptic.data.io import write_json
 from batchformer_panoptic.data.prepared_folder import PreparedFolder, integer_between
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import UserError, command, one_line
 
 UNITS = 96.0  # side of a picture in the units of x and y
 SPLITS = {"train": 0, "val": 1_000_000}  # first image id minus 1
@@ -407,6 +407,7 @@ def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrit
     return f"{output}: {made} images with {segments} segments in {seconds:.1f} s"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     positive = integer_between(1, 999_999)
@@ -424,9 +425,8 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"train": args.num_train, "val": args.num_val}
     try:
         print(prepare(args.output, counts, args.seed, args.size, args.overwrite))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written: {one_line(error)}") from error
     return 0
 
 

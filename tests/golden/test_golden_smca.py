@@ -168,6 +168,6 @@ def test_an_image_is_the_same_in_the_batch_and_alone(name):
     together = model.predict(features, sizes, padded)
     for image, size in enumerate(sizes):
         one = {key: value[image : image + 1] for key, value in features.items()}
-        alone = model.predict(one, [size], padded)
-        assert_near(together.logits[:, image], alone.logits[:, 0], OUTPUTS, "logits")
-        assert_near(together.boxes[:, image], alone.boxes[:, 0], OUTPUTS, "boxes")
+        single = model.predict(one, [size], padded)
+        assert_near(together.logits[:, image], single.logits[:, 0], OUTPUTS, "logits")
+        assert_near(together.boxes[:, image], single.boxes[:, 0], OUTPUTS, "boxes")

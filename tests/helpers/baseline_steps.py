@@ -1,4 +1,4 @@
-"""One training step of a recipe on two small images, with weights that depend on names alone."""
+"""One training step of a recipe on two small images, with weights that depend on names single."""
 
 import zlib
 from pathlib import Path
@@ -52,7 +52,7 @@ def fresh_model(cfg: CfgNode, *, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def set_weights_by_name(model: nn.Module) -> None:
-    """Give parameters and statistics of norms random values that depend on their names alone.
+    """Give parameters and statistics of norms random values that depend on their names single.
 
     The order in which a constructor draws random numbers then plays no part. Matrices keep the
     scale of their input, norms are near 1, biases near 0; a parameter of several names goes by the

@@ -39,10 +39,10 @@ def test_equals_the_definition(offset):
 
 def test_valid_cells_do_not_depend_on_padding():
     encode = SinePositionEncoding(num_channels=16)
-    alone = encode(torch.zeros(1, 3, 5, dtype=torch.bool))
+    single = encode(torch.zeros(1, 3, 5, dtype=torch.bool))
     mask = torch.ones(1, 6, 7, dtype=torch.bool)
     mask[:, :3, :5] = False
-    torch.testing.assert_close(encode(mask)[:, :3, :5], alone)
+    torch.testing.assert_close(encode(mask)[:, :3, :5], single)
 
 
 def test_refuses_channels_that_cannot_be_split():

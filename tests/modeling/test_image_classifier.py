@@ -87,8 +87,8 @@ def test_evaluation_is_the_plain_timm_model():
 
 def test_results_do_not_depend_on_batch_mates():
     model, inputs = tiny_classifier(**BLOCK).eval(), labelled_images(3)
-    alone = torch.cat([logits_of(model, [one]) for one in inputs])
-    torch.testing.assert_close(logits_of(model, inputs), alone, atol=1e-5, rtol=0)
+    single = torch.cat([logits_of(model, [one]) for one in inputs])
+    torch.testing.assert_close(logits_of(model, inputs), single, atol=1e-5, rtol=0)
 
 
 def test_the_original_stream_ignores_its_neighbours():

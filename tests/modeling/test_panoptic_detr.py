@@ -112,26 +112,26 @@ def test_original_stream_ignores_its_neighbours_and_the_other_does_not():
 def test_results_do_not_depend_on_batch_mates(overrides, kind):
     model = tiny_model(**kind, **overrides).eval()
     inputs = random_inputs([(48, 64), (64, 56), (48, 64), (40, 40)])
-    alone = [model([x])[0] for x in inputs]
-    assert_same_results(model(inputs), alone, rtol=1e-4, atol=1e-5, pixels=0.02)
+    single = [model([x])[0] for x in inputs]
+    assert_same_results(model(inputs), single, rtol=1e-4, atol=1e-5, pixels=0.02)
     order = [2, 3, 0, 1]
     permuted = model([inputs[i] for i in order])
-    assert_same_results(permuted, [alone[i] for i in order], rtol=1e-4, atol=1e-5, pixels=0.02)
+    assert_same_results(permuted, [single[i] for i in order], rtol=1e-4, atol=1e-5, pixels=0.02)
 
 
 @each_transformer
 def test_padding_changes_nothing_from_features_on(kind):
     model = tiny_model(**kind).eval()
     features = {name: torch.randn(1, c, *s) for name, c, s in _feature_shapes((64, 64))}
-    alone = model.predict(features, [(64, 64)], (64, 64))
+    single = model.predict(features, [(64, 64)], (64, 64))
     padded = {
         name: torch.randn(1, c, *s) * 50 for name, c, s in _feature_shapes((96, 128))
     }  # what lies in the padding must not matter
     for name, value in features.items():
         padded[name][..., : value.shape[-2], : value.shape[-1]] = value
     batched = model.predict(padded, [(64, 64)], (96, 128))
-    torch.testing.assert_close(alone.logits, batched.logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone.boxes, batched.boxes, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.logits, batched.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.boxes, batched.boxes, rtol=1e-4, atol=1e-5)
 
 
 def _feature_shapes(size):
@@ -146,9 +146,9 @@ def test_padded_batches_stay_close_when_asked_for():
     model = tiny_model(MODEL__DETR__PAD_IN_TEST=True).eval()
     inputs = random_inputs(SIZES)
     for together, one in zip(model(inputs), inputs, strict=True):
-        (alone,) = model([one])
+        (single,) = model([one])
         torch.testing.assert_close(
-            together["instances"].scores, alone["instances"].scores, atol=0.05, rtol=0.1
+            together["instances"].scores, single["instances"].scores, atol=0.05, rtol=0.1
         )
         assert together["panoptic_seg"][0].shape == (one["height"], one["width"])
 
@@ -190,8 +190,8 @@ def test_loss_names_say_their_stream():
 def test_original_stream_carries_half_of_the_plain_loss():
     with_block, plain = pair_of_models()
     both = with_block.train()(random_inputs(SIZES))
-    alone = plain.train()(random_inputs(SIZES))
-    for name, value in alone.items():
+    single = plain.train()(random_inputs(SIZES))
+    for name, value in single.items():
         torch.testing.assert_close(2 * both[f"{name}/original"], value)
 
 

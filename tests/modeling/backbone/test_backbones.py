@@ -147,9 +147,9 @@ def test_timm_results_do_not_depend_on_batch_mates():
     model = timm_model("tf_efficientnet_lite0").eval()
     inputs = random_inputs(SIZES)
     for together, one in zip(model(inputs), inputs, strict=True):
-        (alone,) = model([one])
-        torch.testing.assert_close(together["instances"].scores, alone["instances"].scores)
-        assert torch.equal(together["panoptic_seg"][0], alone["panoptic_seg"][0])
+        (single,) = model([one])
+        torch.testing.assert_close(together["instances"].scores, single["instances"].scores)
+        assert torch.equal(together["panoptic_seg"][0], single["panoptic_seg"][0])
 
 
 def test_timm_maps_in_another_order_keep_their_names():

@@ -142,10 +142,10 @@ def test_one_image_is_not_copied_for_its_queries_and_gives_the_same(channels):
         memory_map=output.memory_map[:1],
         padding_mask=output.padding_mask[:1],
     )
-    alone = masks_of(
+    single = masks_of(
         head, first, {k: m[:1] for k, m in maps.items()}, torch.tensor([0, 0, 0]), queries
     )
-    torch.testing.assert_close(alone, together)
+    torch.testing.assert_close(single, together)
 
 
 def test_channels_last_changes_nothing_but_rounding():

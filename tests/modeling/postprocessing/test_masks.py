@@ -16,14 +16,14 @@ def test_padding_is_cropped_before_resizing():
     image = torch.randn(2, 12, 16)
     padded = F.pad(image, (0, 24, 0, 12), value=-9.0)  # 24 x 40, at stride 4 of 96 x 160
     sizes = {"image_size": (48, 64), "output_size": (96, 128)}
-    alone = ImageMasks(image, padded_size=(48, 64), **sizes)
+    single = ImageMasks(image, padded_size=(48, 64), **sizes)
     batched = ImageMasks(padded, padded_size=(96, 160), **sizes)
     # The last cells interpolate into the padding.
     torch.testing.assert_close(
-        batched.at_image_size()[:, :44, :60], alone.at_image_size()[:, :44, :60]
+        batched.at_image_size()[:, :44, :60], single.at_image_size()[:, :44, :60]
     )
     torch.testing.assert_close(
-        batched.at_output_size()[:, :88, :120], alone.at_output_size()[:, :88, :120]
+        batched.at_output_size()[:, :88, :120], single.at_output_size()[:, :88, :120]
     )
     assert batched.at_image_size().shape == (2, 48, 64)
     assert batched.at_output_size().shape == (2, 96, 128)

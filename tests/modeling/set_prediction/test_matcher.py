@@ -87,9 +87,9 @@ def test_of_layer_takes_that_layer():
     last = matching.of_layer(-1)
     assert last.layer.tolist() == [2] * 4
     assert torch.equal(last.query, matching.query[matching.layer == 2])
-    alone = match(scoring, logits[2:], boxes[2:], targets)
-    assert torch.equal(last.query, alone.query)
-    assert torch.equal(last.local_target, alone.local_target)
+    single = match(scoring, logits[2:], boxes[2:], targets)
+    assert torch.equal(last.query, single.query)
+    assert torch.equal(last.local_target, single.local_target)
 
 
 def test_more_objects_than_queries_match_every_query_once():

@@ -125,13 +125,13 @@ def test_padding_and_neighbours_change_nothing_from_features_on(kind):
     model = make(**kind).eval()
     torch.manual_seed(0)
     alone_features, neighbour = random_features((48, 80)), random_features((96, 128))
-    alone = model.predict(alone_features, [(48, 80)], (48, 80))
+    single = model.predict(alone_features, [(48, 80)], (48, 80))
     padded = into_padding(alone_features, (96, 128))
     batch = {name: torch.cat([neighbour[name], padded[name]]) for name in padded}
     together = model.predict(batch, [(96, 128), (48, 80)], (96, 128))
-    for ours, theirs in ((together.logits, alone.logits), (together.boxes, alone.boxes)):
+    for ours, theirs in ((together.logits, single.logits), (together.boxes, single.boxes)):
         torch.testing.assert_close(ours[:, 1:], theirs, rtol=1e-4, atol=1e-5)
-    memory, wanted = together.transformer.memory_map[1:], alone.transformer.memory_map
+    memory, wanted = together.transformer.memory_map[1:], single.transformer.memory_map
     valid = memory[..., : wanted.shape[-2], : wanted.shape[-1]]
     torch.testing.assert_close(valid, wanted, rtol=1e-4, atol=1e-5)
 

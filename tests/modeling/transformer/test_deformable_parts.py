@@ -29,10 +29,10 @@ def test_projection_of_a_padded_image_is_that_of_the_image(num_levels):
     image = torch.randn(1, 6, 5, 3, dtype=torch.float64)
     batch = 9 * torch.randn(2, 6, 8, 12, dtype=torch.float64)
     batch[1, :, :5, :3] = image
-    alone, _ = projection([image], BatchPadding([(40, 24)], (40, 24)))
+    single, _ = projection([image], BatchPadding([(40, 24)], (40, 24)))
     together, masks = projection([batch], BatchPadding([(64, 96), (40, 24)], (64, 96)))
-    assert len(alone) == num_levels
-    for ours, wanted, mask in zip(together, alone, masks, strict=True):
+    assert len(single) == num_levels
+    for ours, wanted, mask in zip(together, single, masks, strict=True):
         height, width = wanted.shape[-2:]
         torch.testing.assert_close(ours[1:, :, :height, :width], wanted, rtol=0, atol=1e-12)
         assert (~mask[1]).sum() == height * width

@@ -120,14 +120,14 @@ def test_the_original_stream_is_the_plain_model_in_training(kind, layers):
 def test_padding_changes_nothing_from_features_on(kind, pad_in_test):
     model = random_model(kind, MODEL__DETR__PAD_IN_TEST=pad_in_test).eval()
     features = random_features(model, (64, 64))
-    alone = model.predict(features, [(64, 64)], (64, 64))
+    single = model.predict(features, [(64, 64)], (64, 64))
     batched = model.predict(pasted(features, model, (128, 192)), [(64, 64)], (128, 192))
-    torch.testing.assert_close(alone.logits, batched.logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone.boxes, batched.boxes, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.logits, batched.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.boxes, batched.boxes, rtol=1e-4, atol=1e-5)
     valid = batched.transformer.memory_map[
         ..., : 64 // model_stride(model), : 64 // model_stride(model)
     ]
-    torch.testing.assert_close(alone.transformer.memory_map, valid, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.transformer.memory_map, valid, rtol=1e-4, atol=1e-5)
 
 
 def model_stride(model):
@@ -137,9 +137,9 @@ def model_stride(model):
 def test_the_published_encoder_sees_the_padding():
     model = random_model(SCALES, MODEL__SMCA__SEE_PADDING=True).eval()
     features = random_features(model, (64, 64))
-    alone = model.predict(features, [(64, 64)], (64, 64))
+    single = model.predict(features, [(64, 64)], (64, 64))
     batched = model.predict(pasted(features, model, (128, 192)), [(64, 64)], (128, 192))
-    assert (alone.logits - batched.logits).abs().max() > 0.01
+    assert (single.logits - batched.logits).abs().max() > 0.01
 
 
 @each_name
@@ -148,14 +148,14 @@ def test_results_do_not_depend_on_batch_mates(kind, pad_in_test):
     """Images of one size, so that the backbone reads no padding at their borders."""
     model = random_model(kind, MODEL__DETR__PAD_IN_TEST=pad_in_test).eval()
     inputs = random_inputs([(64, 64)] * 3 if pad_in_test else [(48, 64), (64, 56), (48, 64)])
-    alone = [model([x])[0]["instances"] for x in inputs]
+    single = [model([x])[0]["instances"] for x in inputs]
     for order in ([0, 1, 2], [2, 0, 1]):
         together = model([inputs[i] for i in order])
         for i, result in zip(order, together, strict=True):
             ours = result["instances"]
-            torch.testing.assert_close(ours.scores, alone[i].scores, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(ours.scores, single[i].scores, rtol=1e-4, atol=1e-8)
             boxes = ours.pred_boxes.tensor
-            torch.testing.assert_close(boxes, alone[i].pred_boxes.tensor, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(boxes, single[i].pred_boxes.tensor, rtol=1e-5, atol=1e-4)
 
 
 @each_name

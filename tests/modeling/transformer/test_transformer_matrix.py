@@ -82,8 +82,8 @@ def test_training_step_in_mixed_precision(name):
 def test_results_do_not_depend_on_the_batch(name, task, block):
     model = make_model(name, task, block).eval()
     inputs = random_inputs(SIZES)
-    alone = [model([entry])[0] for entry in inputs]
-    for (key, one), (_, batched) in zip(flatten(alone), flatten(model(inputs)), strict=True):
+    single = [model([entry])[0] for entry in inputs]
+    for (key, one), (_, batched) in zip(flatten(single), flatten(model(inputs)), strict=True):
         torch.testing.assert_close(batched, one, atol=1e-4, rtol=1e-4, msg=key)
 
 
