@@ -27,7 +27,13 @@ from .build import (
     build_semantic_head,
 )
 from .padding import BatchPadding
-from .postprocessing.results import InferenceOptions, on_host, select_queries, to_result
+from .postprocessing.results import (
+    InferenceOptions,
+    needed_masks,
+    on_host,
+    select_queries,
+    to_result,
+)
 from .set_prediction.criterion import SetCriterion, count_objects, matching_metrics
 from .set_prediction.mask_losses import pixel_class_loss
 from .set_prediction.matcher import HungarianMatcher
@@ -186,7 +192,8 @@ class PanopticDETR(nn.Module):
         Returns:
             In training :class:`Losses`, a dict of 0-d losses whose sum is the objective. In
             evaluation a list of dicts with ``instances`` and, given a mask head, ``panoptic_seg``:
-            an int32 map at the output size (0 is void) and its segments.
+            an int32 map at the output size (0 is void) and its segments. With
+            ``MODEL.PANOPTIC.SEMANTIC_TEST`` also ``sem_seg``: (K, H, W) float32 class scores.
 
         Raises:
             NonFiniteError: the matching cost is not finite; the message names the images.
@@ -308,10 +315,11 @@ class PanopticDETR(nn.Module):
             decoded.labels,
         )
         masks = None
+        needed = needed_masks(chosen, self.inference_options)
         if predictions.masks is not None:
-            wanted = chosen.any_use.nonzero().to(self.device, non_blocking=True)
+            wanted = needed.nonzero().to(self.device, non_blocking=True)
             masks = predictions.last_masks(wanted[:, 0], wanted[:, 1])
-        counts = chosen.any_use.sum(-1).tolist()
+        counts = needed.sum(-1).tolist()
         per_image_masks = [None] * len(counts) if masks is None else masks.split(counts)
         return [
             to_result(
@@ -320,6 +328,7 @@ class PanopticDETR(nn.Module):
                 labels[i],
                 None if predictions.boxes is None else predictions.boxes[-1, i],
                 per_image_masks[i],
+                decoded.probabilities[i],
                 padded_size=_spatial_size(images.tensor),
                 image_size=images.image_sizes[i],
                 output_size=_output_size(inputs, images.image_sizes[i]),
