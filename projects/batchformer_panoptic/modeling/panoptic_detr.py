@@ -108,7 +108,9 @@ class PanopticDETR(nn.Module):
         if freeze_detr and mask_head is None:
             raise ValueError("freeze_detr trains the mask head only, and there is no mask head")
         self.backbone = backbone
-        self._backbone_divisibility = int(getattr(backbone, "size_divisibility", 0))
+        self._size_divisibility = max(
+            int(getattr(part, "size_divisibility", 0)) for part in (backbone, transformer)
+        )
         self.transformer = transformer
         self.box_head = box_head
         self.mask_head = mask_head
@@ -224,7 +226,7 @@ class PanopticDETR(nn.Module):
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
-            max(self._backbone_divisibility, self.transformer.size_divisibility),
+            self._size_divisibility,
         )
 
     def predict(
