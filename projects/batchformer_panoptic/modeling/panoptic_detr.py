@@ -26,6 +26,7 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
+from .heads import QueryMaskHead
 from .padding import BatchPadding
 from .postprocessing.results import (
     InferenceOptions,
@@ -143,13 +144,23 @@ class PanopticDETR(nn.Module):
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         transformer = build_transformer(cfg, shapes)
-        predicted = {"boxes": transformer.predicts_boxes, "masks": cfg.MODEL.MASK_ON}
+        if not transformer.predicts_boxes and not cfg.MODEL.MASK_ON:
+            raise UserError(
+                f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} predicts no boxes: "
+                "set MODEL.MASK_ON True"
+            )
+        mask_head = build_mask_head(cfg, shapes, transformer) if cfg.MODEL.MASK_ON else None
+        predicted = {
+            "boxes": transformer.predicts_boxes,
+            "masks": mask_head is not None,
+            "mask embeddings": isinstance(mask_head, QueryMaskHead),
+        }
         available = frozenset(name for name, is_there in predicted.items() if is_there)
         return {
             "backbone": backbone,
             "transformer": transformer,
             "box_head": build_prediction_head(cfg, scoring, transformer),
-            "mask_head": build_mask_head(cfg, shapes) if cfg.MODEL.MASK_ON else None,
+            "mask_head": mask_head,
             "scoring": scoring,
             "matcher": build_matcher(cfg, scoring, available),
             "criterion": build_criterion(cfg, scoring, available),

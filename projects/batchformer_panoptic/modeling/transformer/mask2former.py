@@ -288,6 +288,7 @@ class Mask2Former(Transformer):
     """
 
     predicts_boxes = False
+    embeds_masks = True
     size_divisibility = _STRIDE
 
     @configurable
