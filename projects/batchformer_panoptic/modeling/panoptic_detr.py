@@ -149,6 +149,7 @@ class PanopticDETR(nn.Module):
                 f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} predicts no boxes: "
                 "set MODEL.MASK_ON True"
             )
+        box_head = build_prediction_head(cfg, scoring, transformer)
         mask_head = build_mask_head(cfg, shapes, transformer) if cfg.MODEL.MASK_ON else None
         predicted = {
             "boxes": transformer.predicts_boxes,
@@ -159,7 +160,7 @@ class PanopticDETR(nn.Module):
         return {
             "backbone": backbone,
             "transformer": transformer,
-            "box_head": build_prediction_head(cfg, scoring, transformer),
+            "box_head": box_head,
             "mask_head": mask_head,
             "scoring": scoring,
             "matcher": build_matcher(cfg, scoring, available),
