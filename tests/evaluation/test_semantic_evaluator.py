@@ -62,7 +62,9 @@ def test_the_mean_is_that_of_a_loop_over_classes(tmp_path):
     assert results["IoU-cat"] == pytest.approx(100 * ious[0])
     assert results["IoU-grass"] == pytest.approx(100 * ious[1])
     present = [k for k in range(len(CATEGORIES)) if (true == k).any()]
-    each = [((true == k) & (found == k)).sum() / ((true == k) | (found == k)).sum() for k in present]
+    each = [
+        ((true == k) & (found == k)).sum() / ((true == k) | (found == k)).sum() for k in present
+    ]
     assert results["mIoU"] == pytest.approx(100 * np.mean(each))
     assert results["mIoU"] < 90
 

@@ -46,7 +46,7 @@ def test_matcher_and_losses_are_those_of_float32(monkeypatch, scoring, resolutio
 
 
 def test_costs_and_losses_at_points_are_close_to_those_of_float32():
-    """Masks are products of half precision, which moves some uncertain points; the rest is float32."""
+    """Masks are products of half precision, which moves some uncertain points."""
     model = tiny_model(**MASK2FORMER)
     inputs = random_inputs([(64, 64), (48, 64)], [3, 2])
     targets = TargetBatch([to_target(x, torch.device("cpu"), with_masks=True) for x in inputs])

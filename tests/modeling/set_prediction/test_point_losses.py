@@ -55,7 +55,9 @@ def dense(targets, size=PADDED):
 
 def make_masks(entries=2, size=(16, 16)):
     return QueryMasks(
-        torch.randn(LAYERS, entries, QUERIES, CHANNELS), torch.randn(entries, CHANNELS, *size), PADDED
+        torch.randn(LAYERS, entries, QUERIES, CHANNELS),
+        torch.randn(entries, CHANNELS, *size),
+        PADDED,
     )
 
 
@@ -70,10 +72,11 @@ def test_targets_at_points_are_those_of_grid_sample(kind):
     targets = make_targets([4, 3])
     image, local = torch.tensor([1, 0, 0, 1, 0]), torch.tensor([0, 3, 0, 2, 0])
     points = torch.cat([torch.rand(5, 200, 2), edge_points().expand(5, -1, -1)], dim=1)
-    maps = torch.stack([dense(targets)[i][k] for i, k in zip(image, local, strict=True)])
-    expected = sample_at(maps[:, None], points)[:, 0]
+    wanted = torch.stack([dense(targets)[i][k] for i, k in zip(image, local, strict=True)])
+    expected = sample_at(wanted[:, None], points)[:, 0]
     if kind == "dense":
-        targets = [replace(t, masks=DenseMasks(m.bool())) for t, m in zip(targets, dense(targets))]
+        pairs = zip(targets, dense(targets), strict=True)
+        targets = [replace(target, masks=DenseMasks(maps.bool())) for target, maps in pairs]
     found = TargetBatch(targets).masks.at_points(image, local, points, PADDED)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     assert 0 < found.mean() < 1
