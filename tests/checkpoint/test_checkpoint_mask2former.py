@@ -30,7 +30,7 @@ def other_values(model: nn.Module) -> nn.Module:
 def test_training_on_other_classes_starts_from_everything_but_the_class_layer(weights: str) -> None:
     source = tiny_model(**MASK2FORMER).state_dict()
     target = other_values(tiny_model(**MASK2FORMER, MODEL__DETR__NUM_CLASSES=7))
-    with pytest.raises(UserError, match="trained on other classes: .*use --init-from"):
+    with pytest.raises(UserError, match=r"trained on other classes: .*use --init-from"):
         load_weights(target, weights, training=True)
     PanopticCheckpointer(target, training=True).load_all_but_classes(weights)
     fresh = {

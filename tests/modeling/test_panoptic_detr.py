@@ -7,6 +7,9 @@ import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 
 from batchformer_panoptic.errors import NonFiniteError, UserError
+from batchformer_panoptic.modeling import panoptic_detr
+from batchformer_panoptic.modeling.postprocessing import masks
+from batchformer_panoptic.modeling.postprocessing.results import ChosenQueries
 from batchformer_panoptic.modeling.transformer import build_transformer
 from helpers.tiny_model import (
     MASK2FORMER,
@@ -300,6 +303,28 @@ def test_semantic_maps_are_all_that_is_returned_where_nothing_scores_enough():
         assert not result["panoptic_seg"][0].any()
         assert result["panoptic_seg"][1] == []
         assert result["sem_seg"].sum() > 0
+
+
+@pytest.mark.parametrize("kind", [{}, MASK2FORMER], ids=["detr", "mask2former"])
+def test_only_masks_of_kept_queries_are_enlarged(kind, monkeypatch):
+    model, enlarged = tiny_model(**kind).eval(), []
+    resize, select = masks._resize, panoptic_detr.select_queries
+
+    def watched_resize(maps, size):
+        enlarged.append(len(maps))
+        return resize(maps, size)
+
+    def select_two(*args):
+        """Of 6 queries, one is a segment and another one an instance."""
+        _, detections = select(*args)
+        segments = torch.arange(6)[None] == 1
+        return ChosenQueries(segments, detections._replace(valid=detections.query == 4))
+
+    monkeypatch.setattr(masks, "_resize", watched_resize)
+    monkeypatch.setattr(panoptic_detr, "select_queries", select_two)
+    (result,) = model(random_inputs([(48, 64)]))
+    assert set(enlarged) == {2}
+    assert len(result["instances"]) > 0
 
 
 def test_inputs_are_not_touched():
