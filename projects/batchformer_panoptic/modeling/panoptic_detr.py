@@ -26,7 +26,6 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
-from .heads import QueryMaskHead
 from .padding import BatchPadding
 from .postprocessing.results import (
     InferenceOptions,
@@ -154,7 +153,7 @@ class PanopticDETR(nn.Module):
         predicted = {
             "boxes": transformer.predicts_boxes,
             "masks": mask_head is not None,
-            "mask embeddings": isinstance(mask_head, QueryMaskHead),
+            "mask embeddings": getattr(mask_head, "embeds_masks", False),
         }
         available = frozenset(name for name, is_there in predicted.items() if is_there)
         return {

@@ -12,7 +12,7 @@ from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.modeling.build import build_box_head, build_scoring_from_config
+from batchformer_panoptic.modeling.build import build_prediction_head, build_scoring_from_config
 from batchformer_panoptic.modeling.transformer import build_transformer
 from helpers.conversion_models import R50_DEPTHS, official_backbone
 from helpers.golden_files import load_golden
@@ -48,8 +48,9 @@ def parts(name, converted):
     cfg.MODEL.DEFORMABLE.DEC_POINTS = CONFIG["dec_n_points"]
     cfg.MODEL.DETR.NUM_CLASSES = CONFIG["num_classes"]
     shapes = {name: ShapeSpec(channels=c, stride=1) for name, c in CHANNELS.items()}
-    head = build_box_head(cfg, build_scoring_from_config(cfg))
-    return cfg, {"transformer.": build_transformer(cfg, shapes), "box_head.": head}
+    transformer = build_transformer(cfg, shapes)
+    head = build_prediction_head(cfg, build_scoring_from_config(cfg), transformer)
+    return cfg, {"transformer.": transformer, "box_head.": head}
 
 
 @each_variant
