@@ -38,7 +38,7 @@ def convert(state, classes=None):
 
 
 def parts(name, converted):
-    """Transformer and box head of the settings; others do not follow from the weights."""
+    """Transformer and box head of the settings, without those unknown from the weights."""
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
     cfg.merge_from_list([part for pair in converted.settings.items() for part in pair])

@@ -31,7 +31,7 @@ def losses_gradients_and_calls(parts, name):
         "backbone": model.backbone.res3[0],
         "encoder": model.transformer.encoder.layers[1],
         "decoder": model.transformer.decoder.layers[1],
-        "mask_head": model.mask_head,
+        "mask_head": getattr(model.mask_head, "attention", model.mask_head),
     }
     for part, module in modules.items():
 

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 
-from batchformer_panoptic.modeling.build import build_prediction_head, build_scoring_from_config
 from batchformer_panoptic.modeling.transformer import TRANSFORMER_REGISTRY
 from helpers.commands import load_script
-from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_cfg, tiny_model, total
+from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model, total
 
 SIZES = [(48, 64), (64, 56), (40, 40)]
 SCORING = {"detr": "softmax", "mask2former": "softmax"}  # the others publish a focal loss
@@ -134,10 +133,8 @@ def test_without_the_block_the_same_weights_evaluate_identically(name, task):
     [("conditional", [0.0] * 4), ("deformable", [0.0, 0.0, -2.0, -2.0])],
 )
 def test_boxes_start_at_their_reference_points(name, bias):
-    overrides = {"MODEL__DETR__TRANSFORMER_NAME": name, "MODEL__DETR__SCORING": "focal"}
-    cfg, transformer = tiny_cfg(**overrides), tiny_model(**overrides).transformer
-    scoring = build_scoring_from_config(cfg)
-    last = build_prediction_head(cfg, scoring, transformer).bbox_embed.layers[-1]
+    model = tiny_model(MODEL__DETR__TRANSFORMER_NAME=name, MODEL__DETR__SCORING="focal")
+    last = model.box_head.bbox_embed.layers[-1]
     assert not last.weight.any()
     assert torch.equal(last.bias, torch.tensor(bias))
 
