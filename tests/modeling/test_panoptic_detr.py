@@ -131,6 +131,21 @@ def test_original_stream_ignores_its_neighbours_and_the_other_does_not(kind):
 
 
 @each_transformer
+@pytest.mark.parametrize(("sizes", "is_padded"), [([(64, 64)] * 2, False), (SIZES[:2], True)])
+def test_the_batch_attention_excludes_padding_if_asked_for(kind, sizes, is_padded):
+    losses = []
+    for mask_padding in (False, True):
+        block = BLOCK | {"MODEL__BATCHFORMER__MASK_PADDING": mask_padding}
+        model = tiny_model(**block, **kind).train()
+        torch.manual_seed(1)
+        losses.append(model(random_inputs(sizes)))
+    for name, value in losses[0].items():
+        if name.endswith("/original") or not is_padded:
+            torch.testing.assert_close(value, losses[1][name])
+    assert torch.equal(total(losses[0]), total(losses[1])) != is_padded
+
+
+@each_transformer
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
 def test_results_do_not_depend_on_batch_mates(overrides, kind):
     model = tiny_model(**kind, **overrides).eval()
@@ -426,6 +441,12 @@ def test_semantic_head_helps_training_and_is_absent_from_evaluation():
             r"'box_l1_cost', but this model predicts no boxes",
         ),
         ({**MASK2FORMER, "MODEL__MASK_HEAD__FREEZE_DETR": True}, r"no weights: set it to False"),
+        ({**MASK2FORMER, "MODEL__MASK2FORMER__NUM_POINTS": 0}, "NUM_POINTS is 0; .*at least 1"),
+        ({**MASK2FORMER, "MODEL__MASK2FORMER__OVERSAMPLE_RATIO": 0.5}, "RATIO is 0.5; .*least 1"),
+        (
+            {**MASK2FORMER, "MODEL__MASK2FORMER__IMPORTANCE_SAMPLE_RATIO": 1.5},
+            "IMPORTANCE_SAMPLE_RATIO is 1.5; it must be from 0 to 1",
+        ),
         ({"MODEL__PANOPTIC__INSTANCE_SCORING_TEST": "coco"}, r"'coco'; known: detr, mask2former"),
         (
             {"MODEL__PANOPTIC__SEMANTIC_TEST": True, "MODEL__MASK_ON": False},

@@ -249,7 +249,7 @@ def mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
 @COST_REGISTRY.register()
 def point_mask_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
     """Cost of masks at random points, as ``MODEL.MASK2FORMER`` describes it."""
-    node = cfg.MODEL.MASK2FORMER
+    node = _checked_points(cfg.MODEL.MASK2FORMER)
     return PointMaskCost(
         mask_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, num_points=node.NUM_POINTS
     )
@@ -258,7 +258,7 @@ def point_mask_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
 @LOSS_REGISTRY.register()
 def point_mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
     """Losses of masks at uncertain points, as ``MODEL.MASK2FORMER`` describes them."""
-    node = cfg.MODEL.MASK2FORMER
+    node = _checked_points(cfg.MODEL.MASK2FORMER)
     return PointMaskLoss(
         mask_weight=node.MASK_WEIGHT,
         dice_weight=node.DICE_WEIGHT,
@@ -266,6 +266,22 @@ def point_mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
         oversample_ratio=node.OVERSAMPLE_RATIO,
         importance_ratio=node.IMPORTANCE_SAMPLE_RATIO,
     )
+
+
+def _checked_points(node: CfgNode) -> CfgNode:
+    """Return the node, or raise UserError for numbers of points out of range."""
+    if node.NUM_POINTS < 1:
+        raise UserError(f"MODEL.MASK2FORMER.NUM_POINTS is {node.NUM_POINTS}; it must be at least 1")
+    if node.OVERSAMPLE_RATIO < 1:
+        raise UserError(
+            f"MODEL.MASK2FORMER.OVERSAMPLE_RATIO is {node.OVERSAMPLE_RATIO}; it must be at least 1"
+        )
+    if not 0 <= node.IMPORTANCE_SAMPLE_RATIO <= 1:
+        raise UserError(
+            f"MODEL.MASK2FORMER.IMPORTANCE_SAMPLE_RATIO is {node.IMPORTANCE_SAMPLE_RATIO}; it must "
+            "be from 0 to 1"
+        )
+    return node
 
 
 def _terms(
