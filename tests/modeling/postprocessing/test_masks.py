@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import BitMasks
 from PIL import Image
 from torch.nn import functional as F
 
 from batchformer_panoptic.modeling.postprocessing.masks import (
     ImageMasks,
     boxes_to_pixels,
+    mask_boxes,
     mask_scores,
     resize_map,
     semantic_map,
@@ -92,6 +94,17 @@ def test_the_score_of_a_mask_is_its_mean_probability_inside():
     expected = [m[m > 0].sigmoid().mean() if (m > 0).any() else torch.tensor(0.0) for m in masks]
     torch.testing.assert_close(mask_scores(masks), torch.stack(expected))
     assert mask_scores(masks[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_boxes_of_masks_are_those_of_detectron2(count):
+    masks = torch.rand(count, 9, 13) > torch.linspace(0.9, 1, count)[:, None, None]
+    masks[:1] = True
+    masks[1:2] = False
+    boxes = mask_boxes(masks)
+    assert torch.equal(boxes, BitMasks(masks).get_bounding_boxes().tensor)
+    assert boxes.shape == (count, 4)
+    assert count < 30 or not masks.flatten(1).any(1).all()
 
 
 def test_maps_are_resized_as_pillow_does():

@@ -107,6 +107,21 @@ def mask_scores(masks: Tensor) -> Tensor:
     return means
 
 
+def mask_boxes(masks: Tensor) -> Tensor:
+    """(K, H, W) bool masks -> (K, 4) float32 tight boxes xyxy in pixels; zeros for empty masks.
+
+    Detectron2's ``BitMasks.get_bounding_boxes`` returns its boxes on the CPU, and waits for the
+    device twice for each mask.
+    """
+    edges = []
+    for occupied in (masks.any(1), masks.any(2)):  # columns, rows
+        occupied = occupied.int()
+        first, last = occupied.argmax(1), occupied.flip(1).argmax(1)
+        edges.append(torch.stack([first, occupied.shape[1] - last], dim=1))
+    boxes = torch.stack(edges, dim=2).flatten(1)  # x0, y0, x1, y1
+    return boxes.float() * masks.flatten(1).any(1)[:, None]
+
+
 def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tensor:
     """(..., 4) cxcywh in 0 to 1 -> (..., 4) xyxy in pixels of (height, width), clipped."""
     height, width = output_size

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ...errors import UserError
 from ..set_prediction.scoring import Decoded
-from .masks import ImageMasks, boxes_to_pixels, mask_scores, semantic_map
+from .masks import ImageMasks, boxes_to_pixels, mask_boxes, mask_scores, semantic_map
 from .panoptic import Merge, PanopticOptions, find_merge, merge_panoptic, merge_strongest
 
 
@@ -322,7 +322,7 @@ def _instances(
         if options.instance_scoring == "mask2former":
             instances.scores = instances.scores * mask_scores(logits)[where]
     if boxes is None:
-        instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+        instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))
     else:
         query = found.query.to(source.device, non_blocking=True)
         instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
