@@ -122,8 +122,8 @@ def _add_backbone_keys(cfg: CN) -> None:
 def _add_detr_keys(cfg: CN) -> None:
     # Sizes and losses that all transformers share. The defaults are those of DETR.
     cfg.MODEL.DETR = CN()
-    # Name in the TRANSFORMER registry: "detr", "conditional", "deformable", "smca" or
-    # "smca_multiscale".
+    # Name in the TRANSFORMER registry: "detr", "conditional", "deformable", "smca",
+    # "smca_multiscale" or "mask2former", which predicts no boxes.
     cfg.MODEL.DETR.TRANSFORMER_NAME = "detr"
     # Number of classes, things and stuff together. 0: that of the data sets.
     cfg.MODEL.DETR.NUM_CLASSES = 0
@@ -157,7 +157,9 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.DETR.BBOX_WEIGHT = 5.0
     cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
     # False: evaluation processes images of different sizes one at a time, so that no image is
-    # padded and no result depends on the batch. True: they are padded to a common size.
+    # padded and no result depends on the batch. True: they are padded to a common size. The
+    # transformer "mask2former" has no padding mask, as published, so that the results of a padded
+    # image then depend on the batch.
     cfg.MODEL.DETR.PAD_IN_TEST = False
 
 
@@ -275,6 +277,14 @@ def _add_panoptic_keys(cfg: CN) -> None:
     # masks cost time. At most TEST.DETECTIONS_PER_IMAGE above the score threshold are returned.
     cfg.MODEL.PANOPTIC.INSTANCES_TEST = True
     cfg.MODEL.PANOPTIC.INSTANCE_SCORE_THRESHOLD_TEST = 0.0
+    # Choice and score of instances. "detr": the best pairs of a query and a thing class by their
+    # class score; with softmax scoring only a query's best class counts. "mask2former": the best
+    # pairs of a query and any class by class probability, of which the things are kept, scored by
+    # class probability times the mean mask probability within the mask.
+    cfg.MODEL.PANOPTIC.INSTANCE_SCORING_TEST = "detr"
+    # Also return "sem_seg", a score for each class and pixel (semantic inference of Mask2Former),
+    # and measure the mean IoU of its best classes. It needs the masks of all queries.
+    cfg.MODEL.PANOPTIC.SEMANTIC_TEST = False
 
 
 def _add_batchformer_keys(cfg: CN) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.tiny_model import MASK2FORMER
 from helpers.trained_files import Run, write_run
 
 demo = load_script("demo/demo.py")
@@ -70,6 +71,14 @@ def test_a_folder_is_drawn(
     for line in lines:
         assert "segment" in line
         assert " s -> " in line
+
+
+def test_a_model_without_boxes_is_drawn(
+    tiny_panoptic_dataset: TinyPanopticDataset, images: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", tiny_panoptic_dataset, **MASK2FORMER)
+    assert call(run, "--input", images / "000.png", "--output", tmp_path / "drawn.png") == 0
+    assert np.asarray(Image.open(tmp_path / "drawn.png")).shape == (384, 512, 3)
 
 
 def test_globs_and_files_go_together_without_repetition(

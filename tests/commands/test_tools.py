@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.tiny_model import MASK2FORMER
 from helpers.trained_files import Run, write_run
 
 visualize_predictions = load_script("tools/visualize_predictions.py")
@@ -54,6 +55,25 @@ def test_predictions_stand_beside_input_and_ground_truth(
     assert abs(prediction - image).mean() > 5
     assert abs(prediction - truth).mean() > 5
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"are in {tmp_path}")
+
+
+def test_a_model_without_boxes_is_drawn_and_analysed(
+    tiny_panoptic_dataset: TinyPanopticDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = MASK2FORMER | {"MODEL__PANOPTIC__SEMANTIC_TEST": True}
+    run = write_run(tmp_path / "run", tiny_panoptic_dataset, **overrides)
+    config = ["--config-file", str(run.config_file)]
+    arguments = [*config, "--num", "2", "--output", str(tmp_path / "drawn")]
+    assert visualize_predictions.main([*arguments, *run.opts]) == 0
+    assert len(names(tmp_path / "drawn")) == 3
+    tasks = ["flop", "parameter", "activation", "structure", "speed"]
+    assert analyze_model.main([*config, "--num-inputs", "1", "--tasks", *tasks, *run.opts]) == 0
+    out = capsys.readouterr().out
+    assert "scaled_dot_product_attention" in section(out, "flop")
+    assert "transformer.pixel_decoder" in section(out, "parameter")
+    assert float(re.search(r"total (\S+) .*activations", section(out, "activation"))[1]) > 0
 
 
 def test_the_seed_decides_which_images_are_drawn(run: Run, tmp_path: Path) -> None:

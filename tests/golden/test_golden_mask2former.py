@@ -3,6 +3,14 @@
 import pytest
 import torch
 
+from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES, PanopticOptions
+from batchformer_panoptic.modeling.postprocessing.results import (
+    InferenceOptions,
+    needed_masks,
+    select_queries,
+    to_result,
+)
+from batchformer_panoptic.modeling.set_prediction.scoring import SoftmaxScoring
 from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget, TargetBatch
 from helpers.dense_masks import DenseMasks
 from helpers.golden_compare import OUTPUTS, assert_gradients, assert_matching, assert_near
@@ -91,3 +99,66 @@ def test_evaluation_is_the_plain_model():
     ours, theirs = predict(block), predict(plain)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.transformer.mask_features, theirs.transformer.mask_features)
+
+
+def results_of(case):
+    """All three results for recorded logits and masks, which have the size of the output."""
+    options = InferenceOptions(
+        tuple(CONFIG["thing_classes"]),
+        panoptic=PanopticOptions(
+            score_threshold=CONFIG["object_mask_threshold"],
+            overlap_threshold=CONFIG["overlap_threshold"],
+        ),
+        merge=MERGES["mask2former"],
+        max_instances=CONFIG["test_topk_per_image"],
+        instance_scoring="mask2former",
+        semantic=True,
+    )
+    decoded = SoftmaxScoring(CONFIG["classes"]).decode(case["logits"][None])
+    chosen = select_queries(decoded, options, has_masks=True)
+    size = tuple(case["masks"].shape[-2:])
+    return to_result(
+        chosen.of_image(0),
+        decoded.scores[0],
+        decoded.labels[0],
+        None,
+        case["masks"][needed_masks(chosen, options)[0]],
+        decoded.probabilities[0],
+        padded_size=size,
+        image_size=size,
+        output_size=size,
+        options=options,
+    )
+
+
+each_picture = pytest.mark.parametrize("case", GOLDEN["postprocess"])
+
+
+@each_picture
+def test_panoptic_inference(case):
+    segment_map, segments = results_of(case)["panoptic_seg"]
+    assert torch.equal(segment_map, case["panoptic_seg"])
+    keys = ("id", "isthing", "category_id")
+    ours = [tuple(s[key] for key in keys) for s in segments]
+    assert ours == [tuple(s[key] for key in keys) for s in case["segments_info"]]
+
+
+@each_picture
+def test_instance_inference(case):
+    found, recorded = results_of(case)["instances"], case["instances"]
+    # Published results are unsorted, and contain empty masks, which score 0.
+    order = recorded["scores"].argsort(descending=True)
+    order = order[recorded["mask_areas"][order] > 0]
+    assert_near(found.scores, recorded["scores"][order], 1e-5, "scores")
+    assert torch.equal(found.pred_classes, recorded["classes"][order])
+    assert torch.equal(found.pred_masks.flatten(1).sum(1), recorded["mask_areas"][order].long())
+    for mask, box in zip(found.pred_masks, found.pred_boxes.tensor, strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert box.tolist() == [float(edge) for edge in edges]
+
+
+@each_picture
+def test_semantic_inference(case):
+    semantic = results_of(case)["sem_seg"]
+    assert_near(semantic, case["semantic"].float(), 1e-3, "semantic")

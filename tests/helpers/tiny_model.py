@@ -13,6 +13,20 @@ from batchformer_panoptic import PanopticDETR, add_batchformer_panoptic_config
 NUM_THINGS = 2
 NUM_CLASSES = 4
 
+# Overrides of `tiny_cfg`: the transformer "mask2former" with its costs, losses and inference.
+MASK2FORMER: dict[str, Any] = {
+    "MODEL__DETR__TRANSFORMER_NAME": "mask2former",
+    "MODEL__DETR__COSTS": ["class_cost", "point_mask_cost"],
+    "MODEL__DETR__LOSSES": ["class_loss", "point_mask_loss"],
+    "MODEL__DETR__DEC_LAYERS": 3,  # one for each level
+    "MODEL__MASK_HEAD__NAME": "query_mask_head",
+    "MODEL__MASK2FORMER__MASK_DIM": 24,
+    "MODEL__MASK2FORMER__ENC_DIM_FEEDFORWARD": 40,
+    "MODEL__MASK2FORMER__NUM_POINTS": 64,
+    "MODEL__PANOPTIC__MERGE_TEST": "mask2former",
+    "MODEL__PANOPTIC__INSTANCE_SCORING_TEST": "mask2former",
+}
+
 
 def tiny_cfg(**overrides: Any) -> CfgNode:
     """A config of a tiny panoptic model; overrides are keys with dots written as ``__``."""

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,15 @@ from batchformer_panoptic.modeling.fast_inference import (
     fuse_conv_bn,
     model_for_evaluation,
 )
-from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
+from batchformer_panoptic.modeling.postprocessing.panoptic import MERGES
+from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_cfg, tiny_model, total
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(48, 64), (64, 56), (48, 64)]
-TRANSFORMERS = ["detr", "conditional", "smca", "deformable"]
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    name: {"MODEL__DETR__TRANSFORMER_NAME": name}
+    for name in ("detr", "conditional", "smca", "deformable")
+} | {"mask2former": MASK2FORMER}
 
 
 def batch_norms(model: nn.Module) -> list[str]:
@@ -35,13 +40,14 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 def network(model, inputs):
-    """Logits, boxes and the masks of all queries of one batch."""
+    """Logits, the masks of all queries of one batch and, if the model has them, boxes."""
     images = model.preprocess(inputs)
     features = model.backbone(images.tensor)
     predictions = model.predict(features, images.image_sizes, tuple(images.tensor.shape[-2:]))
     everything = torch.ones(predictions.logits.shape[1:3]).nonzero()
     masks = predictions.last_masks(everything[:, 0], everything[:, 1])
-    return predictions.logits, predictions.boxes, masks
+    boxes = [] if predictions.boxes is None else [predictions.boxes]
+    return [predictions.logits, masks, *boxes]
 
 
 def randomise(module: nn.Module) -> None:
@@ -59,7 +65,7 @@ def randomise(module: nn.Module) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
 def test_predictions_are_equal_up_to_rounding(name, norm):
-    model = tiny_model(MODEL__DETR__TRANSFORMER_NAME=name, MODEL__SMALL_RESNET__NORM=norm).eval()
+    model = tiny_model(**TRANSFORMERS[name], MODEL__SMALL_RESNET__NORM=norm).eval()
     randomise(model.backbone)
     fast = prepare_for_inference(model)
     assert batch_norms(model)
@@ -69,9 +75,16 @@ def test_predictions_are_equal_up_to_rounding(name, norm):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("merge", ["strongest", "published", "mask2former"])
-def test_segments_and_instances_are_identical_in_double_precision(merge):
-    model = tiny_model(MODEL__PANOPTIC__MERGE_TEST=merge, MODEL__DETR__SCORING="focal").eval()
+@pytest.mark.parametrize(
+    ("overrides", "merge"),
+    [
+        *(({"MODEL__DETR__SCORING": "focal"}, merge) for merge in MERGES),
+        (MASK2FORMER | {"MODEL__PANOPTIC__SEMANTIC_TEST": True}, "mask2former"),
+    ],
+    ids=[*MERGES, "transformer-mask2former"],
+)
+def test_segments_and_instances_are_identical_in_double_precision(overrides, merge):
+    model = tiny_model(**overrides | {"MODEL__PANOPTIC__MERGE_TEST": merge}).eval()
     model.double()
     inputs = random_inputs(SIZES)
     for fast, expected in zip(prepare_for_inference(model)(inputs), model(inputs), strict=True):
@@ -83,6 +96,8 @@ def test_segments_and_instances_are_identical_in_double_precision(merge):
         assert others or merge == "mask2former"
         assert torch.equal(fast["instances"].pred_masks, expected["instances"].pred_masks)
         assert torch.equal(fast["instances"].pred_classes, expected["instances"].pred_classes)
+        if "sem_seg" in expected:
+            torch.testing.assert_close(fast["sem_seg"], expected["sem_seg"])
 
 
 def test_the_original_is_unchanged():
@@ -214,6 +229,17 @@ def test_bfloat16_is_close_and_returns_float32():
     scores = [one["instances"].scores.sort().values for one in (ours, expected)]
     torch.testing.assert_close(*scores, atol=0.02, rtol=0.05)
     assert not torch.equal(*scores)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_without_boxes_too():
+    model = tiny_model(**MASK2FORMER, MODEL__PANOPTIC__SEMANTIC_TEST=True).eval()
+    inputs = random_inputs(SIZES[:2])
+    fast = prepare_for_inference(model, bfloat16=True)
+    for ours, expected in zip(fast(inputs), model(inputs), strict=True):
+        assert ours["instances"].scores.dtype == ours["sem_seg"].dtype == torch.float32
+        torch.testing.assert_close(ours["sem_seg"], expected["sem_seg"], atol=0.1, rtol=0.1)
+        assert not torch.equal(ours["sem_seg"], expected["sem_seg"])
 
 
 @pytest.mark.parametrize("frozen", [False, True])

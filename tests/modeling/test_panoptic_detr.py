@@ -7,8 +7,19 @@ import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 
 from batchformer_panoptic.errors import NonFiniteError, UserError
+from batchformer_panoptic.modeling import panoptic_detr
+from batchformer_panoptic.modeling.postprocessing import masks
+from batchformer_panoptic.modeling.postprocessing.results import ChosenQueries
 from batchformer_panoptic.modeling.transformer import build_transformer
-from helpers.tiny_model import NUM_THINGS, random_inputs, tiny_cfg, tiny_model, total
+from helpers.tiny_model import (
+    MASK2FORMER,
+    NUM_CLASSES,
+    NUM_THINGS,
+    random_inputs,
+    tiny_cfg,
+    tiny_model,
+    total,
+)
 
 SIZES = [(48, 64), (64, 56), (40, 40)]
 PLAIN = {"MODEL__BATCHFORMER__ENABLED": False}
@@ -17,9 +28,19 @@ TRANSFORMERS = [
     {"MODEL__DETR__TRANSFORMER_NAME": "detr"},
     {"MODEL__DETR__TRANSFORMER_NAME": "detr", "MODEL__DETR__PRE_NORM": True},
     {"MODEL__DETR__TRANSFORMER_NAME": "conditional", "MODEL__DETR__SCORING": "focal"},
+    MASK2FORMER,
 ]
-each_transformer = pytest.mark.parametrize(
-    "kind", TRANSFORMERS, ids=["detr", "pre_norm", "conditional"]
+NAMES = ["detr", "pre_norm", "conditional", "mask2former"]
+each_transformer = pytest.mark.parametrize("kind", TRANSFORMERS, ids=NAMES)
+each_transformer_with_boxes = pytest.mark.parametrize("kind", TRANSFORMERS[:-1], ids=NAMES[:-1])
+each_transformer_and_task = pytest.mark.parametrize(
+    ("kind", "mask_on"),
+    [
+        pytest.param(kind, mask_on, id=f"{name}-{'masks' if mask_on else 'boxes'}")
+        for kind, name in zip(TRANSFORMERS, NAMES, strict=True)
+        for mask_on in (True, False)
+        if mask_on or kind is not MASK2FORMER  # it predicts no boxes
+    ],
 )
 
 
@@ -57,8 +78,7 @@ def assert_same_results(results, others, *, pixels=0.0, **tolerance):
             ]
 
 
-@each_transformer
-@pytest.mark.parametrize("mask_on", [True, False])
+@each_transformer_and_task
 def test_evaluation_is_that_of_the_plain_model_bit_for_bit(mask_on, kind):
     with_block, plain = pair_of_models(**kind, MODEL__MASK_ON=mask_on)
     with_block.eval(), plain.eval()
@@ -66,11 +86,13 @@ def test_evaluation_is_that_of_the_plain_model_bit_for_bit(mask_on, kind):
     assert_same_results(with_block(inputs), plain(inputs), rtol=0, atol=0)
     a, b = predictions(with_block), predictions(plain)
     assert torch.equal(a.logits, b.logits)
-    assert torch.equal(a.boxes, b.boxes)
+    assert (a.boxes is None) == (kind is MASK2FORMER)
+    assert a.boxes is None or torch.equal(a.boxes, b.boxes)
 
 
-def test_evaluation_costs_what_the_plain_model_costs():
-    with_block, plain = pair_of_models()
+@each_transformer
+def test_evaluation_costs_what_the_plain_model_costs(kind):
+    with_block, plain = pair_of_models(**kind)
     counts = []
     for model in (with_block, plain):
         analysis = FlopCountAnalysis(model.eval(), random_inputs([(48, 64)]))
@@ -91,8 +113,9 @@ def test_original_stream_is_the_plain_model_in_training(insert_layers, kind):
     assert not torch.allclose(other.transpose(0, 1), b.logits, atol=1e-3)
 
 
-def test_original_stream_ignores_its_neighbours_and_the_other_does_not():
-    model = tiny_model(**BLOCK, MODEL__SMALL_RESNET__NORM="").train()
+@each_transformer
+def test_original_stream_ignores_its_neighbours_and_the_other_does_not(kind):
+    model = tiny_model(**BLOCK, **kind, MODEL__SMALL_RESNET__NORM="").train()
     inputs = random_inputs([(48, 64), (48, 64)])
     changed = copy.deepcopy(inputs)
     changed[1]["image"] = 255 - changed[1]["image"]
@@ -108,6 +131,21 @@ def test_original_stream_ignores_its_neighbours_and_the_other_does_not():
 
 
 @each_transformer
+@pytest.mark.parametrize(("sizes", "is_padded"), [([(64, 64)] * 2, False), (SIZES[:2], True)])
+def test_the_batch_attention_excludes_padding_if_asked_for(kind, sizes, is_padded):
+    losses = []
+    for mask_padding in (False, True):
+        block = BLOCK | {"MODEL__BATCHFORMER__MASK_PADDING": mask_padding}
+        model = tiny_model(**block, **kind).train()
+        torch.manual_seed(1)
+        losses.append(model(random_inputs(sizes)))
+    for name, value in losses[0].items():
+        if name.endswith("/original") or not is_padded:
+            torch.testing.assert_close(value, losses[1][name])
+    assert torch.equal(total(losses[0]), total(losses[1])) != is_padded
+
+
+@each_transformer
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
 def test_results_do_not_depend_on_batch_mates(overrides, kind):
     model = tiny_model(**kind, **overrides).eval()
@@ -119,7 +157,7 @@ def test_results_do_not_depend_on_batch_mates(overrides, kind):
     assert_same_results(permuted, [single[i] for i in order], rtol=1e-4, atol=1e-5, pixels=0.02)
 
 
-@each_transformer
+@each_transformer_with_boxes
 def test_padding_changes_nothing_from_features_on(kind):
     model = tiny_model(**kind).eval()
     features = {name: torch.randn(1, c, *s) for name, c, s in _feature_shapes((64, 64))}
@@ -153,9 +191,8 @@ def test_padded_batches_stay_close_when_asked_for():
         assert together["panoptic_seg"][0].shape == (one["height"], one["width"])
 
 
-@each_transformer
+@each_transformer_and_task
 @pytest.mark.parametrize("overrides", [PLAIN, BLOCK])
-@pytest.mark.parametrize("mask_on", [True, False])
 def test_every_parameter_gets_a_finite_gradient(overrides, mask_on, kind):
     model = tiny_model(**kind, **overrides, MODEL__MASK_ON=mask_on).train()
     losses = model(random_inputs(SIZES))
@@ -179,6 +216,17 @@ def test_images_without_objects_train(counts, kind):
         assert parameter.grad.isfinite().all(), name
 
 
+@each_transformer
+@pytest.mark.parametrize("counts", [[9, 1], [40, 25], [0, 12]])
+def test_more_objects_than_queries_train(counts, kind):
+    model = tiny_model(**BLOCK, **kind).train()
+    losses = model(random_inputs([(48, 64), (40, 60)], counts))
+    assert all(value.isfinite() for value in losses.values())
+    total(losses).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
 def test_loss_names_say_their_stream():
     terms = ["ce", "bbox", "giou", "mask", "dice", "ce_0", "bbox_0", "giou_0"]
     plain = tiny_model(**PLAIN).train()(random_inputs(SIZES))
@@ -193,6 +241,16 @@ def test_original_stream_carries_half_of_the_plain_loss():
     single = plain.train()(random_inputs(SIZES))
     for name, value in single.items():
         torch.testing.assert_close(2 * both[f"{name}/original"], value)
+
+
+def test_the_prediction_before_the_first_layer_is_supervised_as_well():
+    losses = tiny_model(**MASK2FORMER).train()(random_inputs(SIZES))
+    expected = {f"loss_{t}{s}" for t in ("ce", "mask", "dice") for s in ("", "_0", "_1", "_2")}
+    assert set(losses) == expected
+    alone = {**MASK2FORMER, "MODEL__DETR__DEEP_SUPERVISION": False}
+    losses = tiny_model(**alone).train()(random_inputs(SIZES))
+    assert set(losses) == {"loss_ce", "loss_mask", "loss_dice"}
+    total(losses).backward()
 
 
 def test_metrics_come_with_the_losses_and_are_detached():
@@ -237,6 +295,53 @@ def test_results_cover_things_and_the_output_size():
     assert (instances.pred_boxes.tensor[:, 2] <= 120).all()
 
 
+@pytest.mark.parametrize("kind", [{}, MASK2FORMER], ids=["detr", "mask2former"])
+def test_semantic_maps_add_nothing_to_the_other_results(kind):
+    inputs = random_inputs([(48, 64), (40, 40)])
+    inputs[0]["height"], inputs[0]["width"] = 96, 120
+    plain = tiny_model(**kind).eval()(inputs)
+    results = tiny_model(**kind, MODEL__PANOPTIC__SEMANTIC_TEST=True).eval()(inputs)
+    assert_same_results(results, plain, rtol=0, atol=0)
+    for one, size in zip(results, [(96, 120), (40, 40)], strict=True):
+        assert one["sem_seg"].shape == (NUM_CLASSES, *size)
+        assert one["sem_seg"].dtype == torch.float32
+        assert (one["sem_seg"] >= 0).all()
+    assert not any("sem_seg" in one for one in plain)
+
+
+def test_semantic_maps_are_all_that_is_returned_where_nothing_scores_enough():
+    strict = {"SCORE_THRESHOLD_TEST": 1.0, "INSTANCE_SCORE_THRESHOLD_TEST": 1.0}
+    overrides = {f"MODEL__PANOPTIC__{key}": value for key, value in strict.items()}
+    model = tiny_model(**MASK2FORMER, **overrides, MODEL__PANOPTIC__SEMANTIC_TEST=True).eval()
+    for result in model(random_inputs(SIZES)):
+        assert len(result["instances"]) == len(result["instances"].pred_masks) == 0
+        assert not result["panoptic_seg"][0].any()
+        assert result["panoptic_seg"][1] == []
+        assert result["sem_seg"].sum() > 0
+
+
+@pytest.mark.parametrize("kind", [{}, MASK2FORMER], ids=["detr", "mask2former"])
+def test_only_masks_of_kept_queries_are_enlarged(kind, monkeypatch):
+    model, enlarged = tiny_model(**kind).eval(), []
+    resize, select = masks._resize, panoptic_detr.select_queries
+
+    def watched_resize(maps, size):
+        enlarged.append(len(maps))
+        return resize(maps, size)
+
+    def select_two(*args):
+        """Of 6 queries, one is a segment and another one an instance."""
+        _, detections = select(*args)
+        segments = torch.arange(6)[None] == 1
+        return ChosenQueries(segments, detections._replace(valid=detections.query == 4))
+
+    monkeypatch.setattr(masks, "_resize", watched_resize)
+    monkeypatch.setattr(panoptic_detr, "select_queries", select_two)
+    (result,) = model(random_inputs([(48, 64)]))
+    assert set(enlarged) == {2}
+    assert len(result["instances"]) > 0
+
+
 def test_inputs_are_not_touched():
     inputs = random_inputs(SIZES)
     before = copy.deepcopy(inputs)
@@ -261,6 +366,14 @@ def test_nan_in_the_network_names_the_images():
     [
         ({"MODEL__DETR__TRANSFORMER_NAME": "detrr"}, "'detrr'; known: .*detr"),
         ({"MODEL__DETR__IN_FEATURE": "res6"}, "'res6', but the backbone returns res2"),
+        (
+            {**MASK2FORMER, "MODEL__MASK2FORMER__IN_FEATURES": ["res2", "res7"]},
+            r"MASK2FORMER\.IN_FEATURES is .*'res7'.*returns res2",
+        ),
+        (
+            {**MASK2FORMER, "MODEL__MASK2FORMER__IN_FEATURES": ["res2"]},
+            r"name at least two maps",
+        ),
         ({"MODEL__BATCHFORMER__INSERT_LAYERS": [2], **BLOCK}, r"\[2\].*from 0 to 1"),
     ],
 )
@@ -312,6 +425,38 @@ def test_semantic_head_helps_training_and_is_absent_from_evaluation():
     total(losses).backward()
     for name, parameter in with_head.semantic_head.named_parameters():
         assert parameter.grad.abs().amax() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({**MASK2FORMER, "MODEL__MASK_ON": False}, r"mask2former predicts no boxes: set .*MASK_ON"),
+        ({"MODEL__MASK_HEAD__NAME": "query_mask_head"}, r"TRANSFORMER_NAME detr does not return"),
+        (
+            {**MASK2FORMER, "MODEL__MASK_HEAD__NAME": "detr_mask_head"},
+            r"'point_mask_cost', but this model predicts no mask embeddings.*MASK_HEAD\.NAME",
+        ),
+        (
+            {**MASK2FORMER, "MODEL__DETR__COSTS": ["class_cost", "box_l1_cost"]},
+            r"'box_l1_cost', but this model predicts no boxes",
+        ),
+        ({**MASK2FORMER, "MODEL__MASK_HEAD__FREEZE_DETR": True}, r"no weights: set it to False"),
+        ({**MASK2FORMER, "MODEL__MASK2FORMER__NUM_POINTS": 0}, "NUM_POINTS is 0; .*at least 1"),
+        ({**MASK2FORMER, "MODEL__MASK2FORMER__OVERSAMPLE_RATIO": 0.5}, "RATIO is 0.5; .*least 1"),
+        (
+            {**MASK2FORMER, "MODEL__MASK2FORMER__IMPORTANCE_SAMPLE_RATIO": 1.5},
+            "IMPORTANCE_SAMPLE_RATIO is 1.5; it must be from 0 to 1",
+        ),
+        ({"MODEL__PANOPTIC__INSTANCE_SCORING_TEST": "coco"}, r"'coco'; known: detr, mask2former"),
+        (
+            {"MODEL__PANOPTIC__SEMANTIC_TEST": True, "MODEL__MASK_ON": False},
+            r"SEMANTIC_TEST is True, which needs masks: set it to False, or MODEL\.MASK_ON True",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_explained(overrides, message):
+    with pytest.raises(UserError, match=message):
+        tiny_model(**overrides)
 
 
 def test_semantic_head_needs_masks():

@@ -11,7 +11,8 @@ _MASK_HEAD = "mask_head."
 _CLASS_HEADS = re.compile(
     r"box_head\.(layers\.\d+\.)?class_embed\.|semantic_head\.|vit\.model\.head\."
 )
-_QUERIES = "query_embed"
+# Parameters with one row per query: positions, and the contents that some decoders learn.
+_QUERIES = ("query_embed", "query_feat")
 
 
 class Mismatch(NamedTuple):
@@ -67,7 +68,7 @@ def _remedy_for_shapes(mismatch: Mismatch, path: str, *, training: bool) -> str:
         if training:
             return f"It was trained on other classes: {start_from(path)}"
         return "It was trained on other classes: use the data set of its training"
-    if all(_QUERIES in name for name in names):
+    if all(any(part in name for part in _QUERIES) for name in names):
         queries = mismatch.wrong_shape[0][1][:1]
         if all(theirs[:1] == queries for _, theirs, _ in mismatch.wrong_shape):
             return f"It has {queries[0]} queries: set MODEL.DETR.NUM_OBJECT_QUERIES {queries[0]}"

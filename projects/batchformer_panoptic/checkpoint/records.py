@@ -132,6 +132,10 @@ def _has_smca(cfg: CfgNode) -> bool:
     return str(cfg.MODEL.DETR.TRANSFORMER_NAME).startswith("smca")
 
 
+def _has_mask2former(cfg: CfgNode) -> bool:
+    return _has_queries(cfg) and bool(cfg.MODEL.DETR.TRANSFORMER_NAME == "mask2former")
+
+
 def _has_block(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.BATCHFORMER.ENABLED)
 
@@ -149,6 +153,7 @@ _KEPT = (
     _Kept("MODEL.DETR.PRE_NORM", _has_queries),
     _Kept("MODEL.DETR.SCORING", _has_queries),
     _Kept("MODEL.SMCA.SMOOTH", _has_smca),
+    _Kept("MODEL.MASK2FORMER.IN_FEATURES", _has_mask2former),
     _Kept("MODEL.BATCHFORMER.NUM_HEADS", _has_block),
     _Kept("MODEL.CLASSIFIER.NAME", _classifies),
     _Kept("MODEL.CLASSIFIER.TIMM_KWARGS", _classifies),
@@ -168,6 +173,7 @@ class SettingsRecord:
       position of the layer norms;
     * the scoring (K classes with "no object" have as many logits as K + 1 without);
     * the divisor of SMCA's distances, to which the learned Gaussians are relative;
+    * the maps that Mask2Former reads (those of some backbones have equal channels);
     * the number of heads of the BatchFormer block;
     * the name of a classifier and the arguments of its timm model.
 

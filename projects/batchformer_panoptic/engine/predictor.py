@@ -38,6 +38,7 @@ def configure_for_drawing(cfg: CfgNode, score_threshold: float | None = None) ->
         raise UserError(f"the confidence threshold is {score_threshold}: give one from 0 to 1")
     node = cfg.MODEL.PANOPTIC
     node.INSTANCES_TEST = not cfg.MODEL.MASK_ON
+    node.SEMANTIC_TEST = False
     if score_threshold is not None:
         node.SCORE_THRESHOLD_TEST = score_threshold
     if not cfg.MODEL.MASK_ON:

@@ -1,4 +1,4 @@
-"""Panoptic quality, average precision, and the accuracy of classification."""
+"""Panoptic quality, average precision, mean IoU, and the accuracy of classification."""
 
 from .build import EVALUATOR_FACTORIES, build_evaluator, main_metric
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
@@ -9,6 +9,7 @@ from .panoptic_evaluator import (
     PanopticQuality,
 )
 from .panoptic_quality import Segments, image_pq_counts
+from .semantic_evaluator import SemanticEvaluator
 from .top_k import TopKEvaluator
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PanopticEvaluator",
     "PanopticQuality",
     "Segments",
+    "SemanticEvaluator",
     "ThingAPEvaluator",
     "TopKEvaluator",
     "build_box_evaluator",

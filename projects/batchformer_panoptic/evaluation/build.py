@@ -10,6 +10,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from ..errors import UserError
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
 from .panoptic_evaluator import PanopticEvaluator
+from .semantic_evaluator import SemanticEvaluator
 from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     """Build the evaluators that fit a registered data set and the model's outputs.
 
     Args:
-        cfg: ``MODEL.MASK_ON`` (whether the model predicts masks) and
-            ``MODEL.PANOPTIC.INSTANCES_TEST`` (whether it also returns instances) are read.
+        cfg: ``MODEL.MASK_ON`` (whether the model predicts masks), and
+            ``MODEL.PANOPTIC.INSTANCES_TEST`` and ``SEMANTIC_TEST`` (whether it also returns
+            instances and class scores of pixels) are read.
         dataset_name: a registered data set; its metadata ``evaluator_type`` selects the evaluators:
-            "coco_panoptic_seg" (panoptic quality, and AP for things; AP of boxes only without
-            masks), "coco" (AP) or "classification" (top-1 and top-5).
+            "coco_panoptic_seg" (panoptic quality, AP for things and mean IoU; AP of boxes only
+            without masks), "coco" (AP) or "classification" (top-1 and top-5).
         output_dir: folder for result files and annotations made for the evaluation.
 
     Raises:
@@ -50,6 +52,8 @@ def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> Da
     evaluators: list[DatasetEvaluator] = []
     if cfg.MODEL.MASK_ON:
         evaluators.append(PanopticEvaluator(dataset_name, output_dir))
+    if cfg.MODEL.MASK_ON and cfg.MODEL.PANOPTIC.SEMANTIC_TEST:
+        evaluators.append(SemanticEvaluator(dataset_name))
     if cfg.MODEL.MASK_ON and not cfg.MODEL.PANOPTIC.INSTANCES_TEST:
         logger.info("MODEL.PANOPTIC.INSTANCES_TEST is False: AP is not measured")
     elif MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:

@@ -46,6 +46,8 @@ LOSS_REGISTRY.__doc__ = """
 Losses, found by ``MODEL.DETR.LOSSES``: functions ``(cfg, scoring) -> LossTerm``.
 """
 
+ALL_PREDICTIONS = frozenset({"boxes", "masks", "mask embeddings"})
+
 
 def build_scoring_from_config(cfg: CfgNode) -> Scoring:
     """The scoring of ``MODEL.DETR.SCORING`` for ``MODEL.DETR.NUM_CLASSES`` classes."""
@@ -94,10 +96,22 @@ def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Sema
     )
 
 
-def build_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """The mask head that ``MODEL.MASK_HEAD.NAME`` names."""
+def build_mask_head(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], transformer: Transformer
+) -> nn.Module:
+    """The mask head that ``MODEL.MASK_HEAD.NAME`` names.
+
+    Raises:
+        UserError: an unknown name, or a head that needs another transformer.
+    """
     build = _find(MASK_HEAD_REGISTRY, "MODEL.MASK_HEAD.NAME", cfg.MODEL.MASK_HEAD.NAME)
     head: nn.Module = build(cfg, input_shape)
+    if isinstance(head, QueryMaskHead) and not transformer.embeds_masks:
+        raise UserError(
+            "MODEL.MASK_HEAD.NAME query_mask_head needs mask embeddings, which "
+            f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} does not return: set "
+            "it to detr_mask_head, or the transformer to mask2former"
+        )
     return head
 
 
@@ -125,19 +139,34 @@ def detr_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> MaskHead:
 
 @MASK_HEAD_REGISTRY.register()
 def query_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> QueryMaskHead:
-    """Masks as products of queries and pixels, for transformers that embed both."""
+    """Masks as products of queries and pixels, for transformers that embed both.
+
+    Raises:
+        UserError: settings that act on the weights of a mask head, which this one does not have.
+    """
+    if "mask_head" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
+        raise UserError(
+            "MODEL.ACTIVATION_CHECKPOINTING names 'mask_head', but query_mask_head has nothing to "
+            "compute again: remove it"
+        )
+    if cfg.MODEL.MASK_HEAD.FREEZE_DETR:
+        raise UserError(
+            "MODEL.MASK_HEAD.FREEZE_DETR trains the mask head only, and query_mask_head has no "
+            "weights: set it to False"
+        )
     return QueryMaskHead()
 
 
 def build_matcher(
-    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = frozenset({"boxes", "masks"})
+    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = ALL_PREDICTIONS
 ) -> HungarianMatcher:
     """The matcher with the cost terms that ``MODEL.DETR.COSTS`` names.
 
     Args:
         cfg: the whole config.
         scoring: of the class logits.
-        available: the predictions of the model besides classes, "boxes" and "masks".
+        available: the predictions of the model besides classes: "boxes", "masks", and "mask
+            embeddings" where masks are products of these with per-pixel features.
     """
     names = cfg.MODEL.DETR.COSTS
     if not names:
@@ -147,7 +176,7 @@ def build_matcher(
 
 
 def build_criterion(
-    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = frozenset({"boxes", "masks"})
+    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = ALL_PREDICTIONS
 ) -> SetCriterion:
     """The criterion with the losses that ``MODEL.DETR.LOSSES`` names.
 
@@ -156,7 +185,8 @@ def build_criterion(
     Args:
         cfg: the whole config.
         scoring: of the class logits.
-        available: the predictions of the model besides classes, "boxes" and "masks".
+        available: the predictions of the model besides classes: "boxes", "masks", and "mask
+            embeddings" where masks are products of these with per-pixel features.
     """
     names = [name for name in cfg.MODEL.DETR.LOSSES if name != "mask_loss" or cfg.MODEL.MASK_ON]
     losses: list[LossTerm] = _terms(LOSS_REGISTRY, "LOSSES", names, cfg, scoring, available)
@@ -219,7 +249,7 @@ def mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
 @COST_REGISTRY.register()
 def point_mask_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
     """Cost of masks at random points, as ``MODEL.MASK2FORMER`` describes it."""
-    node = cfg.MODEL.MASK2FORMER
+    node = _checked_points(cfg.MODEL.MASK2FORMER)
     return PointMaskCost(
         mask_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, num_points=node.NUM_POINTS
     )
@@ -228,7 +258,7 @@ def point_mask_cost(cfg: CfgNode, scoring: Scoring) -> CostTerm:
 @LOSS_REGISTRY.register()
 def point_mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
     """Losses of masks at uncertain points, as ``MODEL.MASK2FORMER`` describes them."""
-    node = cfg.MODEL.MASK2FORMER
+    node = _checked_points(cfg.MODEL.MASK2FORMER)
     return PointMaskLoss(
         mask_weight=node.MASK_WEIGHT,
         dice_weight=node.DICE_WEIGHT,
@@ -236,6 +266,22 @@ def point_mask_loss(cfg: CfgNode, scoring: Scoring) -> LossTerm:
         oversample_ratio=node.OVERSAMPLE_RATIO,
         importance_ratio=node.IMPORTANCE_SAMPLE_RATIO,
     )
+
+
+def _checked_points(node: CfgNode) -> CfgNode:
+    """Return the node, or raise UserError for numbers of points out of range."""
+    if node.NUM_POINTS < 1:
+        raise UserError(f"MODEL.MASK2FORMER.NUM_POINTS is {node.NUM_POINTS}; it must be at least 1")
+    if node.OVERSAMPLE_RATIO < 1:
+        raise UserError(
+            f"MODEL.MASK2FORMER.OVERSAMPLE_RATIO is {node.OVERSAMPLE_RATIO}; it must be at least 1"
+        )
+    if not 0 <= node.IMPORTANCE_SAMPLE_RATIO <= 1:
+        raise UserError(
+            f"MODEL.MASK2FORMER.IMPORTANCE_SAMPLE_RATIO is {node.IMPORTANCE_SAMPLE_RATIO}; it must "
+            "be from 0 to 1"
+        )
+    return node
 
 
 def _terms(
@@ -255,7 +301,8 @@ def _terms(
         if missing:
             raise UserError(
                 f"MODEL.DETR.{key} names {name!r}, but this model predicts no {missing[0]}; "
-                "remove it, or choose another MODEL.DETR.TRANSFORMER_NAME or MODEL.MASK_ON"
+                "remove it, or choose another MODEL.DETR.TRANSFORMER_NAME, MODEL.MASK_ON or "
+                "MODEL.MASK_HEAD.NAME"
             )
     return terms
 

@@ -27,7 +27,13 @@ from .build import (
     build_semantic_head,
 )
 from .padding import BatchPadding
-from .postprocessing.results import InferenceOptions, on_host, select_queries, to_result
+from .postprocessing.results import (
+    InferenceOptions,
+    needed_masks,
+    on_host,
+    select_queries,
+    to_result,
+)
 from .set_prediction.criterion import SetCriterion, count_objects, matching_metrics
 from .set_prediction.mask_losses import pixel_class_loss
 from .set_prediction.matcher import HungarianMatcher
@@ -102,7 +108,9 @@ class PanopticDETR(nn.Module):
         if freeze_detr and mask_head is None:
             raise ValueError("freeze_detr trains the mask head only, and there is no mask head")
         self.backbone = backbone
-        self._backbone_divisibility = int(getattr(backbone, "size_divisibility", 0))
+        self._size_divisibility = max(
+            int(getattr(part, "size_divisibility", 0)) for part in (backbone, transformer)
+        )
         self.transformer = transformer
         self.box_head = box_head
         self.mask_head = mask_head
@@ -135,13 +143,24 @@ class PanopticDETR(nn.Module):
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         transformer = build_transformer(cfg, shapes)
-        predicted = {"boxes": transformer.predicts_boxes, "masks": cfg.MODEL.MASK_ON}
+        if not transformer.predicts_boxes and not cfg.MODEL.MASK_ON:
+            raise UserError(
+                f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} predicts no boxes: "
+                "set MODEL.MASK_ON True"
+            )
+        box_head = build_prediction_head(cfg, scoring, transformer)
+        mask_head = build_mask_head(cfg, shapes, transformer) if cfg.MODEL.MASK_ON else None
+        predicted = {
+            "boxes": transformer.predicts_boxes,
+            "masks": mask_head is not None,
+            "mask embeddings": getattr(mask_head, "embeds_masks", False),
+        }
         available = frozenset(name for name, is_there in predicted.items() if is_there)
         return {
             "backbone": backbone,
             "transformer": transformer,
-            "box_head": build_prediction_head(cfg, scoring, transformer),
-            "mask_head": build_mask_head(cfg, shapes) if cfg.MODEL.MASK_ON else None,
+            "box_head": box_head,
+            "mask_head": mask_head,
             "scoring": scoring,
             "matcher": build_matcher(cfg, scoring, available),
             "criterion": build_criterion(cfg, scoring, available),
@@ -186,7 +205,8 @@ class PanopticDETR(nn.Module):
         Returns:
             In training :class:`Losses`, a dict of 0-d losses whose sum is the objective. In
             evaluation a list of dicts with ``instances`` and, given a mask head, ``panoptic_seg``:
-            an int32 map at the output size (0 is void) and its segments.
+            an int32 map at the output size (0 is void) and its segments. With
+            ``MODEL.PANOPTIC.SEMANTIC_TEST`` also ``sem_seg``: (K, H, W) float32 class scores.
 
         Raises:
             NonFiniteError: the matching cost is not finite; the message names the images.
@@ -217,7 +237,7 @@ class PanopticDETR(nn.Module):
         images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
-            max(self._backbone_divisibility, self.transformer.size_divisibility),
+            self._size_divisibility,
         )
 
     def predict(
@@ -308,10 +328,11 @@ class PanopticDETR(nn.Module):
             decoded.labels,
         )
         masks = None
+        needed = needed_masks(chosen, self.inference_options)
         if predictions.masks is not None:
-            wanted = chosen.any_use.nonzero().to(self.device, non_blocking=True)
+            wanted = needed.nonzero().to(self.device, non_blocking=True)
             masks = predictions.last_masks(wanted[:, 0], wanted[:, 1])
-        counts = chosen.any_use.sum(-1).tolist()
+        counts = needed.sum(-1).tolist()
         per_image_masks = [None] * len(counts) if masks is None else masks.split(counts)
         return [
             to_result(
@@ -320,6 +341,7 @@ class PanopticDETR(nn.Module):
                 labels[i],
                 None if predictions.boxes is None else predictions.boxes[-1, i],
                 per_image_masks[i],
+                decoded.probabilities[i],
                 padded_size=_spatial_size(images.tensor),
                 image_size=images.image_sizes[i],
                 output_size=_output_size(inputs, images.image_sizes[i]),

@@ -1,14 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import BitMasks
 from PIL import Image
 from torch.nn import functional as F
 
 from batchformer_panoptic.modeling.postprocessing.masks import (
     ImageMasks,
     boxes_to_pixels,
+    mask_boxes,
+    mask_scores,
     resize_map,
+    semantic_map,
 )
+from helpers.commands import load_script
 
 
 def test_padding_is_cropped_before_resizing():
@@ -55,6 +60,51 @@ def test_perfect_masks_survive_the_resizing():
     out = ImageMasks(logits, **sizes).at_output_size() > 0
     both = (out & (truth > 0)).sum() / (out | (truth > 0)).sum()
     assert both > 0.95
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 40])
+def test_a_semantic_map_is_the_sum_over_queries(count):
+    sizes = {"padded_size": (32, 48), "image_size": (30, 40), "output_size": (45, 60)}
+    masks, probabilities = ImageMasks(torch.randn(count, 8, 12), **sizes), torch.rand(count, 5)
+    found = semantic_map(masks, probabilities)
+    expected = torch.einsum("qc,qhw->chw", probabilities, masks.at_output_size().sigmoid())
+    torch.testing.assert_close(found, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(semantic_map(masks, probabilities), found)
+
+
+def test_memory_of_a_semantic_map_does_not_grow_with_the_queries():
+    peak_bytes = load_script("benchmarks/measure.py").peak_bytes
+    sizes = {"padded_size": (256, 256), "image_size": (256, 256), "output_size": (256, 256)}
+    peaks = [
+        peak_bytes(
+            lambda count=count: semantic_map(
+                ImageMasks(torch.randn(count, 64, 64), **sizes), torch.rand(count, 5)
+            )
+        )
+        for count in (32, 128)
+    ]
+    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 70 * 256**2 * 4  # of 128 masks and more
+
+
+def test_the_score_of_a_mask_is_its_mean_probability_inside():
+    masks = torch.randn(20, 6, 7)
+    masks[3] = -1
+    expected = [m[m > 0].sigmoid().mean() if (m > 0).any() else torch.tensor(0.0) for m in masks]
+    torch.testing.assert_close(mask_scores(masks), torch.stack(expected))
+    assert mask_scores(masks[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_boxes_of_masks_are_those_of_detectron2(count):
+    masks = torch.rand(count, 9, 13) > torch.linspace(0.9, 1, count)[:, None, None]
+    masks[:1] = True
+    masks[1:2] = False
+    boxes = mask_boxes(masks)
+    assert torch.equal(boxes, BitMasks(masks).get_bounding_boxes().tensor)
+    assert boxes.shape == (count, 4)
+    assert count < 30 or not masks.flatten(1).any(1).all()
 
 
 def test_maps_are_resized_as_pillow_does():

@@ -6,8 +6,12 @@ from torch import Tensor
 
 from batchformer_panoptic.modeling.postprocessing.results import (
     ChosenQueries,
+    InferenceOptions,
     best_detections,
+    needed_masks,
     on_host,
+    select_queries,
+    to_result,
 )
 from batchformer_panoptic.modeling.set_prediction.scoring import FocalScoring, SoftmaxScoring
 
@@ -76,6 +80,68 @@ def test_a_query_that_only_knows_stuff_is_not_a_thing_by_its_second_best_class()
     scores = SoftmaxScoring(CLASSES).decode(logits).class_scores
     assert found(scores, [1, 2, 3]) == [[]]
     assert [pair[:2] for pair in found(scores, [0])[0]] == [(0, 0)]
+
+
+def test_pairs_of_any_class_take_part_in_the_ranking() -> None:
+    """``instance_inference`` of Mask2Former as a loop: the best pairs, then the things."""
+    logits = torch.randn(3, QUERIES, CLASSES + 1)
+    decoded = SoftmaxScoring(CLASSES).decode(logits)
+    detections = best_detections(
+        decoded.probabilities, [0, 2], max_detections=9, among_all_classes=True
+    )
+    for image, scores in enumerate(logits.softmax(-1)[..., :-1]):
+        pairs = [(scores[q, c].item(), q, c) for q in range(QUERIES) for c in range(CLASSES)]
+        expected = [pair for pair in sorted(pairs, reverse=True)[:9] if pair[2] in (0, 2)]
+        mine = detections.of_image(image)
+        columns = (mine.scores.tolist(), mine.query.tolist(), mine.labels.tolist())
+        assert list(zip(*columns, strict=True)) == expected
+        assert 0 < len(expected) < 9
+
+
+def test_probabilities_are_those_of_the_classes() -> None:
+    logits = torch.randn(2, QUERIES, CLASSES + 1)
+    probabilities = SoftmaxScoring(CLASSES).decode(logits).probabilities
+    assert torch.equal(probabilities, logits.softmax(-1)[..., :-1])
+    decoded = FocalScoring(CLASSES).decode(logits[..., :-1])
+    assert torch.equal(decoded.probabilities, logits[..., :-1].sigmoid())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_instances_are_sorted_by_class_score_times_mask_score(threshold: float) -> None:
+    options = InferenceOptions(
+        (0, 1), instance_scoring="mask2former", instance_score_threshold=threshold
+    )
+    decoded = SoftmaxScoring(CLASSES).decode(3 * torch.randn(1, QUERIES, CLASSES + 1))
+    chosen = select_queries(decoded, options, has_masks=True)
+    masks = torch.randn(QUERIES, 8, 8)
+    masks[2] = -1.0  # empty
+    size = (8, 8)
+    result = to_result(
+        chosen.of_image(0),
+        decoded.scores[0],
+        decoded.labels[0],
+        None,
+        masks[needed_masks(chosen, options)[0]],
+        padded_size=size,
+        image_size=size,
+        output_size=size,
+        options=options,
+    )
+    expected = []
+    for query in range(QUERIES):
+        inside = masks[query][masks[query] > 0]
+        quality = inside.sigmoid().mean().item() if len(inside) else 0.0
+        for label in (0, 1):
+            score = decoded.probabilities[0, query, label].item() * quality
+            if score > threshold:
+                expected.append((score, label, len(inside)))
+    expected.sort(reverse=True)
+    instances = result["instances"]
+    assert instances.scores.tolist() == pytest.approx([row[0] for row in expected])
+    assert instances.pred_classes.tolist() == [row[1] for row in expected]
+    areas = instances.pred_masks.flatten(1).sum(1).tolist()
+    assert areas == [row[2] for row in expected]
+    assert len(expected) > 1
 
 
 def test_what_goes_to_the_host_in_one_transfer_arrives_as_it_was() -> None:

@@ -1,35 +1,37 @@
 """Activation checkpointing does not change losses and gradients, and needs support of a part."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 from batchformer_panoptic.errors import UserError
-from helpers.tiny_model import random_inputs, tiny_model, total
+from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model, total
 
 PARTS = ["backbone", "encoder", "decoder", "mask_head"]
 SIZES = [(64, 64), (48, 64)]
 
 
 def losses_gradients_and_calls(parts, name):
-    model = tiny_model(
-        MODEL__ACTIVATION_CHECKPOINTING=parts,
-        MODEL__SMALL_RESNET__NORM="GN",
-        MODEL__SMALL_RESNET__STEM_CHANNELS=32,
-        MODEL__SMALL_RESNET__STAGE_CHANNELS=[32, 64, 96, 128],
-        MODEL__DETR__TRANSFORMER_NAME=name,
-        MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],
-        MODEL__DETR__DROPOUT=0.2,
-        MODEL__BATCHFORMER__ENABLED=True,
-        MODEL__BATCHFORMER__DROPOUT=0.5,
-    ).train()
+    overrides = {
+        "MODEL__ACTIVATION_CHECKPOINTING": parts,
+        "MODEL__SMALL_RESNET__NORM": "GN",
+        "MODEL__SMALL_RESNET__STEM_CHANNELS": 32,
+        "MODEL__SMALL_RESNET__STAGE_CHANNELS": [32, 64, 96, 128],
+        "MODEL__DETR__TRANSFORMER_NAME": name,
+        "MODEL__SMALL_RESNET__STAGE_STRIDES": [1, 2, 2, 2 if name == "smca_multiscale" else 1],
+        "MODEL__DETR__DROPOUT": 0.2,
+        "MODEL__BATCHFORMER__ENABLED": True,
+        "MODEL__BATCHFORMER__DROPOUT": 0.5,
+    }
+    model = tiny_model(**overrides | (MASK2FORMER if name == "mask2former" else {})).train()
     calls = dict.fromkeys(PARTS, 0)
     modules = {
         "backbone": model.backbone.res3[0],
         "encoder": model.transformer.encoder.layers[1],
         "decoder": model.transformer.decoder.layers[1],
-        "mask_head": model.mask_head,
+        "mask_head": getattr(model.mask_head, "attention", model.mask_head),
     }
     for part, module in modules.items():
 
@@ -43,8 +45,17 @@ def losses_gradients_and_calls(parts, name):
     return losses, {n: p.grad for n, p in model.named_parameters()}, calls
 
 
-@pytest.mark.parametrize("name", ["detr", "conditional", "smca", "smca_multiscale", "deformable"])
-@pytest.mark.parametrize("parts", [["backbone", "encoder"], ["decoder", "mask_head"]])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        *itertools.product(
+            ["detr", "conditional", "smca", "smca_multiscale", "deformable"],
+            [["backbone", "encoder"], ["decoder", "mask_head"]],
+        ),
+        ("mask2former", ["backbone", "encoder"]),
+        ("mask2former", ["decoder"]),
+    ],
+)
 def test_losses_and_gradients_are_the_same(name, parts):
     losses, gradients, calls = losses_gradients_and_calls([], name)
     again, again_gradients, again_calls = losses_gradients_and_calls(parts, name)
@@ -81,6 +92,11 @@ def test_checkpointed_stages_keep_their_names_and_can_be_copied():
 def test_norms_that_would_count_a_batch_twice_are_refused():
     with pytest.raises(UserError, match=r"res2 has and would update twice.*FrozenBN or GN"):
         tiny_model(MODEL__ACTIVATION_CHECKPOINTING=["backbone"], MODEL__SMALL_RESNET__NORM="BN")
+
+
+def test_a_mask_head_without_parameters_is_refused():
+    with pytest.raises(UserError, match=r"'mask_head', but query_mask_head .* nothing"):
+        tiny_model(**MASK2FORMER, MODEL__ACTIVATION_CHECKPOINTING=["mask_head"])
 
 
 def test_other_backbones_are_refused():

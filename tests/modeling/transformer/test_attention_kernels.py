@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.tiny_model import random_inputs, tiny_model, total
+from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model, total
 
 # Tiny models have two layers each. DETR: self-attention of the encoder, self- and cross-attention
 # of the decoder, batch attention. Deformable-DETR samples instead of attending to all tokens, and
@@ -15,18 +15,30 @@ CALLS = {
     "smca": 2 + 2 * 2 + 1,
     "smca_multiscale": 2 * (1 + 4) + 1,
     "deformable": 2 + 1,
+    "mask2former": 2 * 3 + 1,  # three layers, one for each level
 }
+WITH_BOXES = [name for name in CALLS if name != "mask2former"]
+
+
+def make_model(name, **overrides):
+    return tiny_model(
+        **{
+            "MODEL__DETR__TRANSFORMER_NAME": name,
+            "MODEL__SMALL_RESNET__STAGE_STRIDES": [1, 2, 2, 2 if name == "smca_multiscale" else 1],
+            "MODEL__MASK_ON": False,
+        }
+        | overrides
+        | (MASK2FORMER | {"MODEL__MASK_ON": True} if name == "mask2former" else {})
+    )
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
 @pytest.mark.parametrize("sizes", [[(64, 64)] * 2, [(64, 64), (48, 64)]], ids=["full", "padded"])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_attention_is_the_fused_function(monkeypatch, name, sizes, mask_padding):
-    model = tiny_model(
-        MODEL__DETR__TRANSFORMER_NAME=name,
-        MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],
+    model = make_model(
+        name,
         MODEL__DETR__DROPOUT=0.1,
-        MODEL__MASK_ON=False,
         MODEL__BATCHFORMER__ENABLED=True,
         MODEL__BATCHFORMER__MASK_PADDING=mask_padding,
     ).train()
@@ -48,14 +60,10 @@ def test_every_attention_is_the_fused_function(monkeypatch, name, sizes, mask_pa
     assert sizes_of_softmax == []
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", WITH_BOXES)
 def test_padding_is_not_attended_to(name):
     """The content of the padding does not influence the tokens and queries of the image."""
-    model = tiny_model(
-        MODEL__DETR__TRANSFORMER_NAME=name,
-        MODEL__SMALL_RESNET__STAGE_STRIDES=[1, 2, 2, 2 if name == "smca_multiscale" else 1],
-        MODEL__MASK_ON=False,
-    ).eval()
+    model = make_model(name).eval()
     inputs = random_inputs([(64, 64), (64, 32)])
     images = model.preprocess(inputs)
     features = model.backbone(images.tensor)

@@ -95,7 +95,7 @@ def test_layers_that_ignore_activation_checkpointing_are_refused(monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    message = r"TRANSFORMER_NAME is 'none'; known: conditional, deformable, detr, smca"
+    message = r"TRANSFORMER_NAME is 'none'; known: conditional, deformable, detr, mask2former"
     with pytest.raises(UserError, match=message):
         tiny_model(MODEL__DETR__TRANSFORMER_NAME="none")
 

@@ -223,7 +223,13 @@ class QueryMaskHead(nn.Module):
     """Masks as products of query embeddings and per-pixel features (MaskFormer, section 3.2).
 
     It has no parameters: the transformer provides both, because its decoder attends within masks.
+
+    Attributes:
+        embeds_masks: True for mask heads that return :class:`QueryMasks`, which costs and losses at
+            points need.
     """
+
+    embeds_masks = True
 
     def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> QueryMasks:
         """Return the masks of all queries, computed on demand.

@@ -42,8 +42,8 @@ class ImageMasks:
         """Number of queries K."""
         return len(self.logits)
 
-    def __getitem__(self, index: Tensor) -> "ImageMasks":
-        """The masks of some queries: ``index`` is (K,) bool or int64 positions."""
+    def __getitem__(self, index: Tensor | slice) -> "ImageMasks":
+        """The masks of some queries: ``index`` is (K,) bool or int64 positions, or a slice."""
         chosen = ImageMasks(
             self.logits[index],
             padded_size=self.padded_size,
@@ -67,6 +67,59 @@ class ImageMasks:
         if self._at_output is None:
             self._at_output = _resize(self.at_image_size()[:, None], self.output_size)[:, 0]
         return self._at_output
+
+
+# Masks at the output size at a time while a semantic map is made from them.
+_MASKS_AT_ONCE = 16
+
+
+def semantic_map(masks: ImageMasks, probabilities: Tensor) -> Tensor:
+    """Scores of the classes at each pixel (``semantic_inference`` of facebookresearch/Mask2Former).
+
+    A score is the sum over the queries of class probability times mask probability. Only a few
+    masks exist at the output size at a time.
+
+    Args:
+        masks: the masks of Q queries.
+        probabilities: (Q, C) class probabilities, without "no object".
+
+    Returns:
+        (C, *output_size) float32, not negative; may exceed 1.
+    """
+    weights = probabilities.float().T
+    scores = weights.new_zeros(len(weights), *masks.output_size)
+    for start in range(0, len(masks), _MASKS_AT_ONCE):
+        part = slice(start, start + _MASKS_AT_ONCE)
+        within = masks[part].at_output_size().sigmoid()
+        with torch.autocast(within.device.type, enabled=False):
+            scores.flatten(1).addmm_(weights[:, part], within.flatten(1))
+    return scores
+
+
+def mask_scores(masks: Tensor) -> Tensor:
+    """(K, H, W) mask logits -> (K,) mean probability of the pixels within each mask; 0 without."""
+    means = masks.new_zeros(len(masks))
+    for start in range(0, len(masks), _MASKS_AT_ONCE):
+        part = slice(start, start + _MASKS_AT_ONCE)
+        logits = masks[part].flatten(1)
+        inside = logits > 0
+        means[part] = (logits.sigmoid() * inside).sum(1) / (inside.sum(1) + 1e-6)
+    return means
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """(K, H, W) bool masks -> (K, 4) float32 tight boxes xyxy in pixels; zeros for empty masks.
+
+    Detectron2's ``BitMasks.get_bounding_boxes`` returns its boxes on the CPU, and waits for the
+    device twice for each mask.
+    """
+    edges = []
+    for occupied in (masks.any(1), masks.any(2)):  # columns, rows
+        occupied = occupied.int()
+        first, last = occupied.argmax(1), occupied.flip(1).argmax(1)
+        edges.append(torch.stack([first, occupied.shape[1] - last], dim=1))
+    boxes = torch.stack(edges, dim=2).flatten(1)  # x0, y0, x1, y1
+    return boxes.float() * masks.flatten(1).any(1)[:, None]
 
 
 def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ...errors import UserError
 from ..set_prediction.scoring import Decoded
-from .masks import ImageMasks, boxes_to_pixels
+from .masks import ImageMasks, boxes_to_pixels, mask_boxes, mask_scores, semantic_map
 from .panoptic import Merge, PanopticOptions, find_merge, merge_panoptic, merge_strongest
 
 
@@ -49,6 +49,7 @@ def best_detections(
     *,
     max_detections: int,
     score_threshold: float = 0.0,
+    among_all_classes: bool = False,
 ) -> Detections:
     """Rank all pairs of query and class, and keep the best of each image.
 
@@ -57,27 +58,31 @@ def best_detections(
     leaves one detection per query.
 
     Args:
-        scores: (B, Q, K), ``Decoded.class_scores``.
+        scores: (B, Q, K), ``Decoded.class_scores`` or ``Decoded.probabilities``.
         class_ids: classes to detect, which are the things of the data sets.
         max_detections: maximum number per image; published: 100.
         score_threshold: detections must score more than this, and more than 0.
+        among_all_classes: pairs of other classes take part in the ranking and are then dropped, so
+            that there may be fewer detections (``instance_inference`` of Mask2Former).
     """
     num_classes = scores.shape[-1]
     wanted = set(class_ids)
     others = torch.tensor([label not in wanted for label in range(num_classes)])
     others = others.to(scores.device, non_blocking=True)
-    pairs = scores.masked_fill(others, 0.0).flatten(-2)
+    pairs = (scores if among_all_classes else scores.masked_fill(others, 0.0)).flatten(-2)
     best, index = pairs.topk(min(max_detections, pairs.shape[-1]), dim=-1)
+    labels = index % num_classes
     return Detections(
         query=index // num_classes,
-        labels=index % num_classes,
+        labels=labels,
         scores=best,
-        valid=best > max(score_threshold, 0.0),
+        valid=(best > max(score_threshold, 0.0)) & ~others[labels],
     )
 
 
 # Values of MODEL.PANOPTIC.MASK_THRESHOLD_TEST that a merge supports; 0.0 is the default.
 _MASK_THRESHOLDS = {"published": (0.0,), "mask2former": (0.0, 0.5)}
+_INSTANCE_SCORINGS = ("detr", "mask2former")
 
 
 class InferenceOptions(NamedTuple):
@@ -90,6 +95,8 @@ class InferenceOptions(NamedTuple):
         instances: whether to return instances in addition to the label map.
         instance_score_threshold: instances must score more than this.
         max_instances: maximum number of instances per image, best first.
+        instance_scoring: "detr" or "mask2former", see ``MODEL.PANOPTIC`` in the config.
+        semantic: whether to return the scores of all classes at each pixel.
         pad_images: pad images of different sizes to one size instead of running them in turn.
     """
 
@@ -99,6 +106,8 @@ class InferenceOptions(NamedTuple):
     instances: bool = True
     instance_score_threshold: float = 0.0
     max_instances: int = 100
+    instance_scoring: str = "detr"
+    semantic: bool = False
     pad_images: bool = False
 
     @classmethod
@@ -106,7 +115,7 @@ class InferenceOptions(NamedTuple):
         """Read ``MODEL.PANOPTIC`` and Detectron2's ``TEST.DETECTIONS_PER_IMAGE``.
 
         Raises:
-            UserError: an unknown merge, or a threshold that the merge does not support.
+            UserError: an unknown merge or scoring, or a threshold that the merge does not support.
         """
         node = cfg.MODEL.PANOPTIC
         merge = find_merge(node.MERGE_TEST)
@@ -117,6 +126,13 @@ class InferenceOptions(NamedTuple):
                 f"MODEL.PANOPTIC.MERGE_TEST {node.MERGE_TEST} does not support: set it to 0.0, or "
                 "the merge to strongest"
             )
+        if node.INSTANCE_SCORING_TEST not in _INSTANCE_SCORINGS:
+            raise UserError(
+                f"MODEL.PANOPTIC.INSTANCE_SCORING_TEST is {node.INSTANCE_SCORING_TEST!r}; known: "
+                f"{', '.join(_INSTANCE_SCORINGS)}"
+            )
+        if not cfg.MODEL.MASK_ON:
+            _check_mask_keys(node)
         _check_ranges(node)
         return cls(
             thing_class_ids=tuple(node.THING_CLASS_IDS),
@@ -131,8 +147,20 @@ class InferenceOptions(NamedTuple):
             instances=node.INSTANCES_TEST,
             instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,
             max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+            instance_scoring=node.INSTANCE_SCORING_TEST,
+            semantic=node.SEMANTIC_TEST,
             pad_images=cfg.MODEL.DETR.PAD_IN_TEST,
         )
+
+
+def _check_mask_keys(node: CfgNode) -> None:
+    """Refuse settings that need masks."""
+    for key, default in (("INSTANCE_SCORING_TEST", "detr"), ("SEMANTIC_TEST", False)):
+        if node[key] != default:
+            raise UserError(
+                f"MODEL.PANOPTIC.{key} is {node[key]}, which needs masks: set it to {default}, or "
+                "MODEL.MASK_ON True"
+            )
 
 
 def _check_ranges(node: CfgNode) -> None:
@@ -177,13 +205,20 @@ def select_queries(decoded: Decoded, options: InferenceOptions, has_masks: bool)
     panoptic = decoded.is_object & (decoded.scores > options.panoptic.score_threshold)
     if not has_masks:
         panoptic = torch.zeros_like(panoptic)
+    as_mask2former = options.instance_scoring == "mask2former"
     detections = best_detections(
-        decoded.class_scores,
+        decoded.probabilities if as_mask2former else decoded.class_scores,
         options.thing_class_ids,
         max_detections=options.max_instances if options.instances or not has_masks else 0,
         score_threshold=options.instance_score_threshold,
+        among_all_classes=as_mask2former,
     )
     return ChosenQueries(panoptic, detections)
+
+
+def needed_masks(chosen: ChosenQueries, options: InferenceOptions) -> Tensor:
+    """(B, Q) bool: queries whose mask is needed; all of them for a semantic map."""
+    return torch.ones_like(chosen.panoptic) if options.semantic else chosen.any_use
 
 
 def on_host(
@@ -212,6 +247,7 @@ def to_result(
     labels: Tensor,
     boxes: Tensor | None,
     mask_logits: Tensor | None,
+    probabilities: Tensor | None = None,
     *,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
@@ -225,14 +261,16 @@ def to_result(
         scores: (Q,) class probabilities, on the host.
         labels: (Q,) int64 contiguous class ids, on the host.
         boxes: (Q, 4) cxcywh in 0 to 1, or None: boxes are then those of the masks.
-        mask_logits: (K, h, w) of the queries in ``chosen.any_use``, in order, or None.
+        mask_logits: (K, h, w) of the queries of :func:`needed_masks`, in order, or None.
+        probabilities: (Q, C) of all classes, where a semantic map is asked for.
         padded_size: (height, width) of the padded batch.
         image_size: (height, width) of the image before padding.
         output_size: (height, width) of the result.
         options: the results to return.
 
     Returns:
-        ``panoptic_seg`` if there are masks, and ``instances`` unless the options exclude them.
+        ``panoptic_seg`` if there are masks, ``instances`` unless the options exclude them, and
+        ``sem_seg`` if they include it.
     """
     result: dict[str, Any] = {}
     masks = None
@@ -240,8 +278,14 @@ def to_result(
         masks = ImageMasks(
             mask_logits, padded_size=padded_size, image_size=image_size, output_size=output_size
         )
+    if masks is not None and options.semantic:
+        assert probabilities is not None
+        result["sem_seg"] = semantic_map(masks, probabilities)
+        # All masks were for this map; only those of segments and instances are enlarged at once.
+        used = chosen.any_use.nonzero()[:, 0]
+        masks = masks[used.to(masks.logits.device, non_blocking=True)]
     if masks is None or options.instances:
-        result["instances"] = _instances(chosen, boxes, masks, output_size)
+        result["instances"] = _instances(chosen, boxes, masks, output_size, options)
     if masks is not None:
         panoptic = chosen.panoptic
         where = panoptic[chosen.any_use].nonzero()[:, 0]
@@ -261,6 +305,7 @@ def _instances(
     boxes: Tensor | None,
     masks: ImageMasks | None,
     output_size: tuple[int, int],
+    options: InferenceOptions,
 ) -> Instances:
     """The detections of one image, with the masks of its queries and boxes, or boxes of masks."""
     found = chosen.detections
@@ -272,10 +317,23 @@ def _instances(
     if masks is not None:
         place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
         where = place[found.query].to(source.device, non_blocking=True)
-        instances.pred_masks = (masks.at_output_size() > 0)[where]
+        logits = masks.at_output_size()
+        instances.pred_masks = (logits > 0)[where]
+        if options.instance_scoring == "mask2former":
+            instances.scores = instances.scores * mask_scores(logits)[where]
     if boxes is None:
-        instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+        instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))
     else:
         query = found.query.to(source.device, non_blocking=True)
         instances.pred_boxes = Boxes(boxes_to_pixels(boxes[query], output_size))
+    if options.instance_scoring == "mask2former":
+        instances = _best_first(instances, options.instance_score_threshold)
     return instances
+
+
+def _best_first(instances: Instances, score_threshold: float) -> Instances:
+    """Sort instances by score, and drop those that do not score more than the threshold and 0."""
+    order = instances.scores.argsort(descending=True, stable=True)
+    order = order[instances.scores[order] > max(score_threshold, 0.0)]
+    ordered: Instances = instances[order]
+    return ordered

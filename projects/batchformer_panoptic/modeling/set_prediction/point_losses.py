@@ -26,7 +26,7 @@ class PointMaskCost:
 
     name = "mask"
     weight = 1.0  # the two costs are weighted here, because they share their points
-    needs = frozenset({"masks"})
+    needs = frozenset({"mask embeddings"})
 
     def __init__(self, *, mask_weight: float, dice_weight: float, num_points: int) -> None:
         self.mask_weight = mask_weight
@@ -84,7 +84,7 @@ class PointMaskLoss:
         importance_ratio: share of the points that are chosen by uncertainty.
     """
 
-    needs = frozenset({"masks"})
+    needs = frozenset({"mask embeddings"})
 
     def __init__(
         self,

@@ -69,11 +69,16 @@ class QueryMasks:
         Returns:
             (B', Q, P).
         """
-        return self.embeddings[layer] @ sample_at(self.features, points)
+        samples = sample_at(self.features, points)
+        return self.embeddings[layer].to(samples.dtype) @ samples
 
 
 def sample_at(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of (N, C, h, w) maps at (N, P, 2) points (x, y) in 0 to 1: (N, C, P)."""
+    """Bilinear samples of (N, C, h, w) maps at (N, P, 2) points (x, y) in 0 to 1: (N, C, P).
+
+    They are float32 for maps of lower precision, in which a point would be rounded to a cell.
+    """
+    maps = maps.to(torch.promote_types(maps.dtype, points.dtype))
     grid = 2 * points[:, :, None] - 1
     return F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)[..., 0]
 

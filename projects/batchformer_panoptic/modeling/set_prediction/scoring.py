@@ -22,12 +22,14 @@ class Decoded(NamedTuple):
         is_object: (...) bool, whether the best class is more likely than "no object".
         class_scores: (..., num_classes) in 0 to 1, score of the query as a detection of each class
             (see ``best_detections``); 0 for classes it is no detection of.
+        probabilities: (..., num_classes) in 0 to 1, probability of each class.
     """
 
     scores: Tensor
     labels: Tensor
     is_object: Tensor
     class_scores: Tensor
+    probabilities: Tensor
 
 
 class Scoring(ABC):
@@ -89,10 +91,11 @@ class SoftmaxScoring(Scoring):
         A query is a detection of its best class only (``PostProcess`` of facebookresearch/detr).
         """
         probabilities = logits.softmax(-1)
-        scores, labels = probabilities[..., :-1].max(-1)
-        class_scores = torch.zeros_like(probabilities[..., :-1])
+        of_classes, of_no_object = probabilities[..., :-1], probabilities[..., -1]
+        scores, labels = of_classes.max(-1)
+        class_scores = torch.zeros_like(of_classes)
         class_scores.scatter_(-1, labels[..., None], scores[..., None])
-        return Decoded(scores, labels, scores > probabilities[..., -1], class_scores)
+        return Decoded(scores, labels, scores > of_no_object, class_scores, of_classes)
 
 
 class FocalScoring(Scoring):
@@ -129,7 +132,8 @@ class FocalScoring(Scoring):
         """
         class_scores = logits.sigmoid()
         scores, labels = class_scores.max(-1)
-        return Decoded(scores, labels, torch.ones_like(labels, dtype=torch.bool), class_scores)
+        is_object = torch.ones_like(labels, dtype=torch.bool)
+        return Decoded(scores, labels, is_object, class_scores, class_scores)
 
 
 def build_scoring(

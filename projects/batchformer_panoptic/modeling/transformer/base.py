@@ -124,6 +124,7 @@ class Transformer(nn.Module):
     Attributes:
         in_features: names of the backbone maps that :meth:`forward` reads.
         predicts_boxes: whether queries have boxes; otherwise the model predicts classes and masks.
+        embeds_masks: whether the output has mask embeddings and per-pixel features.
         box_biases: initial box logits, one entry per box head: a single entry is shared by all
             decoder layers, several entries belong to one layer each (and one to the proposals).
             None keeps the default initialisation of the head.
@@ -133,6 +134,7 @@ class Transformer(nn.Module):
 
     in_features: tuple[str, ...]
     predicts_boxes: bool = True
+    embeds_masks: bool = False
     box_biases: tuple[tuple[float, ...] | None, ...] = (None,)
     size_divisibility: int = 0
 

@@ -149,12 +149,16 @@ class DeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.batchformer = hook
 
-    def forward(self, tokens: Tensor, levels: Levels) -> tuple[Tensor, Levels, StreamState]:
+    def forward(
+        self, tokens: Tensor, levels: Levels, hook_padding: Tensor | None = None
+    ) -> tuple[Tensor, Levels, StreamState]:
         """Encode.
 
         Args:
             tokens: (B, N, C).
             levels: their levels.
+            hook_padding: (B, N) bool, True where a token is padding, for the hook. None: the mask
+                of the levels.
 
         Returns:
             Memory (B', N, C), its levels, and the streams along B'.
@@ -164,7 +168,7 @@ class DeformableEncoder(nn.Module):
             self.batchformer,
             tokens,
             levels,
-            key_padding_mask=levels.key_padding_mask,
+            key_padding_mask=levels.key_padding_mask if hook_padding is None else hook_padding,
         )
         return memory, levels, streams
 

@@ -99,12 +99,18 @@ class PixelDecoder(nn.Module):
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
 
-    def forward(self, features: Mapping[str, Tensor], encoder: DeformableEncoder) -> PixelFeatures:
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        encoder: DeformableEncoder,
+        padding: BatchPadding | None = None,
+    ) -> PixelFeatures:
         """Decode backbone maps.
 
         Args:
             features: maps (B, C_i, H_i, W_i) by name.
             encoder: tokens to tokens; its hook may open a second stream.
+            padding: of the batch, for the hook; nothing else distinguishes padding, as published.
         """
         maps = [
             projection(features[name])
@@ -114,7 +120,10 @@ class PixelDecoder(nn.Module):
         levels = describe_levels(
             maps, masks, self.position_encoding, self.level_embed, is_padded=False
         )
-        tokens, levels, streams = encoder(flatten_maps(maps), levels)
+        hook_padding = None
+        if padding is not None and padding.is_padded:
+            hook_padding = torch.cat([padding.mask_like(x).flatten(1) for x in maps], dim=1)
+        tokens, levels, streams = encoder(flatten_maps(maps), levels, hook_padding)
         decoded = [
             tokens[:, levels.token_range(index)].transpose(1, 2).unflatten(2, shape)
             for index, shape in enumerate(levels.shapes)
@@ -288,6 +297,7 @@ class Mask2Former(Transformer):
     """
 
     predicts_boxes = False
+    embeds_masks = True
     size_divisibility = _STRIDE
 
     @configurable
@@ -353,7 +363,7 @@ class Mask2Former(Transformer):
         self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor
     ) -> TransformerOutput:
         """See :data:`TRANSFORMER_REGISTRY`."""
-        pixels = self.pixel_decoder(features, self.encoder)
+        pixels = self.pixel_decoder(features, self.encoder, padding)
         states, embeddings = self.decoder(pixels)
         return TransformerOutput(
             states,
