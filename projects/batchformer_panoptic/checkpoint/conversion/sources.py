@@ -6,7 +6,8 @@ from .conditional_smca import convert_conditional, convert_smca
 from .core import Source
 from .deformable import convert_deformable, convert_deformable_batchformer
 from .detr import convert_batchformer, convert_detectron2, convert_official
-from .huggingface import convert_huggingface
+from .huggingface_folder import convert_transformers
+from .mask2former import convert_mask2former
 from .vision_transformers import VIT_PREFIX, convert_deit, vision_transformer_source
 
 _DETR_SOURCES = (
@@ -21,8 +22,8 @@ _DETR_SOURCES = (
     ),
     Source(
         "huggingface",
-        "DetrForObjectDetection or DetrForSegmentation of transformers (folder or file)",
-        convert_huggingface,
+        "DETR and Mask2Former of transformers (folder or file)",
+        convert_transformers,
     ),
     Source("conditional_detr", "Atten4Vis/ConditionalDETR, boxes (.pth)", convert_conditional),
     Source(
@@ -36,6 +37,11 @@ _DETR_SOURCES = (
         convert_deformable_batchformer,
     ),
     Source("smca_detr", "gaopengcuhk/SMCA-DETR, boxes, single- or multi-scale", convert_smca),
+    Source(
+        "mask2former",
+        "facebookresearch/Mask2Former, ResNet or Swin (.pkl, .pth)",
+        convert_mask2former,
+    ),
 )
 
 _CLASSIFIER_SOURCES = (
