@@ -31,7 +31,7 @@ from batchformer_panoptic.checkpoint.conversion.detr import open_questions, sett
 from batchformer_panoptic.checkpoint.conversion.huggingface_folder import open_folder
 from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
-from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically
 from batchformer_panoptic.errors import UserError, command, one_line

@@ -16,7 +16,7 @@ from batchformer_panoptic.checkpoint.conversion.export import (
     to_official,
 )
 from batchformer_panoptic.checkpoint.files import read_weights
-from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically

@@ -216,6 +216,9 @@ def huggingface_weights(state: Mapping[str, Tensor], no_object_weight: float) ->
         theirs = _TABLE.to_theirs(name)
         assert theirs is not None, name
         weights[theirs] = value
+        if theirs.endswith("running_mean"):  # batch norms are not frozen there
+            count = theirs.replace("running_mean", "num_batches_tracked")
+            weights[count] = torch.tensor(0)
     if has_swin(state):
         # Not used by the feature maps, but part of the model: the identity.
         width = len(state["backbone.norm3.weight"])
