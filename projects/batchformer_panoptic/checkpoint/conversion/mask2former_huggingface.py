@@ -316,7 +316,10 @@ def _backbone_config(transformers: Any, state: Mapping[str, Tensor], cfg: CfgNod
 
 
 def image_processor(transformers: Any, cfg: CfgNode) -> Any:
-    """The image processor that resizes, pads and normalises as this project's evaluation."""
+    """The image processor that resizes and normalises as this project's evaluation.
+
+    For sizes that are no multiple of 32 it stretches images to the next one; this project pads.
+    """
     return transformers.Mask2FormerImageProcessor(
         size={"shortest_edge": cfg.INPUT.MIN_SIZE_TEST, "longest_edge": cfg.INPUT.MAX_SIZE_TEST},
         size_divisor=32,
