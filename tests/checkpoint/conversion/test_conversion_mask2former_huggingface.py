@@ -252,6 +252,9 @@ def test_full_size_models_are_those_of_transformers(
     }
     cfg = config(settings, num_classes=133)
     ours = random_model(cfg)
+    with torch.no_grad():  # else the queries become alike in nine random layers
+        ours.transformer.decoder.query_embed.weight.mul_(5)
+        ours.transformer.decoder.query_feat.weight.mul_(20)
     state = {name: value.clone() for name, value in ours.state_dict().items()}
     to_huggingface(state, tmp_path / "exported", cfg=cfg, classes=None)
     kind = transformers.Mask2FormerForUniversalSegmentation

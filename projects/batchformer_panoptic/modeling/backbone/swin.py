@@ -280,11 +280,9 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The Swin Transformer of ``MODEL.SWIN``.
 
     Raises:
-        UserError: the sizes do not fit together, or the input is not an RGB image.
+        UserError: the sizes do not fit together.
     """
     node, freeze_at = cfg.MODEL.SWIN, cfg.MODEL.BACKBONE.FREEZE_AT
-    if cfg.INPUT.FORMAT != "RGB":
-        raise UserError(f"MODEL.SWIN reads RGB: set INPUT.FORMAT RGB, not {cfg.INPUT.FORMAT}")
     if not len(node.DEPTHS) == len(node.NUM_HEADS) == 4:
         raise UserError(
             f"MODEL.SWIN.DEPTHS is {node.DEPTHS} and NUM_HEADS {node.NUM_HEADS}; each needs four "
