@@ -28,7 +28,7 @@ from batchformer_panoptic.checkpoint.conversion import (
 )
 from batchformer_panoptic.checkpoint.conversion.backbones import locate_weights
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
-from batchformer_panoptic.checkpoint.conversion.huggingface_folder import open_folder
+from batchformer_panoptic.checkpoint.conversion.sources import open_folder
 from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
 from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS

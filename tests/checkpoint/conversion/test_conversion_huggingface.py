@@ -14,7 +14,7 @@ from batchformer_panoptic.checkpoint.conversion.huggingface import (
     merge_projections,
     split_projections,
 )
-from batchformer_panoptic.checkpoint.conversion.huggingface_folder import open_folder
+from batchformer_panoptic.checkpoint.conversion.sources import open_folder
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
 from helpers.conversion_models import (

@@ -14,8 +14,8 @@ from torch import Tensor
 from batchformer_panoptic.checkpoint import SettingsRecord
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
-from batchformer_panoptic.checkpoint.conversion.huggingface_folder import open_folder
 from batchformer_panoptic.checkpoint.conversion.mask2former_huggingface import _ALLOWED
+from batchformer_panoptic.checkpoint.conversion.sources import open_folder
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
 from helpers.mask2former_models import (
