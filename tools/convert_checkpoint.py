@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.builtin_meta import (
+    ADE20K_SEM_SEG_CATEGORIES,
+    CITYSCAPES_CATEGORIES,
+    COCO_CATEGORIES,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,15 +28,30 @@ from batchformer_panoptic.checkpoint.conversion import (
 )
 from batchformer_panoptic.checkpoint.conversion.backbones import locate_weights
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
-from batchformer_panoptic.checkpoint.conversion.huggingface import open_folder
+from batchformer_panoptic.checkpoint.conversion.sources import open_folder
 from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
-from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically
 from batchformer_panoptic.errors import UserError, command, one_line
 
 SHOWN = 10
+# The 50 stuff classes among the 150 of ADE20K's panoptic annotations, by class id.
+_ADE20K_STUFF = {
+    *(0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59),
+    *(60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128),
+    *(131, 140, 141, 145),
+}
+CLASS_LISTS: dict[str, list[dict[str, Any]]] = {
+    "coco_panoptic": COCO_CATEGORIES,
+    "coco_detection": [category for category in COCO_CATEGORIES if category["isthing"]],
+    "ade20k_panoptic": [
+        {"id": i, "name": name.strip(), "isthing": int(i not in _ADE20K_STUFF)}
+        for i, name in enumerate(ADE20K_SEM_SEG_CATEGORIES)
+    ],
+    "cityscapes_panoptic": CITYSCAPES_CATEGORIES,
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,8 +70,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--classes",
         default="all",
         metavar="NAME",
-        help="classes whose rows of the class layer are kept: coco_panoptic, coco_detection, a "
-        'JSON file with "categories", or all (default)',
+        help=f"classes whose rows of the class layer are kept: {', '.join(CLASS_LISTS)}, a JSON "
+        'file with "categories", or all (default)',
     )
     parser.add_argument(
         "--allow",
@@ -74,13 +93,11 @@ def load_classes(name: str) -> ClassTable | None:
     """Return the class table named by --classes; None keeps every row."""
     if name == "all":
         return None
-    if name == "coco_panoptic":
-        return ClassTable.from_categories(COCO_CATEGORIES)
-    if name == "coco_detection":
-        return ClassTable.from_categories([c for c in COCO_CATEGORIES if c["isthing"]])
+    if name in CLASS_LISTS:
+        return ClassTable.from_categories(CLASS_LISTS[name])
     path = Path(name)
     if path.suffix != ".json":
-        raise UserError(f"--classes {name}: not coco_panoptic, coco_detection, all or a .json file")
+        raise UserError(f"--classes {name}: not {', '.join(CLASS_LISTS)}, all or a .json file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

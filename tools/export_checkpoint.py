@@ -1,4 +1,4 @@
-"""Write a trained model for facebookresearch/detr (or its BatchFormer fork) or Hugging Face."""
+"""Write a trained model for its public repository (DETR, Mask2Former) or Hugging Face."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from batchformer_panoptic.checkpoint.conversion.export import (
     to_official,
 )
 from batchformer_panoptic.checkpoint.files import read_weights
-from batchformer_panoptic.checkpoint.records import KEY as SETTINGS
+from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.data.io import write_atomically
@@ -34,7 +34,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--without-block",
         action="store_true",
-        help="official: leave out the BatchFormer blocks, for facebookresearch/detr itself",
+        help="official: leave out the BatchFormer blocks, for facebookresearch/detr itself (always "
+        "for Mask2Former)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     return parser.parse_args(argv)
@@ -65,7 +66,8 @@ def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     if args.format == "official":
         check_config(state, cfg)
         check_official_input(cfg)
-        model = to_official(state, with_block=with_block)
+        weight = cfg.MODEL.DETR.NO_OBJECT_WEIGHT
+        model = to_official(state, with_block=with_block, no_object_weight=weight)
         write_atomically(str(args.dst), lambda path: torch.save({"model": model}, path))
     else:
         table = content.get("class_table")

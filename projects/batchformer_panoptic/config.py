@@ -104,6 +104,16 @@ def _add_backbone_keys(cfg: CN) -> None:
     cfg.MODEL.SMALL_RESNET.BLOCKS_PER_STAGE = 1
     cfg.MODEL.SMALL_RESNET.NORM = "BN"  # as in Detectron2's layers
 
+    # The backbone "build_swin_backbone": Swin Transformer as in published detectors, with a layer
+    # norm per map. The defaults are those of Swin-T.
+    cfg.MODEL.SWIN = CN()
+    cfg.MODEL.SWIN.EMBED_DIM = 96  # channels of res2
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # blocks of each stage
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7  # side of a window in pixels of the maps
+    # Stochastic depth: probability of skipping the last block, rising linearly from 0.
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.3
+
     # The backbone "build_timm_backbone": any timm model with feature maps. TESTED_TIMM_MODELS in
     # modeling/backbone lists those covered by tests. As for ResNets, MODEL.BACKBONE.FREEZE_AT 2
     # freezes everything up to res2, and 0 freezes nothing.

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
-from batchformer_panoptic.checkpoint import PanopticCheckpointer
+from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord
+from batchformer_panoptic.checkpoint.conversion.export import to_official
 from batchformer_panoptic.checkpoint.files import read_weights
+from batchformer_panoptic.data.class_table import ClassTable
 from helpers.commands import load_script
 from helpers.conversion_models import coco_panoptic, official_boxes, our_model, save_checkpoint
+from helpers.mask2former_models import random_model, tiny_config
 
 
 @pytest.fixture(name="convert")
@@ -75,6 +79,64 @@ def test_classes_from_a_file(convert: ModuleType, tmp_path: Path) -> None:
     assert convert.main(options) == 0
     bias = read_weights(str(dst))["model"]["box_head.class_embed.bias"]
     assert torch.equal(bias, official_boxes()["class_embed.bias"][[2, 5, 7]])
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pth"])
+def test_a_published_mask2former_is_converted(
+    convert: ModuleType, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny_config("resnet", MODEL__DETR__NUM_CLASSES=19)
+    state = random_model(cfg).state_dict()
+    src, dst = tmp_path / f"src.{ending}", tmp_path / "dst.pth"
+    official = to_official(state)
+    if ending == "pkl":  # as in the model zoo: arrays
+        arrays = {name: value.numpy() for name, value in official.items()}
+        src.write_bytes(pickle.dumps({"model": arrays, "__author__": "third party"}))
+    else:
+        save_checkpoint(official, src, iteration=3)
+    options = [str(src), str(dst), "--source", "mask2former", "--classes", "cityscapes_panoptic"]
+    assert convert.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "all 19 class rows are kept" in printed
+    assert "MODEL.MASK2FORMER.MASK_DIM 24" in printed
+    assert "not determine" not in printed
+    content = read_weights(str(dst))
+    assert content["class_table"][0]["name"] == "road"
+    assert content["model"].keys() == state.keys()
+    model = build_model(cfg)
+    settings = SettingsRecord(cfg)
+    PanopticCheckpointer(model, settings=settings).load(str(dst), checkpointables=[])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_published_swin_raises_no_question(
+    convert: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = save_checkpoint(
+        to_official(random_model(tiny_config("swin")).state_dict()), tmp_path / "src.pth"
+    )
+    assert convert.main([src, str(tmp_path / "dst.pth"), "--source", "mask2former"]) == 0
+    printed = capsys.readouterr().out
+    assert "not determine" not in printed
+    assert "MODEL.SWIN.WINDOW_SIZE 3" in printed
+
+
+def test_fine_tuning_keeps_all_but_the_class_head(convert: ModuleType, tmp_path: Path) -> None:
+    state = random_model(tiny_config("resnet", MODEL__DETR__NUM_CLASSES=19)).state_dict()
+    src, dst = save_checkpoint(to_official(state), tmp_path / "src.pth"), tmp_path / "dst.pth"
+    options = [src, str(dst), "--source", "mask2former", "--classes", "cityscapes_panoptic"]
+    assert convert.main(options) == 0
+    cfg = tiny_config("resnet", MODEL__DETR__NUM_CLASSES=3)
+    model = build_model(cfg)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    classes = ClassTable(("a", "b", "c"), (True, False, False), ((0, 0, 0),) * 3, (1, 2, 3))
+    checkpointer = PanopticCheckpointer(
+        model, training=True, settings=SettingsRecord(cfg), class_table=classes
+    )
+    checkpointer.load_all_but_classes(str(dst))
+    for name, value in model.state_dict().items():
+        kept = initial if name.startswith("box_head.class_embed.") else state
+        assert torch.equal(value, kept[name]), name
 
 
 class _Bomb:

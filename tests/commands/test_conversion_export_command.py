@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
+from batchformer_panoptic.checkpoint.conversion.export import to_official
 from batchformer_panoptic.checkpoint.files import read_weights
 from helpers.commands import REPO_ROOT, load_script
 from helpers.conversion_models import R50_DEPTHS, coco_panoptic, official_panoptic, save_checkpoint
+from helpers.mask2former_models import BACKBONES, random_model, tiny_config
 
 CONFIG = str(REPO_ROOT / "configs/Base-DETR.yaml")
 
@@ -64,6 +66,30 @@ def test_huggingface_out_and_in_again(
     for name, value in expected["model"].items():
         assert torch.equal(found["model"][name], value), name
     assert found["class_table"] == expected["class_table"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_mask2former_out_and_in_again(
+    convert: ModuleType, export: ModuleType, tmp_path: Path, backbone: str
+) -> None:
+    pytest.importorskip("transformers")
+    state = random_model(tiny_config(backbone, MODEL__DETR__NUM_CLASSES=19)).state_dict()
+    src = save_checkpoint(to_official(state), tmp_path / "src.pth")
+    ours, folder, again = (tmp_path / name for name in ("ours.pth", "folder", "again.pth"))
+    options = ["--classes", "cityscapes_panoptic"]
+    assert convert.main([src, str(ours), "--source", "mask2former", *options]) == 0
+    rest = ["--config-file", CONFIG, "--opts", *opts_for(ours)]
+    assert export.main([str(ours), str(folder), "--format", "huggingface", *rest]) == 0
+    assert json.loads((folder / "config.json").read_text())["id2label"]["0"] == "road"
+    assert convert.main([str(folder), str(again), "--source", "huggingface", *options]) == 0
+    official = tmp_path / "official.pth"
+    assert export.main([str(again), str(official), "--format", "official", *rest]) == 0
+    expected, found = (read_weights(str(path)) for path in (src, official))
+    assert found["model"].keys() == expected["model"].keys()
+    assert all(torch.equal(found["model"][k], value) for k, value in expected["model"].items())
+    contents = [read_weights(str(path)) for path in (ours, again)]
+    assert contents[0]["class_table"] == contents[1]["class_table"]
+    assert contents[0]["settings"] == contents[1]["settings"]
 
 
 def test_an_export_never_replaces_other_folders(

@@ -145,10 +145,10 @@ def assert_same(ours: Predicted, theirs: Predicted, *, atol: float = ATOL) -> No
 def randomise(model: nn.Module) -> None:
     """Give norms, biases and statistics values that a mistake would not leave unnoticed."""
     with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        for name, value in model.state_dict().items():  # constants are not part of it
             if name.endswith("running_var"):
                 value.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean") or name.endswith(".bias"):
+            elif name.endswith(("running_mean", "bias")):
                 value.normal_(std=0.1)
             elif value.dim() == 1 and value.is_floating_point():
                 value.uniform_(0.5, 1.0)

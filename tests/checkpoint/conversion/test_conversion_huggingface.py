@@ -12,9 +12,9 @@ from torch import Tensor
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Converted, Request
 from batchformer_panoptic.checkpoint.conversion.huggingface import (
     merge_projections,
-    open_folder,
     split_projections,
 )
+from batchformer_panoptic.checkpoint.conversion.sources import open_folder
 from batchformer_panoptic.data.class_table import ClassTable
 from batchformer_panoptic.errors import UserError
 from helpers.conversion_models import (

@@ -263,7 +263,11 @@ def refuse_mismatch(
 
 
 def select_class_rows(
-    model: dict[str, Tensor], classes: ClassTable | None, *, no_object: bool = True
+    model: dict[str, Tensor],
+    classes: ClassTable | None,
+    *,
+    no_object: bool = True,
+    by_dataset_id: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Select the rows of some classes, in contiguous order, and keep "no object" as the last row.
 
@@ -276,6 +280,8 @@ def select_class_rows(
         classes: classes to keep; None keeps every row.
         no_object: whether the last row is "no object" (softmax); otherwise all are classes
             (sigmoid).
+        by_dataset_id: whether rows may be indexed by the class ids of the data set; otherwise they
+            are in contiguous order.
 
     Returns:
         The model with the selected rows, and lines for the user.
@@ -286,10 +292,16 @@ def select_class_rows(
     num_rows = model[CLASS_KEYS[0]].shape[0] - int(no_object)
     if classes is None:
         return model, [f"all {num_rows} class rows are kept: MODEL.DETR.NUM_CLASSES {num_rows}"]
-    if min(classes.dataset_ids) >= 0 and max(classes.dataset_ids) < num_rows:
+    in_range = min(classes.dataset_ids) >= 0 and max(classes.dataset_ids) < num_rows
+    if by_dataset_id and in_range:
         rows = list(classes.dataset_ids)
     elif num_rows == classes.num_classes:
         rows = list(range(num_rows))
+    elif not by_dataset_id:
+        raise UserError(
+            f"the weights have {num_rows} class rows in contiguous order, and the class table has "
+            f"{classes.num_classes} classes; name the classes of the training, or --classes all"
+        )
     else:
         raise UserError(
             f"the weights have {num_rows} class rows, which match neither the number of classes, "

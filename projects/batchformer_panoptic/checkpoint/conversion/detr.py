@@ -276,6 +276,8 @@ def open_questions(settings: Mapping[str, Any]) -> list[str]:
     transformer = settings.get("MODEL.DETR.TRANSFORMER_NAME")
     if transformer is None:
         return []  # a backbone only
+    if settings.get("MODEL.BACKBONE.NAME") == "build_swin_backbone":
+        del questions["MODEL.RESNETS.RES5_DILATION"]
     if transformer.startswith("smca"):
         questions["MODEL.SMCA.SMOOTH"] = (
             "the weights do not determine MODEL.SMCA.SMOOTH (--smooth); published: 8"

@@ -1,4 +1,4 @@
-"""Export of a model to the layout of facebookresearch/detr or of transformers."""
+"""Export of a model to the layout of its public repository or of transformers."""
 
 import shutil
 import uuid
@@ -14,25 +14,43 @@ from torch import Tensor
 from ...data.class_table import ClassTable
 from ...errors import UserError, one_line
 from ..records import SettingsRecord
+from . import mask2former_huggingface
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
 from .detr import ALIAS, ALIASED, ours_to_official
 from .huggingface import ours_to_huggingface, split_projections
 from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
+from .mask2former import (
+    is_mask2former,
+    mask2former_settings,
+    refuse_unless_mask2former,
+    to_official_mask2former,
+)
 
 _EXTRA = "huggingface"
 _GROUPS = 8  # of the group norms in published mask heads
 
 
-def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict[str, Tensor]:
-    """Rename a DETR, or a DETRsegm if there is a mask head, to facebookresearch/detr.
+def to_official(
+    state: Mapping[str, Tensor], *, with_block: bool = True, no_object_weight: float = 0.1
+) -> dict[str, Tensor]:
+    """Rename a model to its public repository.
+
+    These are facebookresearch/detr, whose DETRsegm has a mask head, and
+    facebookresearch/Mask2Former.
 
     Args:
-        state: of a `PanopticDETR` with Detectron2's ResNet and the transformer "detr".
-        with_block: keep BatchFormer blocks, under both of their names in zhihou7/BatchFormer.
+        state: of a `PanopticDETR` with Detectron2's ResNet and the transformer "detr", or with a
+            ResNet or Swin and the transformer "mask2former".
+        with_block: keep BatchFormer blocks, under both of their names in zhihou7/BatchFormer. A
+            Mask2Former has no place for them.
+        no_object_weight: weight of "no object" in the loss, part of a published Mask2Former.
 
     Raises:
         UserError: lists the keys that have no counterpart there.
     """
+    if is_mask2former(state):
+        model = _exportable(state, with_block=False)
+        return to_official_mask2former(model, no_object_weight=no_object_weight)
     model = _exportable(state, with_block=with_block)
     segm = has_masks(model)
     official = {}
@@ -49,6 +67,7 @@ def to_official(state: Mapping[str, Tensor], *, with_block: bool = True) -> dict
 def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple[str, str]]:
     """Return the keys that an export leaves out, with the reason."""
     dropped = []
+    with_block = with_block and not is_mask2former(state)
     for name in state:
         if name.startswith("semantic_head."):
             dropped.append((name, "the auxiliary head is for training only"))
@@ -62,9 +81,13 @@ def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple
 def check_official_input(cfg: CfgNode) -> None:
     """Refuse a model whose preprocessing differs from that of the public code.
 
+    The public Mask2Former has the same config keys, so that any preprocessing can be set there.
+
     Raises:
         UserError: names the first key that differs.
     """
+    if cfg.MODEL.DETR.TRANSFORMER_NAME == "mask2former":
+        return
     found = {
         "INPUT.FORMAT": cfg.INPUT.FORMAT,
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
@@ -80,12 +103,21 @@ def check_official_input(cfg: CfgNode) -> None:
 
 
 def check_config(state: Mapping[str, Tensor], cfg: CfgNode) -> None:
-    """Refuse a config that does not match the weights, or a model that is not a DETR.
+    """Refuse a config that does not match the weights, or a model that cannot be exported.
 
     Raises:
         UserError: names each key that differs.
     """
     model = _exportable(state, with_block=False)
+    if is_mask2former(model):
+        # The weights do not determine strides and dilation.
+        needed = {
+            key: value
+            for key, value in mask2former_settings(model).items()
+            if key not in ("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.RES5_DILATION")
+        }
+        SettingsRecord(cfg).check(needed, "the model to be exported")
+        return
     needed = {
         **settings_of(model),
         "MODEL.DETR.IN_FEATURE": "res5",
@@ -116,15 +148,20 @@ def to_huggingface(
     transformers = _transformers()
     check_config(state, cfg)
     model = _exportable(state, with_block=False)
-    config = _huggingface_config(transformers, model, cfg, classes)
-    theirs = {}
-    for name, value in split_projections(model).items():
-        key = ours_to_huggingface(name, with_masks=has_masks(model))
-        assert key is not None, name
-        theirs[key] = value
+    if is_mask2former(model):
+        mask2former_huggingface.check_expressible(model, cfg)
+        config = mask2former_huggingface.huggingface_config(transformers, model, cfg, classes)
+        theirs = mask2former_huggingface.huggingface_weights(model, cfg.MODEL.DETR.NO_OBJECT_WEIGHT)
+    else:
+        config = _huggingface_config(transformers, model, cfg, classes)
+        theirs = _huggingface_weights(model)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
-        processor = _image_processor(transformers, cfg, segm=has_masks(model))
+        processor = (
+            mask2former_huggingface.image_processor(transformers, cfg)
+            if is_mask2former(model)
+            else _image_processor(transformers, cfg, segm=has_masks(model))
+        )
         _write_folder(temporary, theirs, config, processor)
         if folder.exists():
             shutil.rmtree(folder)
@@ -135,18 +172,30 @@ def to_huggingface(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _huggingface_weights(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    theirs = {}
+    for name, value in split_projections(model).items():
+        key = ours_to_huggingface(name, with_masks=has_masks(model))
+        assert key is not None, name
+        theirs[key] = value
+    return theirs
+
+
 def _exportable(state: Mapping[str, Tensor], *, with_block: bool) -> dict[str, Tensor]:
-    """Return the exported part of a state dict, which must be a complete published DETR."""
+    """Return the exported part of a state dict, which must be a complete published model."""
     dropped = {name for name, _ in not_exported(state, with_block=with_block)}
     model = {name: value for name, value in state.items() if name not in dropped}
+    if is_mask2former(model):
+        refuse_unless_mask2former(model, "the model is not a published Mask2Former")
+        return model
     mismatch = compare_with_layout(model)
     refuse_mismatch(
         "the model is not a published DETR",
         leftovers=mismatch.unexpected,
         missing=mismatch.missing,
         wrong_shape=mismatch.wrong_shape,
-        remedy="the export supports the transformer 'detr' on Detectron2's ResNet with FrozenBN or "
-        "BN, and the mask head in its published widths",
+        remedy="the export supports the transformers 'mask2former' and 'detr', the latter on "
+        "Detectron2's ResNet with FrozenBN or BN, and the mask head in its published widths",
     )
     if has_masks(model):
         for name, value in model.items():

@@ -1,19 +1,18 @@
-"""DETR of Hugging Face transformers: names and weights, and the configs in its model folders.
+"""DETR of Hugging Face transformers: names, weights and config.
 
 Query, key and value projections are separate parameters there and one parameter here, see
 `merge_projections` and `split_projections`. The mask head has the names of facebookresearch/detr.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import UserError, one_line
+from ...errors import UserError
 from .core import (
     AFFINE,
     FROZEN_NORM,
@@ -39,18 +38,23 @@ _PROJECTIONS = rf"(?:[qkv]_proj|out_proj)\.{AFFINE}"
 _ENCODER, _DECODER = "model.encoder.layers.#.", "model.decoder.layers.#."
 _OURS_ENCODER, _OURS_DECODER = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
 _CONV_ENCODER = "model.backbone.conv_encoder.model."
-_STAGES = f"{_CONV_ENCODER}encoder.stages."
 
-_TABLE = NameTable(
-    [
-        Row(f"{_CONV_ENCODER}embedder.embedder.convolution.", "backbone.stem.conv1.", "weight"),
+
+def resnet_rows(prefix: str) -> list[Row]:
+    """Rows of the names of ResNetBackbone behind a prefix."""
+    return [
+        Row(f"{prefix}embedder.embedder.convolution.", "backbone.stem.conv1.", "weight"),
         Row(
-            f"{_CONV_ENCODER}embedder.embedder.normalization.",
+            f"{prefix}embedder.embedder.normalization.",
             "backbone.stem.conv1.norm.",
             FROZEN_NORM,
         ),
         *(
-            Row(f"{_STAGES}{i}.layers.#.{theirs}", f"backbone.res{i + 2}.#.{ours}", tail)
+            Row(
+                f"{prefix}encoder.stages.{i}.layers.#.{theirs}",
+                f"backbone.res{i + 2}.#.{ours}",
+                tail,
+            )
             for i in range(4)
             for part, conv in (
                 *((f"layer.{k}.", f"conv{k + 1}.") for k in range(3)),
@@ -61,6 +65,12 @@ _TABLE = NameTable(
                 (f"{part}normalization.", f"{conv}norm.", FROZEN_NORM),
             )
         ),
+    ]
+
+
+_TABLE = NameTable(
+    [
+        *resnet_rows(_CONV_ENCODER),
         Row("model.query_position_embeddings.", "transformer.query_embed.", "weight"),
         Row("model.input_projection.", "transformer.input_proj.", AFFINE),
         Row(f"{_ENCODER}self_attn.", f"{_OURS_ENCODER}self_attn.", _PROJECTIONS),
@@ -85,25 +95,10 @@ _ALLOWED = [
     NO_STATISTICS_COUNT,
     Allowed("*criterion.empty_weight", "class weights of the loss"),
 ]
-# Defaults of DetrImageProcessor: torchvision's statistics, of pixels from 0 to 1.
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The projections in the order in which torch.nn.MultiheadAttention stacks them.
 _STACKED = ("q_proj", "k_proj", "v_proj")
 _SEPARATE = re.compile(r"(?P<attention>.*attn)\.(?P<which>[qkv]_proj)\.(?P<part>weight|bias)")
 _TOGETHER = re.compile(r"(?P<attention>.*attn)\.in_proj_(?P<part>weight|bias)")
-
-
-class ModelFolder(NamedTuple):
-    """A folder of Hugging Face: its weights, and settings from the files next to them.
-
-    Attributes:
-        weights: path of the weights.
-        settings: config keys implied by ``config.json`` and, if it exists,
-            ``preprocessor_config.json``.
-    """
-
-    weights: Path
-    settings: dict[str, Any]
 
 
 def convert_huggingface(state: dict[str, Tensor], request: Request) -> Converted:
@@ -172,11 +167,19 @@ def merge_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
-def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split stacked projections: the inverse of `merge_projections`."""
+def split_projections(
+    model: Mapping[str, Tensor], attentions: tuple[str, ...] = ("attn",)
+) -> dict[str, Tensor]:
+    """Split stacked projections: the inverse of `merge_projections`.
+
+    Args:
+        model: tensors by name.
+        attentions: ends of the names of the attention layers that are split.
+    """
     split = {}
     for name, value in model.items():
-        if found := _TOGETHER.fullmatch(name):
+        found = _TOGETHER.fullmatch(name)
+        if found and found["attention"].endswith(attentions):
             for which, chunk in zip(_STACKED, value.chunk(3), strict=True):
                 split[f"{found['attention']}.{which}.{found['part']}"] = chunk
         else:
@@ -184,28 +187,16 @@ def split_projections(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def open_folder(folder: Path) -> ModelFolder:
-    """Find the weights in a folder of Hugging Face and read its configs.
+def settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read the config keys that the weights do not determine; refuse unsupported ones.
+
+    Args:
+        config: content of ``config.json``.
+        folder: of the file, for the message.
 
     Raises:
-        UserError: no weights in a single file, no config of a DETR, or unreadable statistics.
+        UserError: names the setting that this project does not have.
     """
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    weights = next((file for file in files if file.is_file()), None)
-    if weights is None:
-        raise UserError(f"folder {folder} has neither model.safetensors nor pytorch_model.bin")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {one_line(error)}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "detr":
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"{folder}/config.json does not describe a DETR: model_type {found!r}")
-    settings = {**_settings_of_config(config, folder), **_pixel_settings(folder)}
-    return ModelFolder(weights, settings)
-
-
-def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     backbone = config.get("backbone_config") or {}
     heads = {config.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")}
     unsupported = {
@@ -224,25 +215,3 @@ def _settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "MODEL.RESNETS.STRIDE_IN_1X1": bool(backbone.get("downsample_in_bottleneck", False)),
         **dilation_settings(bool(dilated)),
     }
-
-
-def _pixel_settings(folder: Path) -> dict[str, Any]:
-    """Read statistics of pixels from 0 to 255; the file is optional."""
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        # Statistics refer to rescaled pixels; this factor converts them back to 0 to 255.
-        white = 1 / content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1
-        mean, std = [0, 0, 0], [1, 1, 1]
-        if content.get("do_normalize", True):
-            mean = content.get("image_mean", _IMAGENET_MEAN)
-            std = content.get("image_std", _IMAGENET_STD)
-        pairs = {"MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
-        settings = {key: [round(x * white, 4) for x in value] for key, value in pairs.items()}
-        if any(len(value) != 3 for value in settings.values()):
-            raise ValueError("image_mean and image_std must have three numbers")
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    return settings

@@ -58,7 +58,7 @@ def compare_with_layout(
     if absent := missing_sizes(model):
         return LayoutMismatch(absent, [], [])
     parts = _detr_transformer(model) if transformer is None else transformer.items()
-    expected = dict([*_backbone(model), *parts, *_heads(model)])
+    expected = dict([*resnet_layout(model), *parts, *_heads(model)])
     missing = [name for name in expected if name not in model]
     unexpected = [name for name in model if name not in expected]
     return LayoutMismatch(missing, wrong_shapes(model, expected), unexpected)
@@ -77,19 +77,34 @@ def transformer_layout(
     Raises:
         UserError: no transformer has these sizes.
     """
+    channels = {name: out_channels(model, name) or 1 for name in _STAGES}
+    return built_transformer_layout({**transformer_settings(model), **settings}, channels, subject)
+
+
+def built_transformer_layout(
+    settings: Mapping[str, Any], channels: Mapping[str, int], subject: str
+) -> dict[str, Shape]:
+    """Names and shapes of the transformer that a config describes.
+
+    Args:
+        settings: config keys.
+        channels: of the backbone maps, res2 to res5.
+        subject: of the error message.
+
+    Raises:
+        UserError: no transformer has these sizes.
+    """
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
-    pairs = {**transformer_settings(model), **settings}
-    cfg.merge_from_list([part for pair in pairs.items() for part in pair])
+    cfg.merge_from_list([part for pair in settings.items() for part in pair])
     shapes = {
-        name: ShapeSpec(channels=out_channels(model, name) or 1, stride=stride)
-        for name, stride in _STRIDES.items()
+        name: ShapeSpec(channels=channels[name], stride=stride) for name, stride in _STRIDES.items()
     }
     try:
         with torch.device("meta"):
             state = build_transformer(cfg, shapes).state_dict()
     except (AssertionError, ValueError) as error:
-        sizes = ", ".join(f"{key} {value}" for key, value in pairs.items())
+        sizes = ", ".join(f"{key} {value}" for key, value in settings.items())
         raise UserError(
             f"{subject}: no model has its sizes ({sizes}): {one_line(error)}"
         ) from error
@@ -102,7 +117,7 @@ def settings_of(model: Mapping[str, Tensor]) -> dict[str, Any]:
         "MODEL.DETR.TRANSFORMER_NAME": "detr",
         "MODEL.DETR.SCORING": "softmax",
         **transformer_settings(model),
-        **_resnet_settings(model),
+        **resnet_settings(model),
     }
     if has_masks(model):
         settings["MODEL.MASK_ON"] = True
@@ -125,8 +140,8 @@ def transformer_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
         "MODEL.DETR.NUM_OBJECT_QUERIES": num_queries,
         "MODEL.DETR.HIDDEN_DIM": embed_dim,
         "MODEL.DETR.DIM_FEEDFORWARD": model[_FIRST_LINEAR].shape[0],
-        "MODEL.DETR.ENC_LAYERS": _count(model, _ENCODER),
-        "MODEL.DETR.DEC_LAYERS": _count(model, _DECODER),
+        "MODEL.DETR.ENC_LAYERS": count_indices(model, _ENCODER),
+        "MODEL.DETR.DEC_LAYERS": count_indices(model, _DECODER),
         "MODEL.DETR.PRE_NORM": has_pre_norm(model),
     }
 
@@ -173,12 +188,13 @@ def resnet_shape(model: Mapping[str, Tensor]) -> ResNetShape:
         stem=model["backbone.stem.conv1.weight"].shape[0],
         widths=tuple(model[f"backbone.{s}.0.{last}.weight"].shape[0] for s in _STAGES),
         inner_widths=tuple(model[f"backbone.{s}.0.conv1.weight"].shape[0] for s in _STAGES),
-        depths=tuple(_count(model, f"backbone.{s}.") for s in _STAGES),
+        depths=tuple(count_indices(model, f"backbone.{s}.") for s in _STAGES),
         bottleneck=bottleneck,
     )
 
 
-def _resnet_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+def resnet_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the config keys of a complete ResNet."""
     shape = resnet_shape(model)
     settings: dict[str, Any] = {
         "MODEL.RESNETS.STEM_OUT_CHANNELS": shape.stem,
@@ -194,7 +210,7 @@ def _resnet_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
-def _count(names: Collection[str], prefix: str) -> int:
+def count_indices(names: Collection[str], prefix: str) -> int:
     """One more than the largest index after the prefix, so that gaps are found; at least 1."""
     pattern = re.compile(re.escape(prefix) + r"([0-9]+)\.")
     largest = max((int(found[1]) for name in names if (found := pattern.match(name))), default=0)
@@ -217,12 +233,12 @@ def _detr_transformer(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape 
     channels = out_channels(model, "res5")
     yield "transformer.input_proj.weight", None if channels is None else (width, channels, 1, 1)
     yield "transformer.input_proj.bias", (width,)
-    for i in range(_count(model, _ENCODER)):
+    for i in range(count_indices(model, _ENCODER)):
         yield from _layer(f"{_ENCODER}{i}.", width, hidden, ("self_attn",))
     if has_pre_norm(model):
         yield from _norm("transformer.encoder.norm", width)
     yield from block_layout(model, width)
-    for i in range(_count(model, _DECODER)):
+    for i in range(count_indices(model, _DECODER)):
         yield from _layer(f"{_DECODER}{i}.", width, hidden, ("self_attn", "multihead_attn"))
     yield from _norm("transformer.decoder.norm", width)
 
@@ -275,12 +291,13 @@ def _mask_head(model: Mapping[str, Tensor], width: int) -> Iterator[Any]:
     yield "mask_head.predictor.bias", (1,)
 
 
-def _backbone(model: Mapping[str, Tensor]) -> Iterator[Any]:
+def resnet_layout(model: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Names and shapes of Detectron2's ResNet; None for a shape that cannot be known."""
     yield from _conv_norm(model, "backbone.stem.conv1")
     bottleneck = any(re.match(r"backbone\.res\d\.\d+\.conv3\.", name) for name in model)
     last = "conv3" if bottleneck else "conv2"
     for stage in _STAGES:
-        for i in range(_count(model, f"backbone.{stage}.")):
+        for i in range(count_indices(model, f"backbone.{stage}.")):
             block = f"backbone.{stage}.{i}"
             for conv in ("conv1", "conv2", "conv3")[: 3 if bottleneck else 2]:
                 yield from _conv_norm(model, f"{block}.{conv}")

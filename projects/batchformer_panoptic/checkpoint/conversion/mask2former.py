@@ -1,6 +1,43 @@
-"""Names of facebookresearch/Mask2Former, and this project's names."""
+"""Mask2Former (facebookresearch/Mask2Former, on Detectron2): names, weights and settings."""
 
-from .core import AFFINE, NameTable, Row
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core import (
+    AFFINE,
+    CLASS_KEYS,
+    FROZEN_NORM,
+    NO_STATISTICS_COUNT,
+    REMEDY,
+    TORCHVISION_INPUT,
+    Allowed,
+    Converted,
+    NameTable,
+    Renamed,
+    Request,
+    Row,
+    Shape,
+    refuse_mismatch,
+    rename,
+    select_class_rows,
+    wrong_shapes,
+)
+from .detr import UNKNOWN_DEPTH, block_notes
+from .layout import (
+    block_layout,
+    built_transformer_layout,
+    count_indices,
+    out_channels,
+    resnet_layout,
+    resnet_settings,
+)
+
+# --- names ---
 
 _ATTENTION = r"(?:in_proj_weight|in_proj_bias|out_proj\.weight|out_proj\.bias)"
 _DEFORMABLE = r"self_attn\.(?:sampling_offsets|attention_weights|value_proj|output_proj)"
@@ -44,6 +81,300 @@ _TABLE = NameTable(
 )
 
 
+_HEAD = "sem_seg_head."
+_PARTS = ("pixel_decoder.", "predictor.")
+_SWIN_BLOCK = (
+    rf"(?:(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.{AFFINE}|attn\.relative_position_bias_table)"
+)
+# Backbones have the same names in both projects.
+_BACKBONE = re.compile(
+    r"backbone\.(?:"
+    rf"(?:stem\.conv1|res[2-5]\.\d+\.(?:conv[123]|shortcut))\.(?:weight|norm\.{FROZEN_NORM})"
+    rf"|(?:patch_embed\.(?:proj|norm)|norm[0-3])\.{AFFINE}"
+    rf"|layers\.\d\.(?:blocks\.\d+\.{_SWIN_BLOCK}|downsample\.(?:reduction\.weight|norm\.{AFFINE}))"
+    r")"
+)
+
+
 def official_mask2former_to_ours(name: str) -> str | None:
-    """This project's name of a parameter, ``sem_seg_head.`` left out; None if there is none."""
-    return _TABLE.to_ours(name)
+    """Return this project's name of a parameter of the head, ``sem_seg_head.`` left out, or None.
+
+    Names of earlier versions of the public code are accepted: pixel decoders without a prefix, and
+    ``static_query`` for the query features. The public code renames them when it loads them.
+    """
+    if not name.startswith(_PARTS):
+        name = _PARTS[0] + name
+    return _TABLE.to_ours(name.replace("static_query", "query_feat"))
+
+
+def _checkpoint_to_ours(name: str) -> str | None:
+    if name.startswith(_HEAD):
+        return official_mask2former_to_ours(name.removeprefix(_HEAD))
+    return name if _BACKBONE.fullmatch(name) else None
+
+
+def _ours_to_checkpoint(name: str) -> str | None:
+    if _BACKBONE.fullmatch(name):
+        return name
+    theirs = _TABLE.to_theirs(name)
+    return None if theirs is None else _HEAD + theirs
+
+
+# --- conversion ---
+
+CRITERION = Allowed(
+    "criterion.empty_weight", "class weights of the loss, here MODEL.DETR.NO_OBJECT_WEIGHT"
+)
+_ALLOWED = [
+    NO_STATISTICS_COUNT,
+    CRITERION,
+    Allowed("backbone.*.relative_position_index", "computed from the size of the windows"),
+]
+_WHAT = "the weights are not a Mask2Former that can be converted"
+_STAGES = ("res2", "res3", "res4", "res5")
+_ENC_POINTS = 4  # fixed in the public code
+_ENCODER_LAYERS, _DECODER_LAYERS = "transformer.encoder.layers.", "transformer.decoder.layers."
+# Weights from whose shapes the sizes are read.
+_QUERIES = "transformer.decoder.query_embed.weight"
+_LEVELS = f"{_PIXELS}level_embed"
+_MASK_DIM = f"{_PIXELS}mask_features.bias"
+_ENC_WIDTH = f"{_ENCODER_LAYERS}0.linear1.bias"
+_DEC_WIDTH = f"{_DECODER_LAYERS}0.linear1.bias"
+_SAMPLES = f"{_ENCODER_LAYERS}0.self_attn.attention_weights.bias"
+_NEEDED = (_QUERIES, _LEVELS, _MASK_DIM, _ENC_WIDTH, _DEC_WIDTH, _SAMPLES, CLASS_KEYS[0])
+
+
+def convert_mask2former(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert a checkpoint of facebookresearch/Mask2Former with a ResNet or Swin backbone.
+
+    Class rows are in the order of the contiguous class ids, not indexed by the ids of the data set.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    return finish_mask2former(rename(state, _checkpoint_to_ours, _ALLOWED, request), request)
+
+
+def finish_mask2former(renamed: Renamed, request: Request) -> Converted:
+    """Check that the weights are complete, select the class rows and collect the settings.
+
+    Args:
+        renamed: weights in this project's names.
+        request: of the user.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    expected = mask2former_layout(renamed.model, _WHAT, leftovers=renamed.leftovers)
+    refuse_mismatch(
+        _WHAT,
+        leftovers=[*renamed.leftovers, *renamed.old_keys(renamed.model.keys() - expected.keys())],
+        missing=expected.keys() - renamed.model.keys(),
+        wrong_shape=wrong_shapes(renamed.model, expected),
+        remedy=REMEDY,
+    )
+    model, notes = select_class_rows(renamed.model, request.classes, by_dataset_id=False)
+    settings = {**TORCHVISION_INPUT, **mask2former_settings(model)}
+    if not has_swin(model) and "MODEL.RESNETS.DEPTH" not in settings:
+        notes.append(UNKNOWN_DEPTH)
+    return Converted(model, renamed.dropped, [*notes, *block_notes(model)], settings)
+
+
+def has_swin(model: Mapping[str, Tensor]) -> bool:
+    """Whether the backbone is a Swin Transformer and not a ResNet."""
+    return _SWIN_PROJECTION in model
+
+
+def mask2former_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the config keys that follow from a complete state dict in this project's names.
+
+    ``MODEL.RESNETS.STRIDE_IN_1X1`` and ``RES5_DILATION`` are those of the published ResNets.
+    """
+    if has_swin(model):
+        backbone = _swin_settings(model)
+    else:
+        backbone = {
+            "MODEL.RESNETS.STRIDE_IN_1X1": False,
+            "MODEL.RESNETS.RES5_DILATION": 1,
+            **resnet_settings(model),
+        }
+    return {**backbone, **_transformer_settings(model)}
+
+
+def mask2former_layout(
+    model: Mapping[str, Tensor], subject: str, *, leftovers: list[str] | None = None
+) -> dict[str, Shape | None]:
+    """Names and shapes of a complete Mask2Former; None for a shape that cannot be known.
+
+    Args:
+        model: weights in this project's names, from whose shapes the sizes are read.
+        subject: of the error message.
+        leftovers: source keys without a name, listed if a size cannot be read.
+
+    Raises:
+        UserError: a weight is missing from which a size is read, or no model has the sizes.
+    """
+    missing = [name for name in _NEEDED if name not in model]
+    refuse_mismatch(
+        subject, leftovers=(leftovers or []) if missing else [], missing=missing, remedy=REMEDY
+    )
+    if has_swin(model):
+        backbone = dict(_swin_layout(model))
+        channels = {name: _swin_width(model) * 2**i for i, name in enumerate(_STAGES)}
+    else:
+        backbone = dict(resnet_layout(model))
+        channels = {name: out_channels(model, name) or 1 for name in _STAGES}
+    settings = _transformer_settings(model)
+    width = settings["MODEL.DETR.HIDDEN_DIM"]
+    classes = len(model[CLASS_KEYS[0]])
+    return {
+        **backbone,
+        **built_transformer_layout(settings, channels, subject),
+        **dict(block_layout(model, width)),
+        CLASS_KEYS[0]: (classes, width),
+        CLASS_KEYS[1]: (classes,),
+    }
+
+
+def _transformer_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+    num_queries, width = model[_QUERIES].shape
+    return {
+        "MODEL.DETR.TRANSFORMER_NAME": "mask2former",
+        "MODEL.DETR.SCORING": "softmax",
+        "MODEL.DETR.NUM_OBJECT_QUERIES": num_queries,
+        "MODEL.DETR.HIDDEN_DIM": width,
+        # One attention weight for each head, level and point.
+        "MODEL.DETR.NHEADS": max(len(model[_SAMPLES]) // (len(model[_LEVELS]) * _ENC_POINTS), 1),
+        "MODEL.DETR.DIM_FEEDFORWARD": len(model[_DEC_WIDTH]),
+        "MODEL.DETR.ENC_LAYERS": count_indices(model, _ENCODER_LAYERS),
+        "MODEL.DETR.DEC_LAYERS": count_indices(model, _DECODER_LAYERS),
+        "MODEL.MASK2FORMER.IN_FEATURES": list(_STAGES),
+        "MODEL.MASK2FORMER.MASK_DIM": len(model[_MASK_DIM]),
+        "MODEL.MASK2FORMER.ENC_POINTS": _ENC_POINTS,
+        "MODEL.MASK2FORMER.ENC_DIM_FEEDFORWARD": len(model[_ENC_WIDTH]),
+        "MODEL.MASK_ON": True,
+        "MODEL.MASK_HEAD.NAME": "query_mask_head",
+    }
+
+
+# --- Swin Transformer ---
+
+_SWIN_PROJECTION = "backbone.patch_embed.proj.weight"
+_PATCH = 4
+_MLP_RATIO = 4
+
+
+def _swin_width(model: Mapping[str, Tensor]) -> int:
+    return model[_SWIN_PROJECTION].shape[0]
+
+
+def _swin_depths(model: Mapping[str, Tensor]) -> list[int]:
+    return [count_indices(model, f"backbone.layers.{i}.blocks.") for i in range(len(_STAGES))]
+
+
+def _swin_tables(model: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Shapes of the bias table in each stage: relative positions and heads."""
+    tables = []
+    for i in range(len(_STAGES)):
+        name = f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"
+        refuse_mismatch(_WHAT, missing=[] if name in model else [name], remedy=REMEDY)
+        positions, heads = model[name].shape
+        tables.append((positions, heads))
+    return tables
+
+
+def _swin_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+    tables = _swin_tables(model)
+    return {
+        "MODEL.BACKBONE.NAME": "build_swin_backbone",
+        "MODEL.SWIN.EMBED_DIM": _swin_width(model),
+        "MODEL.SWIN.DEPTHS": _swin_depths(model),
+        "MODEL.SWIN.NUM_HEADS": [heads for _, heads in tables],
+        # (2 W - 1)^2 relative positions in windows of W x W
+        "MODEL.SWIN.WINDOW_SIZE": (round(tables[0][0] ** 0.5) + 1) // 2,
+    }
+
+
+def _swin_layout(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape | None]]:
+    first = _swin_width(model)
+    yield _SWIN_PROJECTION, (first, 3, _PATCH, _PATCH)
+    yield "backbone.patch_embed.proj.bias", (first,)
+    yield from _affine("backbone.patch_embed.norm", first)
+    stages = zip(_swin_depths(model), _swin_tables(model), strict=True)
+    positions = _swin_tables(model)[0][0]
+    for i, (depth, (_, heads)) in enumerate(stages):
+        width, stage = first * 2**i, f"backbone.layers.{i}"
+        for k in range(depth):
+            block = f"{stage}.blocks.{k}"
+            yield from _affine(f"{block}.norm1", width)
+            yield from _affine(f"{block}.norm2", width)
+            yield f"{block}.attn.relative_position_bias_table", (positions, heads)
+            for part, n_in, n_out in (
+                ("attn.qkv", width, 3 * width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", width, _MLP_RATIO * width),
+                ("mlp.fc2", _MLP_RATIO * width, width),
+            ):
+                yield f"{block}.{part}.weight", (n_out, n_in)
+                yield f"{block}.{part}.bias", (n_out,)
+        if i < len(_STAGES) - 1:
+            yield from _affine(f"{stage}.downsample.norm", 4 * width)
+            yield f"{stage}.downsample.reduction.weight", (2 * width, 4 * width)
+        yield from _affine(f"backbone.norm{i}", width)
+
+
+def _affine(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+# --- export ---
+
+
+def to_official_mask2former(
+    state: Mapping[str, Tensor], *, no_object_weight: float
+) -> dict[str, Tensor]:
+    """Rename a complete Mask2Former to the names of facebookresearch/Mask2Former.
+
+    Args:
+        state: in this project's names, without BatchFormer blocks.
+        no_object_weight: weight of "no object" in the loss, which is a buffer there.
+    """
+    official: OrderedDict[str, Tensor] = OrderedDict()
+    for name, value in state.items():
+        theirs = _ours_to_checkpoint(name)
+        assert theirs is not None, name
+        official[theirs] = value
+    official[CRITERION.pattern] = loss_weights(state, no_object_weight)
+    # Without the versions, the public code takes these names for older ones and renames them.
+    versions = {name: {"version": 2} for name in ("sem_seg_head", "sem_seg_head.predictor")}
+    official._metadata = versions  # type: ignore[attr-defined]
+    return official
+
+
+def loss_weights(state: Mapping[str, Tensor], no_object_weight: float) -> Tensor:
+    """The buffer of class weights of the loss: 1 for classes, and the weight of "no object"."""
+    weights = torch.ones(len(state[CLASS_KEYS[0]]))
+    weights[-1] = no_object_weight
+    return weights
+
+
+def is_mask2former(model: Iterable[str]) -> bool:
+    """Whether weights in this project's names are those of a Mask2Former."""
+    return any(name.startswith(_PIXELS) for name in model)
+
+
+def refuse_unless_mask2former(model: Mapping[str, Tensor], subject: str) -> None:
+    """Refuse a state dict in this project's names that is not a complete published Mask2Former.
+
+    Raises:
+        UserError: lists every key that is left over, missing, or has another shape.
+    """
+    expected = mask2former_layout(model, subject)
+    refuse_mismatch(
+        subject,
+        leftovers=model.keys() - expected.keys(),
+        missing=expected.keys() - model.keys(),
+        wrong_shape=wrong_shapes(model, expected),
+        remedy="the export supports Detectron2's ResNet with FrozenBN or BN and the published Swin",
+    )
