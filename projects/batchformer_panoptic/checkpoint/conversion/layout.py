@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from ...config import add_batchformer_panoptic_config
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...modeling.transformer import build_transformer
 from .core import BLOCKS, REMEDY, Shape, refuse_mismatch, wrong_shapes
 
@@ -57,6 +57,7 @@ def compare_with_layout(
         model: the state dict.
         transformer: names and shapes of the transformer; None: DETR's.
     """
+    # Without these sizes, nothing else can be compared.
     if absent := missing_sizes(model):
         return LayoutMismatch(absent, [], [])
     parts = _detr_transformer(model) if transformer is None else transformer.items()
@@ -107,7 +108,9 @@ def built_transformer_layout(
             state = build_transformer(cfg, shapes).state_dict()
     except (AssertionError, ValueError) as error:
         sizes = ", ".join(f"{key} {value}" for key, value in settings.items())
-        raise UserError(f"{subject}: no model has its sizes ({sizes}): {error}") from error
+        raise UserError(
+            f"{subject}: no model has its sizes ({sizes}): {one_line(error)}"
+        ) from error
     return {f"transformer.{name}": tuple(value.shape) for name, value in state.items()}
 
 
@@ -369,6 +372,7 @@ def resnet_layout(model: Mapping[str, Tensor]) -> Iterator[Any]:
             block = f"backbone.{stage}.{i}"
             for conv in ("conv1", "conv2", "conv3")[: 3 if bottleneck else 2]:
                 yield from _conv_norm(model, f"{block}.{conv}")
+            # A block has a projection shortcut if its input and output widths differ.
             first, final = model.get(f"{block}.conv1.weight"), model.get(f"{block}.{last}.weight")
             if first is not None and final is not None and first.shape[1] != final.shape[0]:
                 yield from _conv_norm(model, f"{block}.shortcut")
