@@ -1,12 +1,16 @@
 """ImageNet weights of other projects give the same feature maps after conversion."""
 
 import importlib.util
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
 
 from batchformer_panoptic.checkpoint import PanopticCheckpointer
@@ -19,6 +23,8 @@ from batchformer_panoptic.checkpoint.conversion.sources import SOURCES, source_n
 from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.modeling.backbone import build_swin_backbone
+from helpers.conversion_models import randomise
 from helpers.tiny_model import tiny_cfg, tiny_model
 
 LEVELS = {f"layer{i}": f"res{i + 1}" for i in (1, 2, 3, 4)}
@@ -340,3 +346,63 @@ def test_sources_are_found_by_name():
     assert {"torchvision_resnet", "detectron2_resnet", "timm", "efficientnet_lite0"} <= set(SOURCES)
     with pytest.raises(UserError, match=r"--source r50 is unknown; known: .*timm:NAME"):
         source_named("r50")
+
+
+def timm_swin() -> nn.Module:
+    """A tiny Swin of timm that shifts the windows of every stage."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=192,
+        window_size=3,
+        embed_dim=8,
+        depths=(1, 2, 1, 2),
+        num_heads=(1, 2, 2, 4),
+        always_partition=True,
+    )
+    randomise(model)
+    return model.eval()
+
+
+def microsoft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of microsoft/Swin-Transformer, with its buffers."""
+    renamed = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k): v
+        for k, v in state.items()
+    }
+    renamed["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(9, 9)
+    renamed["layers.1.blocks.1.attn_mask"] = torch.zeros(4, 9, 9)
+    return renamed
+
+
+@pytest.mark.parametrize("names", [dict, microsoft_names])
+def test_swin_of_imagenet_has_the_same_maps(
+    names: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    model = timm_swin()
+    converted = SOURCES["swin"].convert(names(dict(model.state_dict())), Request())
+    cfg = tiny_cfg(MODEL__BACKBONE__FREEZE_AT=0)
+    cfg.merge_from_list([part for pair in converted.settings.items() for part in pair])
+    backbone = build_swin_backbone(cfg, ShapeSpec(channels=3)).eval()
+    state = {name.removeprefix("backbone."): v for name, v in converted.model.items()}
+    backbone.load_state_dict(state)
+    # At multiples of the windows of all stages timm's order of shift and padding does not matter.
+    images = torch.randn(2, 3, 192, 192)
+    with torch.no_grad():
+        theirs = model.forward_intermediates(images, intermediates_only=True)
+        ours = backbone(images)
+    for mine, other in zip(ours.values(), theirs, strict=True):
+        expected = F.layer_norm(other.movedim(1, -1), other.shape[1:2]).movedim(-1, 1)
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
+
+
+def test_other_weights_are_not_taken_for_swin() -> None:
+    with pytest.raises(UserError, match="not a Swin Transformer"):
+        SOURCES["swin"].convert({"conv1.weight": torch.zeros(1)}, Request())
+    state = dict(timm_swin().state_dict())
+    state["layers.0.blocks.0.attn.extra"] = state.pop("layers.3.blocks.1.norm2.bias")
+    with pytest.raises(UserError) as caught:
+        SOURCES["swin"].convert(state, Request())
+    assert "left over: layers.0.blocks.0.attn.extra" in str(caught.value)
+    assert "missing: backbone.layers.3.blocks.1.norm2.bias" in str(caught.value)

@@ -252,3 +252,10 @@ def test_unreadable_pixel_statistics_are_refused(tmp_path: Path, content: str) -
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         open_folder(tmp_path)
+
+
+def test_an_unreadable_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        open_folder(tmp_path)

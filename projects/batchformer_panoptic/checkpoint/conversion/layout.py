@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import add_batchformer_panoptic_config
 from ...errors import UserError, one_line
 from ...modeling.transformer import build_transformer
-from .core import BLOCKS, Shape, wrong_shapes
+from .core import BLOCKS, REMEDY, Shape, refuse_mismatch, wrong_shapes
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _STAGES = tuple(_STRIDES)
@@ -29,6 +29,9 @@ _DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((3, 4, 23, 3), True): 101,
     ((3, 8, 36, 3), True): 152,
 }
+
+SWIN_PROJECTION = "backbone.patch_embed.proj.weight"
+_PATCH, _MLP_RATIO = 4, 4
 
 
 class LayoutMismatch(NamedTuple):
@@ -208,6 +211,74 @@ def resnet_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
         settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = width
         settings["MODEL.RESNETS.NUM_GROUPS"] = shape.inner_widths[0] // width
     return settings
+
+
+def has_swin(model: Mapping[str, Tensor]) -> bool:
+    """Whether the backbone is a Swin Transformer and not a ResNet."""
+    return SWIN_PROJECTION in model
+
+
+def swin_width(model: Mapping[str, Tensor]) -> int:
+    """Channels of res2."""
+    return model[SWIN_PROJECTION].shape[0]
+
+
+def _swin_depths(model: Mapping[str, Tensor]) -> list[int]:
+    return [count_indices(model, f"backbone.layers.{i}.blocks.") for i in range(len(_STAGES))]
+
+
+def _swin_tables(model: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Shapes of the bias table in each stage: relative positions and heads."""
+    tables = []
+    for i in range(len(_STAGES)):
+        name = f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"
+        missing = [] if name in model else [name]
+        refuse_mismatch("the weights are not a Swin Transformer", missing=missing, remedy=REMEDY)
+        positions, heads = model[name].shape
+        tables.append((positions, heads))
+    return tables
+
+
+def swin_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the config keys of a complete Swin Transformer."""
+    tables = _swin_tables(model)
+    return {
+        "MODEL.BACKBONE.NAME": "build_swin_backbone",
+        "MODEL.SWIN.EMBED_DIM": swin_width(model),
+        "MODEL.SWIN.DEPTHS": _swin_depths(model),
+        "MODEL.SWIN.NUM_HEADS": [heads for _, heads in tables],
+        # (2 W - 1)^2 relative positions in windows of W x W
+        "MODEL.SWIN.WINDOW_SIZE": (round(tables[0][0] ** 0.5) + 1) // 2,
+    }
+
+
+def swin_layout(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape | None]]:
+    """Names and shapes of the Swin Transformer of published detectors."""
+    first = swin_width(model)
+    yield SWIN_PROJECTION, (first, 3, _PATCH, _PATCH)
+    yield "backbone.patch_embed.proj.bias", (first,)
+    yield from _norm("backbone.patch_embed.norm", first)
+    stages = zip(_swin_depths(model), _swin_tables(model), strict=True)
+    positions = _swin_tables(model)[0][0]
+    for i, (depth, (_, heads)) in enumerate(stages):
+        width, stage = first * 2**i, f"backbone.layers.{i}"
+        for k in range(depth):
+            block = f"{stage}.blocks.{k}"
+            yield from _norm(f"{block}.norm1", width)
+            yield from _norm(f"{block}.norm2", width)
+            yield f"{block}.attn.relative_position_bias_table", (positions, heads)
+            for part, n_in, n_out in (
+                ("attn.qkv", width, 3 * width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", width, _MLP_RATIO * width),
+                ("mlp.fc2", _MLP_RATIO * width, width),
+            ):
+                yield f"{block}.{part}.weight", (n_out, n_in)
+                yield f"{block}.{part}.bias", (n_out,)
+        if i < len(_STAGES) - 1:
+            yield from _norm(f"{stage}.downsample.norm", 4 * width)
+            yield f"{stage}.downsample.reduction.weight", (2 * width, 4 * width)
+        yield from _norm(f"backbone.norm{i}", width)
 
 
 def count_indices(names: Collection[str], prefix: str) -> int:

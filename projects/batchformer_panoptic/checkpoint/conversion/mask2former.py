@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,9 +32,13 @@ from .layout import (
     block_layout,
     built_transformer_layout,
     count_indices,
+    has_swin,
     out_channels,
     resnet_layout,
     resnet_settings,
+    swin_layout,
+    swin_settings,
+    swin_width,
 )
 
 # --- names ---
@@ -180,18 +184,13 @@ def finish_mask2former(renamed: Renamed, request: Request) -> Converted:
     return Converted(model, renamed.dropped, [*notes, *block_notes(model)], settings)
 
 
-def has_swin(model: Mapping[str, Tensor]) -> bool:
-    """Whether the backbone is a Swin Transformer and not a ResNet."""
-    return _SWIN_PROJECTION in model
-
-
 def mask2former_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the config keys that follow from a complete state dict in this project's names.
 
     ``MODEL.RESNETS.STRIDE_IN_1X1`` and ``RES5_DILATION`` are those of the published ResNets.
     """
     if has_swin(model):
-        backbone = _swin_settings(model)
+        backbone = swin_settings(model)
     else:
         backbone = {
             "MODEL.RESNETS.STRIDE_IN_1X1": False,
@@ -219,8 +218,8 @@ def mask2former_layout(
         subject, leftovers=(leftovers or []) if missing else [], missing=missing, remedy=REMEDY
     )
     if has_swin(model):
-        backbone = dict(_swin_layout(model))
-        channels = {name: _swin_width(model) * 2**i for i, name in enumerate(_STAGES)}
+        backbone = dict(swin_layout(model))
+        channels = {name: swin_width(model) * 2**i for i, name in enumerate(_STAGES)}
     else:
         backbone = dict(resnet_layout(model))
         channels = {name: out_channels(model, name) or 1 for name in _STAGES}
@@ -255,77 +254,6 @@ def _transformer_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
         "MODEL.MASK_ON": True,
         "MODEL.MASK_HEAD.NAME": "query_mask_head",
     }
-
-
-# --- Swin Transformer ---
-
-_SWIN_PROJECTION = "backbone.patch_embed.proj.weight"
-_PATCH = 4
-_MLP_RATIO = 4
-
-
-def _swin_width(model: Mapping[str, Tensor]) -> int:
-    return model[_SWIN_PROJECTION].shape[0]
-
-
-def _swin_depths(model: Mapping[str, Tensor]) -> list[int]:
-    return [count_indices(model, f"backbone.layers.{i}.blocks.") for i in range(len(_STAGES))]
-
-
-def _swin_tables(model: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Shapes of the bias table in each stage: relative positions and heads."""
-    tables = []
-    for i in range(len(_STAGES)):
-        name = f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"
-        refuse_mismatch(_WHAT, missing=[] if name in model else [name], remedy=REMEDY)
-        positions, heads = model[name].shape
-        tables.append((positions, heads))
-    return tables
-
-
-def _swin_settings(model: Mapping[str, Tensor]) -> dict[str, Any]:
-    tables = _swin_tables(model)
-    return {
-        "MODEL.BACKBONE.NAME": "build_swin_backbone",
-        "MODEL.SWIN.EMBED_DIM": _swin_width(model),
-        "MODEL.SWIN.DEPTHS": _swin_depths(model),
-        "MODEL.SWIN.NUM_HEADS": [heads for _, heads in tables],
-        # (2 W - 1)^2 relative positions in windows of W x W
-        "MODEL.SWIN.WINDOW_SIZE": (round(tables[0][0] ** 0.5) + 1) // 2,
-    }
-
-
-def _swin_layout(model: Mapping[str, Tensor]) -> Iterator[tuple[str, Shape | None]]:
-    first = _swin_width(model)
-    yield _SWIN_PROJECTION, (first, 3, _PATCH, _PATCH)
-    yield "backbone.patch_embed.proj.bias", (first,)
-    yield from _affine("backbone.patch_embed.norm", first)
-    stages = zip(_swin_depths(model), _swin_tables(model), strict=True)
-    positions = _swin_tables(model)[0][0]
-    for i, (depth, (_, heads)) in enumerate(stages):
-        width, stage = first * 2**i, f"backbone.layers.{i}"
-        for k in range(depth):
-            block = f"{stage}.blocks.{k}"
-            yield from _affine(f"{block}.norm1", width)
-            yield from _affine(f"{block}.norm2", width)
-            yield f"{block}.attn.relative_position_bias_table", (positions, heads)
-            for part, n_in, n_out in (
-                ("attn.qkv", width, 3 * width),
-                ("attn.proj", width, width),
-                ("mlp.fc1", width, _MLP_RATIO * width),
-                ("mlp.fc2", _MLP_RATIO * width, width),
-            ):
-                yield f"{block}.{part}.weight", (n_out, n_in)
-                yield f"{block}.{part}.bias", (n_out,)
-        if i < len(_STAGES) - 1:
-            yield from _affine(f"{stage}.downsample.norm", 4 * width)
-            yield f"{stage}.downsample.reduction.weight", (2 * width, 4 * width)
-        yield from _affine(f"backbone.norm{i}", width)
-
-
-def _affine(name: str, width: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
 
 
 # --- export ---

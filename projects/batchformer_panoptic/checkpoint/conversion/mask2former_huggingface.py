@@ -23,11 +23,10 @@ from .core import (
     rename,
 )
 from .huggingface import merge_projections, resnet_rows, split_projections
-from .layout import resnet_shape
+from .layout import has_swin, resnet_shape
 from .mask2former import (
     CRITERION,
     finish_mask2former,
-    has_swin,
     loss_weights,
     mask2former_settings,
 )

@@ -84,6 +84,7 @@ def _pixel_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        # Statistics refer to rescaled pixels; this factor converts them back to 0 to 255.
         white = 1 / content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1
         mean, std = [0, 0, 0], [1, 1, 1]
         if content.get("do_normalize", True):
