@@ -27,8 +27,7 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from batchformer_panoptic.data.io import write_json
-from batchformer_panoptic.data.prepared_folder import PreparedFolder, integer_between
+from batchformer_panoptic.data.io import PreparedFolder, integer_between, write_json
 from batchformer_panoptic.errors import UserError, command, one_line
 
 UNITS = 96.0  # side of a picture in the units of x and y

@@ -85,10 +85,10 @@ def test_what_a_worker_sends_and_the_target_hold_one_map(
     mapped = mapper(image_of(1000, tmp_path))
     assert mapped["segment_map"].nbytes == 2 * HEIGHT * WIDTH
     used = load_script("benchmarks/measure.py").peak_bytes(
-        lambda: to_target(mapped, torch.device("cpu"), True)
+        lambda: to_target(mapped, torch.device("cpu"), with_masks=True)
     )
     assert used < 100 * 1000  # boxes and labels
-    target = to_target(mapped, torch.device("cpu"), True)
+    target = to_target(mapped, torch.device("cpu"), with_masks=True)
     assert target.masks.index_map.data_ptr() == mapped["segment_map"].data_ptr()
 
 

@@ -3,15 +3,17 @@
 H, W: height and width of an image in pixels.
 """
 
+import argparse
 import contextlib
 import json
 import os
+import shutil
 import struct
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -264,3 +266,152 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
 
 def _write_text(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
+
+
+# --- label maps ---
+
+
+class Extent(NamedTuple):
+    """Pixels of a segment; ``bbox_xywh`` is tight, in pixels."""
+
+    area: int
+    bbox_xywh: tuple[int, int, int, int]
+
+
+def runs(
+    *segment_maps: IntArray, within_rows: bool = False
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find the runs of pixels, read row by row, over which none of the maps changes.
+
+    There are far fewer runs than pixels, so that work per run is much cheaper than per pixel.
+
+    Args:
+        *segment_maps: (H, W) integers, all of one shape.
+        within_rows: also end a run at the end of its row.
+
+    Returns:
+        First pixel of every run, as a position in the flattened map, and its length in pixels.
+    """
+    first = segment_maps[0].ravel()
+    is_start = np.ones(first.size, dtype=bool)
+    np.not_equal(first[1:], first[:-1], out=is_start[1:])
+    for segment_map in segment_maps[1:]:
+        flat = segment_map.ravel()
+        is_start[1:] |= flat[1:] != flat[:-1]
+    if within_rows:
+        is_start.reshape(segment_maps[0].shape)[:, :1] = True
+    starts = np.flatnonzero(is_start)
+    return starts, np.diff(starts, append=first.size)
+
+
+def segment_extents(segment_map: IntArray) -> dict[int, Extent]:
+    """Return area and box of every id in a segment map, except void (0)."""
+    height, width = segment_map.shape
+    starts, lengths = runs(segment_map, within_rows=True)
+    ids, index = np.unique(segment_map.ravel()[starts], return_inverse=True)
+    top, left = np.full(len(ids), height), np.full(len(ids), width)
+    bottom, right = np.zeros(len(ids), int), np.zeros(len(ids), int)
+    rows, columns = np.divmod(starts, width)
+    np.minimum.at(top, index, rows)
+    np.maximum.at(bottom, index, rows + 1)
+    np.minimum.at(left, index, columns)
+    np.maximum.at(right, index, columns + lengths)
+    areas = np.bincount(index, weights=lengths).astype(int)
+    boxes = np.stack([left, top, right - left, bottom - top], axis=1)
+    found = zip(ids.tolist(), areas.tolist(), boxes.tolist(), strict=True)
+    return {key: Extent(area, tuple(box)) for key, area, box in found if key != 0}
+
+
+# --- folders that a command fills ---
+
+MANIFEST = "manifest.json"
+
+
+class PreparedFolder:
+    """A folder that one command fills.
+
+    A manifest in the folder records the settings of the command. It is marked complete last, so
+    that an unfinished set, or one made with other settings, is not mistaken for the requested one.
+    Folders without a manifest of the command are never changed.
+
+    Args:
+        path: the folder; it need not exist.
+        settings: everything that determines the content; ``generator`` names the command.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        self._settings = dict(settings)
+
+    def is_done(self, is_intact: Callable[[], bool], *, overwrite: bool) -> bool:
+        """Return whether the folder already holds the requested set.
+
+        Args:
+            is_intact: called for a complete set; returns whether all its files still exist.
+            overwrite: replace a set of this command, even a complete one.
+
+        Raises:
+            UserError: the folder holds other files, or an unfinished or different set and
+                ``overwrite`` is False.
+        """
+        found = self._read_manifest()
+        if overwrite or found is None:
+            return False
+        if found == {**self._settings, "complete": True} and is_intact():
+            return True
+        raise UserError(
+            f"{self._path} holds {self._describe(found)}; add --overwrite to replace it"
+        )
+
+    @contextlib.contextmanager
+    def filling(self, folders: Sequence[str]) -> Iterator[None]:
+        """Remove the old content before the block and mark the folder complete after it.
+
+        Args:
+            folders: names of all subfolders that the command writes.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        write_json(self._path / MANIFEST, {**self._settings, "complete": False})
+        for folder in folders:
+            if (self._path / folder).exists():
+                shutil.rmtree(self._path / folder)
+        yield
+        write_json(self._path / MANIFEST, {**self._settings, "complete": True})
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """Return the manifest of this command, or None for a new or empty folder."""
+        if not self._path.exists():
+            return None
+        if not self._path.is_dir():
+            raise UserError(f"--output {self._path} is a file; name a new folder")
+        if not any(self._path.iterdir()):
+            return None
+        try:
+            manifest = json.loads((self._path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            manifest = None
+        if (
+            not isinstance(manifest, dict)
+            or manifest.get("generator") != self._settings["generator"]
+        ):
+            raise UserError(f"--output {self._path} holds other files; name a new or empty folder")
+        return manifest
+
+    def _describe(self, found: Mapping[str, Any]) -> str:
+        changed = [
+            f"{key} {found.get(key)} (requested: {value})"
+            for key, value in self._settings.items()
+            if found.get(key) != value
+        ]
+        return "a set with " + ", ".join(changed) if changed else "an incomplete set"
+
+
+def integer_between(low: int, high: int) -> Callable[[str], int]:
+    """Return an argparse type for integers from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
+        return int(text)
+
+    return parse

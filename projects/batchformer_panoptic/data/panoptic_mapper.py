@@ -16,8 +16,7 @@ from detectron2.structures import Boxes, Instances
 from scipy import ndimage
 
 from ..errors import UserError
-from .io import ImageArray, IntArray, read_image, read_segment_map
-from .segment_maps import runs
+from .io import ImageArray, IntArray, read_image, read_segment_map, runs
 from .validation import (
     check_image_size,
     check_png_size,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from panopticapi.evaluation import VOID, PQStat
 
-from ..data.segment_maps import runs
+from ..data.io import runs
 from ..data.validation import (
     check_area,
     check_repeated_ids,

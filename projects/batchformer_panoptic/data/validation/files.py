@@ -8,8 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import UserError
-from ..io import IntArray, missing_file, png_format_fault, read_image_size, read_segment_map
-from ..segment_maps import Extent, segment_extents
+from ..io import (
+    Extent,
+    IntArray,
+    missing_file,
+    png_format_fault,
+    read_image_size,
+    read_segment_map,
+    segment_extents,
+)
 from .annotations import check_panoptic_json
 from .problems import Problem, Record, image_name, records, segment_number, segments_of
 
