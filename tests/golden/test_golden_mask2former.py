@@ -161,4 +161,5 @@ def test_instance_inference(case):
 @each_picture
 def test_semantic_inference(case):
     semantic = results_of(case)["sem_seg"]
-    assert_near(semantic, case["semantic"].float(), 1e-3, "semantic")
+    rounding = 1e-3 * max(1.0, semantic.max().item())  # recorded in float16
+    assert_near(semantic, case["semantic"].float(), rounding, "semantic")

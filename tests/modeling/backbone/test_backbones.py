@@ -14,7 +14,7 @@ from batchformer_panoptic.checkpoint.conversion.backbones import convert_torchvi
 from batchformer_panoptic.engine.solver import build_optimizer
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.backbone import TESTED_TIMM_MODELS
-from helpers.tiny_model import random_inputs, tiny_cfg, tiny_model, total
+from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_cfg, tiny_model, total
 
 TIMM = {"MODEL__BACKBONE__NAME": "build_timm_backbone", "INPUT__FORMAT": "RGB"}
 # A ResNet-50 of an eighth of the width.
@@ -141,6 +141,17 @@ def test_timm_model_trains_and_evaluates(name):
     for level, shape in shapes.items():
         assert maps[level].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
     assert_trains_and_evaluates(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tf_efficientnet_lite0",
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    ],
+)
+def test_mask_classification_takes_timm_models(name):
+    assert_trains_and_evaluates(timm_model(name, **MASK2FORMER, MODEL__BATCHFORMER__ENABLED=True))
 
 
 def test_timm_results_do_not_depend_on_batch_mates():

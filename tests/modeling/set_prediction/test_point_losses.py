@@ -98,6 +98,7 @@ def test_chosen_masks_are_products_of_embeddings_and_features():
     layer, image, query = torch.tensor([[2, 0, 1, 2], [1, 0, 1, 0], [4, 0, 2, 3]])
     torch.testing.assert_close(masks(layer, image, query), everything[layer, image, query])
     torch.testing.assert_close(masks(-1, image, query), everything[-1, image, query])
+    assert torch.equal(masks(layer, image, query, [2, 2]), masks(layer, image, query))
     none = torch.zeros(0, dtype=torch.int64)
     assert masks(none, none, none).shape == (0, 16, 16)
 
@@ -153,8 +154,10 @@ def matched(counts, queries=QUERIES, num_points=50):
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [3, 0], [9, 2], [40, 300]])
-def test_losses_are_finite_for_any_number_of_objects(counts):
+def test_losses_are_finite_for_any_number_of_objects(counts, monkeypatch):
     predictions, batch, matching = matched(counts)
+    counted, bincount = [], torch.bincount
+    monkeypatch.setattr(torch, "bincount", lambda *a, **k: counted.append(a) or bincount(*a, **k))
     assert len(matching.query) == LAYERS * sum(min(QUERIES, count) for count in counts)
     loss = PointMaskLoss(mask_weight=5.0, dice_weight=5.0, num_points=50)
     losses = loss(predictions, batch, matching, torch.tensor(max(sum(counts), 1.0)))
@@ -163,6 +166,7 @@ def test_losses_are_finite_for_any_number_of_objects(counts):
         assert value.shape == (LAYERS, 2)
         assert value.isfinite().all()
         assert (value[:, [count == 0 for count in counts]] == 0).all()
+    assert len(counted) == 0, "the number of masks of an entry is known without the device"
     sum(value.sum() for value in losses.values()).backward()
     for leaf in (predictions.masks.embeddings, predictions.masks.features):
         assert leaf.grad.isfinite().all()

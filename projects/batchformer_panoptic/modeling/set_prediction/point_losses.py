@@ -110,7 +110,9 @@ class PointMaskLoss:
     ) -> dict[str, Tensor]:
         """See :class:`LossTerm`."""
         masks = _query_masks(predictions)
-        maps = masks(matching.layer, matching.image, matching.query).float()[:, None]
+        num_layers, _, num_queries = predictions.logits.shape[:3]
+        counts = [num_layers * min(num_queries, count) for count in targets.counts]
+        maps = masks(matching.layer, matching.image, matching.query, counts).float()[:, None]
         points = self._points(maps.detach())
         logits = sample_at(maps, points)[:, 0]
         wanted = targets.masks.at_points(

@@ -3,6 +3,7 @@
 Shapes: L decoder layers, B' = streams * B batch entries, Q queries, K chosen queries, P points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,17 +42,30 @@ class QueryMasks:
     padded_size: tuple[int, int]
 
     def __call__(
-        self, layer_index: Tensor | int, image_index: Tensor, query_index: Tensor
+        self,
+        layer_index: Tensor | int,
+        image_index: Tensor,
+        query_index: Tensor,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """(K, h, w) mask logits of chosen queries; see :class:`MaskSelector`."""
+        """(K, h, w) mask logits of chosen queries; see :class:`MaskSelector`.
+
+        Args:
+            layer_index: (K,) int64 decoder layers, or one for all; -1 is the last.
+            image_index: (K,) int64 batch entries.
+            query_index: (K,) int64 queries.
+            counts: chosen queries of each entry, where they are known; otherwise they are read from
+                ``image_index``, which waits for the device.
+        """
         chosen = self.embeddings[layer_index, image_index, query_index]
         # One product per entry, so that its features are not copied for each of its queries.
         order = image_index.argsort(stable=True)
-        counts = torch.bincount(image_index, minlength=len(self.features)).tolist()
+        if counts is None:
+            counts = torch.bincount(image_index, minlength=len(self.features)).tolist()
         pixels = self.features.flatten(2)
         parts = [
             embeddings @ entry
-            for embeddings, entry in zip(chosen[order].split(counts), pixels, strict=True)
+            for embeddings, entry in zip(chosen[order].split(list(counts)), pixels, strict=True)
         ]
         masks = torch.cat(parts)[order.argsort()]
         return masks.unflatten(1, self.features.shape[-2:])
