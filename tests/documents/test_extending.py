@@ -54,6 +54,18 @@ def test_toy_parts_train_and_predict(block):
     assert result["instances"].has("pred_masks")
 
 
+def test_padding_of_the_page_is_kept_out_of_the_batch_attention():
+    totals = []
+    for mask_padding in (False, True):
+        block = {
+            "MODEL__BATCHFORMER__ENABLED": True,
+            "MODEL__BATCHFORMER__MASK_PADDING": mask_padding,
+        }
+        model = tiny_model(**TOYS, **block).train()
+        totals.append(total(model(random_inputs(SIZES))))
+    assert not torch.equal(*totals)
+
+
 def test_activation_checkpointing_needs_layers_that_support_it():
     with pytest.raises(UserError, match=r"ACTIVATION_CHECKPOINTING.*encoder"):
         tiny_model(**TOYS, MODEL__ACTIVATION_CHECKPOINTING=["encoder"])

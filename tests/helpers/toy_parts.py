@@ -46,7 +46,10 @@ class PoolingTransformer(Transformer):
         projected = self.projection(features[self.in_features[0]])
         mask = padding.mask_like(projected)
         tokens = projected.flatten(2).transpose(1, 2)
-        tokens, streams, _ = encode(self.layers, self.batchformer, tokens)
+        padding_mask = mask.flatten(1) if padding.is_padded else None
+        tokens, streams, _ = encode(
+            self.layers, self.batchformer, tokens, key_padding_mask=padding_mask
+        )
         scores = (self.queries.weight @ tokens.transpose(1, 2)).masked_fill(
             streams.expand(mask.flatten(1))[:, None], -torch.inf
         )
@@ -95,6 +98,7 @@ def dot_product_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> Do
 class BoxCentreLoss:
     """Distance between the centres of matched boxes, for all decoder layers."""
 
+    names = ("loss_centre",)
     needs = frozenset({"boxes"})
 
     def __call__(

@@ -1,15 +1,18 @@
 """The whole model: streams, batch invariants, gradients, learning."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 
+from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from batchformer_panoptic.modeling import panoptic_detr
 from batchformer_panoptic.modeling.postprocessing import masks
 from batchformer_panoptic.modeling.postprocessing.results import ChosenQueries
+from batchformer_panoptic.modeling.set_prediction.matcher import HungarianMatcher
 from batchformer_panoptic.modeling.transformer import build_transformer
 from helpers.tiny_model import (
     MASK2FORMER,
@@ -361,6 +364,55 @@ def test_nan_in_the_network_names_the_images():
         model(random_inputs([(48, 64), (40, 40)]))
 
 
+@pytest.mark.parametrize("entry", [0, 2])  # in the second stream, entry 2 is image 0 again
+def test_a_matching_cost_names_its_images_and_terms(entry):
+    model = tiny_model(**BLOCK).train()
+    images = random_inputs([(48, 64), (40, 40)], [2, 3])
+    predict = model.predict
+
+    def poisoned(*args):
+        out = predict(*args)
+        logits = out.logits.clone()
+        logits[:, entry] = float("nan")
+        return replace(out, logits=logits)
+
+    model.predict = poisoned
+    with pytest.raises(NonFiniteError, match=r"\(terms: class\) for images image_0.png$"):
+        model(images)
+
+
+def test_finite_terms_with_an_infinite_sum_are_called_a_sum():
+    class Huge:
+        name, weight, needs = "huge", 1.0, frozenset()
+
+        def __call__(self, predictions, targets):
+            shape = (*predictions.logits.shape[:3], max(targets.counts))
+            return torch.full(shape, 3e38)
+
+    model = tiny_model().train()
+    model.matcher = HungarianMatcher([Huge(), Huge()])
+    with pytest.raises(NonFiniteError, match=r"\(terms: their sum\)"):
+        model(random_inputs([(48, 64)]))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "transformer", "expected"), [(0, 0, 1), (32, 0, 32), (6, 4, 12)]
+)
+def test_padded_sizes_suit_all_parts(backbone, transformer, expected):
+    model = tiny_model()
+    parts = ("backbone", "transformer", "mask_head", "box_head", "scoring")
+    parts += ("matcher", "criterion", "inference_options")
+    for part, divisibility in ((model.backbone, backbone), (model.transformer, transformer)):
+        part.__dict__["size_divisibility"] = divisibility
+    again = PanopticDETR(
+        **{name: getattr(model, name) for name in parts}, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3
+    )
+    height, width = again.preprocess(random_inputs([(37, 41)])).tensor.shape[-2:]
+    assert height % expected == width % expected == 0
+    assert height - 37 < expected
+    assert width - 41 < expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -439,6 +491,15 @@ def test_semantic_head_helps_training_and_is_absent_from_evaluation():
         (
             {**MASK2FORMER, "MODEL__DETR__COSTS": ["class_cost", "box_l1_cost"]},
             r"'box_l1_cost', but this model predicts no boxes",
+        ),
+        ({"MODEL__DETR__LOSSES": []}, r"LOSSES is \[\] with MODEL\.MASK_ON True: no loss is left"),
+        (
+            {"MODEL__DETR__LOSSES": ["mask_loss"], "MODEL__MASK_ON": False},
+            r"LOSSES is \['mask_loss'\] with MODEL\.MASK_ON False: no loss is left",
+        ),
+        (
+            {**MASK2FORMER, "MODEL__DETR__LOSSES": ["mask_loss", "point_mask_loss"]},
+            r"LOSSES is .*two loss terms are called 'loss_mask'; remove one",
         ),
         ({**MASK2FORMER, "MODEL__MASK_HEAD__FREEZE_DETR": True}, r"no weights: set it to False"),
         ({**MASK2FORMER, "MODEL__MASK2FORMER__NUM_POINTS": 0}, "NUM_POINTS is 0; .*at least 1"),

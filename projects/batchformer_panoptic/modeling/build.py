@@ -33,7 +33,8 @@ Mask heads, found by ``MODEL.MASK_HEAD.NAME``: functions ``(cfg, input_shape) ->
 
 The module is called as ``mask_head(output, features)`` with a :class:`TransformerOutput` and the
 backbone maps (B, C_i, H_i, W_i) by name. It returns a :class:`MaskSelector`, which computes the
-masks of chosen queries on demand.
+masks of chosen queries on demand. A head that returns :class:`QueryMasks` says so by an attribute
+``embeds_masks = True``; costs and losses at points need it.
 """
 
 COST_REGISTRY = Registry("COST")
@@ -45,8 +46,6 @@ LOSS_REGISTRY = Registry("LOSS")
 LOSS_REGISTRY.__doc__ = """
 Losses, found by ``MODEL.DETR.LOSSES``: functions ``(cfg, scoring) -> LossTerm``.
 """
-
-ALL_PREDICTIONS = frozenset({"boxes", "masks", "mask embeddings"})
 
 
 def build_scoring_from_config(cfg: CfgNode) -> Scoring:
@@ -157,9 +156,7 @@ def query_mask_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> QueryMas
     return QueryMaskHead()
 
 
-def build_matcher(
-    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = ALL_PREDICTIONS
-) -> HungarianMatcher:
+def build_matcher(cfg: CfgNode, scoring: Scoring, available: frozenset[str]) -> HungarianMatcher:
     """The matcher with the cost terms that ``MODEL.DETR.COSTS`` names.
 
     Args:
@@ -175,9 +172,7 @@ def build_matcher(
     return HungarianMatcher(costs)
 
 
-def build_criterion(
-    cfg: CfgNode, scoring: Scoring, available: frozenset[str] = ALL_PREDICTIONS
-) -> SetCriterion:
+def build_criterion(cfg: CfgNode, scoring: Scoring, available: frozenset[str]) -> SetCriterion:
     """The criterion with the losses that ``MODEL.DETR.LOSSES`` names.
 
     ``mask_loss`` is left out with ``MODEL.MASK_ON False``.
@@ -189,8 +184,16 @@ def build_criterion(
             embeddings" where masks are products of these with per-pixel features.
     """
     names = [name for name in cfg.MODEL.DETR.LOSSES if name != "mask_loss" or cfg.MODEL.MASK_ON]
+    if not names:
+        raise UserError(
+            f"MODEL.DETR.LOSSES is {list(cfg.MODEL.DETR.LOSSES)} with MODEL.MASK_ON "
+            f"{cfg.MODEL.MASK_ON}: no loss is left; name at least one, such as class_loss"
+        )
     losses: list[LossTerm] = _terms(LOSS_REGISTRY, "LOSSES", names, cfg, scoring, available)
-    return SetCriterion(losses)
+    try:
+        return SetCriterion(losses)
+    except ValueError as error:
+        raise UserError(f"MODEL.DETR.LOSSES is {names}: {error}; remove one of them") from error
 
 
 @COST_REGISTRY.register()

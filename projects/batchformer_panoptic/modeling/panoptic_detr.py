@@ -3,6 +3,7 @@
 Shapes: B images, B' = streams * B, L decoder layers, Q queries, K classes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +69,8 @@ class PanopticDETR(nn.Module):
 
     Args:
         backbone: a Detectron2 backbone.
-        transformer: one of the TRANSFORMER registry.
-        box_head: classes and boxes from query states; see docs/extending.md for its contract.
+        transformer: from ``TRANSFORMER_REGISTRY``.
+        box_head: classes and boxes from query states; called as :class:`BoxHead`.
         mask_head: masks of chosen queries, or None for a model without masks.
         scoring: the meaning of the class logits.
         matcher: assigns queries to objects.
@@ -108,8 +109,8 @@ class PanopticDETR(nn.Module):
         if freeze_detr and mask_head is None:
             raise ValueError("freeze_detr trains the mask head only, and there is no mask head")
         self.backbone = backbone
-        self._size_divisibility = max(
-            int(getattr(part, "size_divisibility", 0)) for part in (backbone, transformer)
+        self._size_divisibility = math.lcm(
+            *(max(getattr(part, "size_divisibility", 0), 1) for part in (backbone, transformer))
         )
         self.transformer = transformer
         self.box_head = box_head
@@ -228,6 +229,8 @@ class PanopticDETR(nn.Module):
         try:
             return self.losses(predictions, features, targets)
         except NonFiniteError as error:
+            if not error.entries:
+                raise
             images_of = (batched_inputs[i % len(batched_inputs)] for i in error.entries)
             names = ", ".join(dict.fromkeys(_name_of(inputs) for inputs in images_of))
             raise NonFiniteError(f"{error} for images {names}", error.entries) from error
@@ -290,14 +293,15 @@ class PanopticDETR(nn.Module):
         """
         streams = predictions.streams
         batch = TargetBatch(streams.expand_list(targets))
-        matching = self.matcher(predictions, batch)
+        # Before the matcher, which may raise: all processes must take part in this sum.
         num_objects = count_objects(batch.targets, self.device)
+        matching = self.matcher(predictions, batch)
         losses = self.criterion(predictions, batch, matching, num_objects)
         found = predictions.transformer.proposals
         if found is not None:
             proposals = Predictions(found.logits[None], found.boxes[None])
             objects = batch.of_one_class()
-            assigned = self.matcher(proposals, objects)
+            assigned = self.matcher.of_proposals(proposals, objects)
             losses |= self.criterion.of_proposals(proposals, objects, assigned, num_objects)
         metrics = matching_metrics(self.scoring, predictions, batch, matching)
         pixel_losses = self._pixel_losses(features, targets)

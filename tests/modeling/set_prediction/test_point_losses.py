@@ -153,6 +153,20 @@ def matched(counts, queries=QUERIES, num_points=50):
     return predictions, batch, HungarianMatcher([cost])(predictions, batch)
 
 
+def test_cost_keeps_the_digits_of_float32_in_half_precision():
+    """Mask costs of nearly equal queries differ in the fourth digit, which bfloat16 has not."""
+    masks = make_masks()
+    wanted = TargetBatch(make_targets([3, 2]))
+    costs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        logits = torch.zeros(LAYERS, 2, QUERIES, 4, dtype=dtype)
+        term = PointMaskCost(num_points=200, mask_weight=5.0, dice_weight=5.0)
+        costs.append(term(Predictions(logits, masks=masks), wanted))
+    assert costs[1].dtype == torch.float32
+    assert torch.equal(*costs)
+
+
 @pytest.mark.parametrize("counts", [[0, 0], [3, 0], [9, 2], [40, 300]])
 def test_losses_are_finite_for_any_number_of_objects(counts, monkeypatch):
     predictions, batch, matching = matched(counts)

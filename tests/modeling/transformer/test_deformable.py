@@ -6,6 +6,7 @@ from detectron2.layers import ShapeSpec
 
 from batchformer_panoptic.batchformer import BATCHFORMER, ORIGINAL
 from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.modeling.set_prediction.matcher import HungarianMatcher
 from batchformer_panoptic.modeling.transformer import build_transformer
 from helpers.deformable_models import (
     BLOCK,
@@ -59,6 +60,19 @@ def test_training_step(mask_on, block, kind):
     assert any(name.split("/")[0].endswith("_enc") for name in losses) == (kind is TWO_STAGE)
     streams = (ORIGINAL, BATCHFORMER) if block else ()
     assert {name.partition("/")[2] for name in losses} == (set(streams) or {""})
+
+
+def test_proposals_are_matched_without_costs_of_masks():
+    class MaskCost:
+        name, weight, needs = "mask", 1.0, frozenset({"masks"})
+
+        def __call__(self, predictions, targets):
+            assert predictions.masks is not None
+            return torch.zeros(*predictions.logits.shape[:3], max(targets.counts))
+
+    model = make(**TWO_STAGE).train()
+    model.matcher = HungarianMatcher([*model.matcher.costs, MaskCost()])
+    assert any(name.split("/")[0].endswith("_enc") for name in model(random_inputs(SIZES)))
 
 
 @each_kind

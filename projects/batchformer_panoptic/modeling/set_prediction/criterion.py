@@ -28,9 +28,12 @@ class LossTerm(Protocol):
     """One supervised quantity.
 
     Attributes:
-        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``.
+        names: of the losses that the term returns.
+        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``, or
+            ``"mask embeddings"``, which are masks as products with per-pixel features.
     """
 
+    names: tuple[str, ...]
     needs: frozenset[str]
 
     def __call__(
@@ -56,6 +59,7 @@ class LossTerm(Protocol):
 class ClassLoss:
     """Classification of all queries, ``loss_ce``, as the scoring defines it."""
 
+    names: tuple[str, ...] = ("loss_ce",)
     needs: frozenset[str] = frozenset()
 
     def __init__(self, scoring: Scoring, *, weight: float) -> None:
@@ -83,6 +87,7 @@ class ClassLoss:
 class BoxL1Loss:
     """L1 distance of matched boxes as cxcywh, ``loss_bbox``."""
 
+    names: tuple[str, ...] = ("loss_bbox",)
     needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
@@ -105,6 +110,7 @@ class BoxL1Loss:
 class BoxGIoULoss:
     """One minus the generalised IoU of matched boxes, ``loss_giou``."""
 
+    names: tuple[str, ...] = ("loss_giou",)
     needs = frozenset({"boxes"})
 
     def __init__(self, *, weight: float) -> None:
@@ -138,6 +144,7 @@ class MaskLoss:
         all_layers: supervise the masks of every decoder layer; published: of the last only.
     """
 
+    names: tuple[str, ...] = ("loss_mask", "loss_dice")
     needs = frozenset({"masks"})
 
     def __init__(
@@ -201,6 +208,10 @@ class SetCriterion:
     """
 
     def __init__(self, terms: Sequence[LossTerm]) -> None:
+        names = [name for term in terms for name in term.names]
+        repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if repeated:
+            raise ValueError(f"two loss terms are called {repeated[0]!r}")
         self.terms = tuple(terms)
 
     def __call__(
@@ -240,8 +251,6 @@ class SetCriterion:
                 first = num_layers - len(value)
                 for layer, contributions in enumerate(value, first):
                     key = name if layer == num_layers - 1 else f"{name}_{layer}"
-                    if key in losses:
-                        raise ValueError(f"two loss terms are called {key!r}")
                     losses[key] = contributions
         return losses
 

@@ -1,7 +1,7 @@
 """One-to-one assignment of queries to objects (DETR, section 3.1), from a list of cost terms.
 
-Shapes: L decoder layers, B' = streams * B batch entries, Q queries, T_max objects of the entry
-with the most.
+Shapes: L decoder layers, B' = streams * B batch entries, Q queries, T_max: the largest number of
+objects in an entry.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,10 @@ class Matching(NamedTuple):
     layer_starts: tuple[int, ...]
 
     def of_layer(self, layer: int) -> "Matching":
-        """The pairs of one decoder layer; negative numbers count from the last."""
+        """The pairs of one decoder layer; negative numbers count from the last.
+
+        ``layer`` keeps its numbers, so that masks of all layers can be indexed with them.
+        """
         layer %= len(self.layer_starts) - 1
         begin, end = self.layer_starts[layer : layer + 2]
         return Matching(
@@ -65,7 +68,8 @@ class CostTerm(Protocol):
     Attributes:
         name: of the term, for messages.
         weight: factor of the term in the total cost.
-        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``.
+        needs: the predictions besides classes that the term reads: ``"boxes"``, ``"masks"``, or
+            ``"mask embeddings"``, which are masks as products with per-pixel features.
     """
 
     name: str
@@ -134,11 +138,16 @@ class HungarianMatcher:
     def __init__(self, costs: Sequence[CostTerm]) -> None:
         self.costs = tuple(costs)
 
+    def of_proposals(self, proposals: Predictions, targets: TargetBatch) -> Matching:
+        """Match the encoder's proposals, which have classes and boxes, with the costs of these."""
+        costs = [term for term in self.costs if term.needs <= {"boxes"}]
+        return HungarianMatcher(costs)(proposals, targets)
+
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: TargetBatch) -> Matching:
         """Match all layers at once.
 
-        A training step waits for the device here and nowhere else.
+        The assignment is made on the host, so the step waits for the device here.
 
         Args:
             predictions: of L layers.
@@ -157,10 +166,15 @@ class HungarianMatcher:
         real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # (B', T_max)
         bad = ~np.isfinite(cost).all(axis=(0, 2)) & real
         if bad.any():
-            names = [name for name, value in terms.items() if not value.isfinite().all()]
+            entries = np.flatnonzero(bad.any(axis=1)).tolist()
+            names = [
+                name
+                for name, value in terms.items()
+                if any(not value[:, i, :, : counts[i]].isfinite().all() for i in entries)
+            ]
             raise NonFiniteError(
-                f"the matching cost is not finite (terms: {', '.join(names)})",
-                np.flatnonzero(bad.any(axis=1)).tolist(),
+                f"the matching cost is not finite (terms: {', '.join(names) or 'their sum'})",
+                entries,
             )
         return _to_matching(_assign(cost, counts), counts, predictions.logits.device)
 

@@ -37,14 +37,12 @@ class PointMaskCost:
         """See :class:`CostTerm`."""
         masks = _query_masks(predictions)
         num_layers, num_entries, num_queries = predictions.logits.shape[:3]
-        cost = predictions.logits.new_zeros(
-            num_layers, num_entries, num_queries, max(targets.counts, default=0)
-        )
+        shape = (num_layers, num_entries, num_queries, max(targets.counts, default=0))
+        cost = predictions.logits.new_zeros(shape, dtype=torch.float32)
         points = random_points((num_layers, num_entries, self.num_points), cost.device)
         image = torch.arange(num_entries, device=cost.device)
         for layer in range(num_layers):
-            # (B', Q, P); matrix products of half precision are too coarse for costs.
-            logits = masks.at_points(layer, points[layer]).float()
+            logits = masks.at_points(layer, points[layer]).float()  # (B', Q, P)
             for entry, count in enumerate(targets.counts):
                 if count == 0:
                     continue
@@ -60,6 +58,7 @@ class PointMaskCost:
 
     def _cost(self, logits: Tensor, wanted: Tensor) -> Tensor:
         """(Q, P) logits and (T, P) targets in 0 to 1 -> (Q, T)."""
+        # Sums over thousands of points need more digits than half precision has.
         with torch.autocast(logits.device.type, enabled=False):
             positive, negative = F.softplus(-logits), F.softplus(logits)
             cross_entropy = positive @ wanted.T + negative @ (1 - wanted).T
@@ -84,6 +83,7 @@ class PointMaskLoss:
         importance_ratio: share of the points that are chosen by uncertainty.
     """
 
+    names: tuple[str, ...] = ("loss_mask", "loss_dice")
     needs = frozenset({"mask embeddings"})
 
     def __init__(

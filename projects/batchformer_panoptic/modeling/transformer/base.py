@@ -22,8 +22,9 @@ module is called as ``transformer(features, padding, box_head)``:
 
 * ``features``: feature maps by name, each (B, C_in, H, W);
 * ``padding``: the :class:`BatchPadding` of the batch, which also makes the masks of maps;
-* ``box_head``: a :class:`BoxPredictor`, the head that is applied to the result. Decoders that
-  refine boxes from layer to layer call it; the others ignore it.
+* ``box_head``: the head that is applied to the result. Decoders that refine boxes from layer to
+  layer call it as a :class:`BoxPredictor`; the others ignore it, and may get a head for classes
+  only where they are of ``predicts_boxes = False``.
 
 It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
 
@@ -81,15 +82,15 @@ class TransformerOutput(NamedTuple):
         hidden_states: (L, B', Q, C), normalised query states after each decoder layer.
         reference_points: None (DETR), or (L, B', Q, 2 or 4) float32 logits to which the box head
             adds its offsets before the sigmoid.
-        projected_map: (B, C, H, W), the map of MODEL.DETR.IN_FEATURE projected to C channels; not
-            expanded.
+        projected_map: (B, C, H, W), the projected backbone map under ``memory_map``, that of
+            MODEL.DETR.IN_FEATURE or the coarsest of several; not expanded.
         memory_map: (B', C, H, W), the encoder's output at the same positions.
         padding_mask: (B, H, W) bool, True where a cell is padding; not expanded.
         streams: the streams along dimension 0 of everything that is B'.
         proposals: of the encoder, to be supervised as well; None where there are none.
-        mask_embeddings: (L, B', Q, C) where the decoder predicts masks as products with
+        mask_embeddings: (L, B', Q, C_m) where the decoder predicts masks as products with
             ``mask_features``; otherwise None.
-        mask_features: (B', C, h, w) per-pixel features for ``mask_embeddings``.
+        mask_features: (B', C_m, h, w) per-pixel features for ``mask_embeddings``.
         padded_size: (height, width) in pixels that ``mask_features`` cover.
         box_logits: (L, B', Q, 4) float32 where the decoder has refined boxes with the box head,
             which then has only the classes left to predict; otherwise None.

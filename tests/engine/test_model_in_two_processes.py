@@ -1,13 +1,20 @@
-"""Batches without objects in two processes: every parameter gets a finite gradient."""
+"""A whole tiny model in two processes: batches without objects, and costs that are not finite."""
 
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchformer_panoptic.engine import PanopticTrainer
 from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.errors import NonFiniteError
+from helpers.stand_in import stand_in_cfg
 from helpers.tiny_model import random_inputs, tiny_model, total
 
 CASES = [(masks, block) for masks in (False, True) for block in (False, True)]
@@ -46,3 +53,42 @@ def test_processes_without_objects_train_on(tmp_path: Path) -> None:
         )
         assert first.isfinite().all()
         assert torch.equal(first, second)
+
+
+class TinyTrainer(PanopticTrainer):
+    """A tiny model on noise; each process reads images of its own."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """See `tiny_model`."""
+        return tiny_model()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
+        """The same batch without end."""
+        batch = random_inputs([(48, 64), (64, 56)], seed=comm.get_rank())
+        for inputs in batch:
+            inputs["file_name"] = f"{comm.get_rank()}_{inputs['file_name']}"
+        return repeat(batch)
+
+
+def _train_on_a_poisoned_image(folder: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = TinyTrainer(stand_in_cfg(folder))
+    if comm.get_rank() == 1:
+        with torch.no_grad():
+            trainer.model.module.box_head.class_embed.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    (folder / f"error_{comm.get_rank()}.txt").write_text(str(error.value))
+
+
+@pytest.mark.distributed
+def test_a_matching_cost_that_is_not_finite_ends_all_processes(tmp_path: Path) -> None:
+    """The matcher of one process raises; the other one must not wait for it."""
+    launch_processes(_train_on_a_poisoned_image, 2, args=(tmp_path,))
+    first, second = ((tmp_path / f"error_{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert "(terms: class)" in first
+    assert "1_image_0.png" in first
+    assert "0_image_0.png" not in first.replace("1_image_0.png", "")
