@@ -29,6 +29,8 @@ class Matching(NamedTuple):
         local_target: (M,) int64, index of the object within its entry.
         global_target: (M,) int64, index of the object within all objects of the batch.
         layer_starts: L + 1 numbers; pairs of layer l are [layer_starts[l], layer_starts[l + 1]).
+        supervise_unmatched: whether queries without an object are trained to predict none;
+            otherwise they are padding, which losses leave out.
     """
 
     layer: Tensor
@@ -37,6 +39,7 @@ class Matching(NamedTuple):
     local_target: Tensor
     global_target: Tensor
     layer_starts: tuple[int, ...]
+    supervise_unmatched: bool = True
 
     def of_layer(self, layer: int) -> "Matching":
         """The pairs of one decoder layer; negative numbers count from the last."""
@@ -49,6 +52,7 @@ class Matching(NamedTuple):
             self.local_target[begin:end],
             self.global_target[begin:end],
             layer_starts=(0, end - begin),
+            supervise_unmatched=self.supervise_unmatched,
         )
 
     def sum_by_entry(self, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -163,6 +167,32 @@ class HungarianMatcher:
                 np.flatnonzero(bad.any(axis=1)).tolist(),
             )
         return _to_matching(_assign(cost, counts), counts, predictions.logits.device)
+
+
+def fixed_matching(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    counts: list[int],
+    num_layers: int,
+    device: torch.device,
+) -> Matching:
+    """A given assignment, the same in all layers, in which queries without a pair are padding.
+
+    Args:
+        pairs: for each entry, queries and numbers of their objects.
+        counts: objects of each entry.
+        num_layers: layers L.
+        device: of the result.
+    """
+    one = _to_matching([list(pairs)], counts, device)
+    number = len(one.query)
+    return Matching(
+        torch.arange(num_layers, device=device).repeat_interleave(number),
+        *(index.repeat(num_layers) for index in one[1:5]),
+        layer_starts=tuple(range(0, (num_layers + 1) * number, number))
+        if number
+        else (0,) * (num_layers + 1),
+        supervise_unmatched=False,
+    )
 
 
 def _boxes_of(predictions: Predictions) -> Tensor:
