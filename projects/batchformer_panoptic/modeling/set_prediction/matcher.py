@@ -186,11 +186,12 @@ def fixed_matching(
     one = _to_matching([list(pairs)], counts, device)
     number = len(one.query)
     return Matching(
-        torch.arange(num_layers, device=device).repeat_interleave(number),
-        *(index.repeat(num_layers) for index in one[1:5]),
-        layer_starts=tuple(range(0, (num_layers + 1) * number, number))
-        if number
-        else (0,) * (num_layers + 1),
+        layer=torch.arange(num_layers, device=device).repeat_interleave(number),
+        image=one.image.repeat(num_layers),
+        query=one.query.repeat(num_layers),
+        local_target=one.local_target.repeat(num_layers),
+        global_target=one.global_target.repeat(num_layers),
+        layer_starts=tuple(layer * number for layer in range(num_layers + 1)),
         supervise_unmatched=False,
     )
 

@@ -436,9 +436,7 @@ def _build_pilot(cfg: CfgNode) -> MaskPilot:
         )
     for key in ("LABEL_NOISE", "MASK_NOISE"):
         if not 0 <= node[key] <= 1:
-            raise UserError(
-                f"MODEL.MASK2FORMER.PILOT.{key} is {node[key]}; it must be from 0 to 1"
-            )
+            raise UserError(f"MODEL.MASK2FORMER.PILOT.{key} is {node[key]}; it must be from 0 to 1")
     return MaskPilot(
         num_classes=cfg.MODEL.DETR.NUM_CLASSES,
         embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
