@@ -230,6 +230,17 @@ def _add_mask2former_keys(cfg: CN) -> None:
     # Weights of cross entropy and Dice, in the cost and in the loss.
     cfg.MODEL.MASK2FORMER.MASK_WEIGHT = 5.0
     cfg.MODEL.MASK2FORMER.DICE_WEIGHT = 5.0
+    # Mask-piloted training (MP-Former): in training, extra queries attend within true masks and
+    # are supervised with their objects. Evaluation does not change.
+    cfg.MODEL.MASK2FORMER.PILOT = CN()
+    cfg.MODEL.MASK2FORMER.PILOT.ENABLED = False
+    # Most extra queries of an image. They are divided into groups of one query for each object of
+    # the image of the batch with the most objects.
+    cfg.MODEL.MASK2FORMER.PILOT.NUM_QUERIES = 100
+    # Probability that the class of an extra query is replaced by a random one.
+    cfg.MODEL.MASK2FORMER.PILOT.LABEL_NOISE = 0.2
+    # Expected number of flipped cells of a mask, as a share of the cells that its object covers.
+    cfg.MODEL.MASK2FORMER.PILOT.MASK_NOISE = 0.2
 
 
 def _add_head_keys(cfg: CN) -> None:

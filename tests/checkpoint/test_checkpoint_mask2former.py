@@ -63,3 +63,29 @@ def test_training_starts_from_a_backbone(tmp_path: Path) -> None:
     load_weights(tiny_model(**MASK2FORMER), str(tmp_path / "backbone.pth"), training=True)
     with pytest.raises(UserError, match="keys missing"):
         load_weights(tiny_model(**MASK2FORMER), str(tmp_path / "backbone.pth"), training=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_label_embedding_of_pilot_queries_may_be_absent_or_superfluous(
+    tmp_path: Path, training: bool
+) -> None:
+    pilot = {"MODEL__MASK2FORMER__PILOT__ENABLED": True}
+    for ours, theirs in ({}, pilot), (pilot, {}):
+        source = other_values(tiny_model(**MASK2FORMER, **theirs))
+        target = tiny_model(**MASK2FORMER, **ours)
+        PanopticCheckpointer(source, str(tmp_path)).save("w")
+        load_weights(target, str(tmp_path / "w.pth"), training=training)
+        state = source.state_dict()
+        for name, value in target.state_dict().items():
+            assert "pilot" in name or torch.equal(value, state[name]), name
+
+
+def test_other_classes_start_with_a_new_label_embedding(tmp_path: Path) -> None:
+    pilot = {**MASK2FORMER, "MODEL__MASK2FORMER__PILOT__ENABLED": True}
+    PanopticCheckpointer(tiny_model(**pilot), str(tmp_path)).save("w")
+    target = tiny_model(**pilot, MODEL__DETR__NUM_CLASSES=7)
+    before = target.transformer.pilot.label_embed.weight.clone()
+    with pytest.raises(UserError, match=r"trained on other classes: .*use --init-from"):
+        load_weights(target, str(tmp_path / "w.pth"), training=True)
+    PanopticCheckpointer(target, training=True).load_all_but_classes(str(tmp_path / "w.pth"))
+    assert torch.equal(target.transformer.pilot.label_embed.weight, before)

@@ -148,7 +148,7 @@ def test_every_recipe_has_a_documented_schedule(path: Path) -> None:
     name = f"{path.parent.name}/{path.stem}"
     if name in documented:
         return
-    plain_name = name.replace("batchformer_", "")
+    plain_name = name.replace("batchformer_", "").replace("_pilot_", "_")
     assert plain_name in documented
     mine, twin = load(path), load(COCO / f"{plain_name}.yaml")
     assert mine.SOLVER == twin.SOLVER
@@ -170,6 +170,14 @@ def test_the_block_is_the_only_difference_of_the_model(path: Path) -> None:
         mine.MODEL.WEIGHTS = twin.MODEL.WEIGHTS
     for section in ("MODEL", "DATASETS", "INPUT", "DATALOADER"):
         assert mine[section] == twin[section]
+
+
+def test_pilot_queries_are_the_only_difference_of_their_recipe() -> None:
+    mine, twin = (load(COCO / "panoptic" / f"mask2former_R50{x}_50ep.yaml") for x in ("_pilot", ""))
+    assert mine.MODEL.MASK2FORMER.PILOT.ENABLED
+    mine.MODEL.MASK2FORMER.PILOT.ENABLED = False
+    mine.OUTPUT_DIR = twin.OUTPUT_DIR
+    assert mine == twin
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
 """Checkpointer: strict loading of weights, resuming, and saving."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from ..data.class_table import ClassTable
 from ..data.io import write_atomically
 from ..errors import UserError, one_line
 from .files import check_is_file, read_weights
-from .mismatch import Mismatch, describe, first, is_block, is_class_head, is_mask_head, without
+from .mismatch import (
+    Mismatch,
+    describe,
+    first,
+    is_block,
+    is_class_head,
+    is_mask_head,
+    is_pilot,
+    without,
+)
 from .records import CLASS_TABLE_KEY as CLASS_TABLE
 from .records import SETTINGS_KEY as SETTINGS
 from .records import ClassTableRecord, SettingsRecord, implied_settings
@@ -33,6 +42,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
 
     * missing or unexpected BatchFormer blocks, so that models with and without the block load each
       other's checkpoints;
+    * the same for the label embedding of mask-piloted training;
     * for training, a file with only a backbone (ImageNet weights), with or without its classifier;
     * for training, a missing mask head (boxes are trained first, masks second).
 
@@ -206,23 +216,29 @@ class PanopticCheckpointer(DetectionCheckpointer):
 
     def _refuse_mismatch(self, mismatch: Mismatch) -> None:
         if not self._resuming:
-            mismatch = self._without_block(mismatch)
+            for part, belongs in (
+                ("BatchFormer block", is_block),
+                ("label embedding of mask-piloted training", is_pilot),
+            ):
+                mismatch = self._without_part(mismatch, part, belongs)
             if self._training:
                 mismatch = self._without_absent_heads(mismatch)
         if any(mismatch):
             training = self._training and not self._resuming
             raise UserError(describe(mismatch, self._path, training=training))
 
-    def _without_block(self, mismatch: Mismatch) -> Mismatch:
-        missing = list(filter(is_block, mismatch.missing))
-        unexpected = list(filter(is_block, mismatch.unexpected))
+    def _without_part(
+        self, mismatch: Mismatch, part: str, belongs: Callable[[str], bool]
+    ) -> Mismatch:
+        """Remove mismatches of a part that only training uses."""
+        missing = list(filter(belongs, mismatch.missing))
+        unexpected = list(filter(belongs, mismatch.unexpected))
         if missing:
             self.logger.info(
-                f"{self._path} has no BatchFormer block: it keeps its initial values "
-                f"({first(missing)})"
+                f"{self._path} has no {part}: it keeps its initial values ({first(missing)})"
             )
         if unexpected:
-            self.logger.info(f"the BatchFormer block of {self._path} is not used by this model")
+            self.logger.info(f"the {part} of {self._path} is not used by this model")
         return mismatch._replace(
             missing=without(mismatch.missing, missing),
             unexpected=without(mismatch.unexpected, unexpected),
@@ -261,4 +277,4 @@ def _is_classifier(key: str) -> bool:
 def _all_missing(keys: Sequence[str], missing: set[str]) -> bool:
     """Whether the file has no weights besides the backbone, the block and pixel statistics."""
     ignored = ("pixel_mean", "pixel_std")
-    return all(k in missing or is_block(k) or k in ignored for k in keys)
+    return all(k in missing or is_block(k) or is_pilot(k) or k in ignored for k in keys)

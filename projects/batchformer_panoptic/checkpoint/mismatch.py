@@ -7,9 +7,11 @@ from typing import NamedTuple
 _SHOWN = 5
 _BLOCK = "batchformer"
 _MASK_HEAD = "mask_head."
+_PILOT = "transformer.pilot."
 # Parameters whose shape depends on the number of classes; a box head may exist per layer.
 _CLASS_HEADS = re.compile(
     r"box_head\.(layers\.\d+\.)?class_embed\.|semantic_head\.|vit\.model\.head\."
+    r"|transformer\.pilot\.label_embed\."
 )
 # Parameters with one row per query: positions, and the contents that some decoders learn.
 _QUERIES = ("query_embed", "query_feat")
@@ -97,6 +99,11 @@ def without(keys: Sequence[str], dropped: Sequence[str]) -> list[str]:
 def is_block(key: str) -> bool:
     """Whether a weight belongs to a BatchFormer block, which evaluation does not use."""
     return _BLOCK in key
+
+
+def is_pilot(key: str) -> bool:
+    """Whether a weight belongs to mask-piloted training, which evaluation does not use."""
+    return key.startswith(_PILOT)
 
 
 def is_mask_head(key: str) -> bool:

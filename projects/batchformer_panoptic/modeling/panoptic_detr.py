@@ -50,9 +50,11 @@ class ModelPredictions(Predictions):
 
     Attributes:
         transformer: the output of the transformer, of all decoder layers.
+        pilot: predictions of pilot queries, one "layer" for each layer and group; or None.
     """
 
     transformer: TransformerOutput
+    pilot: Predictions | None = None
 
     @property
     def streams(self) -> StreamState:
@@ -215,17 +217,18 @@ class PanopticDETR(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess(batched_inputs)
-        features = self.backbone(images.tensor)
-        predictions = self.predict(features, images.image_sizes, _spatial_size(images.tensor))
         targets = [
             to_target(
                 inputs,
                 self.device,
-                with_boxes=predictions.boxes is not None,
+                with_boxes=self.transformer.predicts_boxes,
                 with_masks=self.mask_head is not None,
             )
             for inputs in batched_inputs
         ]
+        features = self.backbone(images.tensor)
+        padded_size = _spatial_size(images.tensor)
+        predictions = self.predict(features, images.image_sizes, padded_size, targets)
         try:
             return self.losses(predictions, features, targets)
         except NonFiniteError as error:
@@ -248,6 +251,7 @@ class PanopticDETR(nn.Module):
         features: dict[str, Tensor],
         image_sizes: Sequence[tuple[int, int]],
         padded_size: tuple[int, int],
+        targets: Sequence[ImageTarget] | None = None,
     ) -> ModelPredictions:
         """Predict classes and boxes of all queries; masks are computed on demand.
 
@@ -258,12 +262,27 @@ class PanopticDETR(nn.Module):
             features: backbone maps (B, C_i, H_i, W_i) by name.
             image_sizes: (height, width) of each image before padding.
             padded_size: (height, width) of the batch.
+            targets: of the B images, for transformers that use them in training.
         """
         # While the model is traced the sizes are tensors.
         sizes = [(int(height), int(width)) for height, width in image_sizes]
-        output = self.transformer(features, BatchPadding(sizes, padded_size), self.box_head)
+        given = [targets] if self.training and self.transformer.uses_targets and targets else []
+        padding = BatchPadding(sizes, padded_size)
+        output: TransformerOutput = self.transformer(features, padding, self.box_head, *given)
         first = 0 if self.training and self.deep_supervision else -1
         layers = output.from_layer(first)
+        predictions = self._heads(layers, features)
+        of_pilot = None
+        if layers.pilot is not None:
+            states, embeddings, layout = layers.pilot
+            layers = layers._replace(hidden_states=states, mask_embeddings=embeddings)
+            of_pilot = layout.by_group(Predictions(*self._heads(layers, features)))
+        return ModelPredictions(*predictions, transformer=output, pilot=of_pilot)
+
+    def _heads(
+        self, layers: TransformerOutput, features: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, MaskSelector | None]:
+        """Class logits, boxes and masks of all queries of some layers."""
         logits, boxes = self.box_head(
             layers.hidden_states, layers.reference_points, layers.box_logits
         )
@@ -272,7 +291,7 @@ class PanopticDETR(nn.Module):
             masks = self.mask_head(layers, features)
             if self.checkpoint_masks and self.training:
                 masks = partial(checkpoint, masks, use_reentrant=False)
-        return ModelPredictions(logits, boxes, masks, transformer=output)
+        return logits, boxes, masks
 
     def losses(
         self,
@@ -303,6 +322,12 @@ class PanopticDETR(nn.Module):
             objects = batch.of_one_class()
             assigned = self.matcher.of_proposals(proposals, objects)
             losses |= self.criterion.of_proposals(proposals, objects, assigned, num_objects)
+        pilot = predictions.transformer.pilot
+        if predictions.pilot is not None and pilot is not None:
+            pairs = pilot.layout.matching(predictions.pilot, batch)
+            losses |= self.criterion.of_pilot(
+                predictions.pilot, batch, pairs, num_objects, pilot.layout.num_groups
+            )
         metrics = matching_metrics(self.scoring, predictions, batch, matching)
         pixel_losses = self._pixel_losses(features, targets)
         return Losses({**streams.sum_losses(losses), **pixel_losses}, metrics)

@@ -157,6 +157,16 @@ def test_blocks_are_left_out_of_an_export() -> None:
     assert CONVERT(plain, Request()).model.keys() == state.keys() - set(dropped)
 
 
+def test_the_label_embedding_of_pilot_queries_is_left_out_of_an_export() -> None:
+    state = random_model(
+        tiny_config("resnet", MODEL__MASK2FORMER__PILOT__ENABLED=True)
+    ).state_dict()
+    plain = to_official(state)
+    dropped = [name for name, _ in not_exported(state, with_block=True)]
+    assert dropped == ["transformer.pilot.label_embed.weight"]
+    assert CONVERT(plain, Request()).model.keys() == state.keys() - set(dropped)
+
+
 @pytest.mark.parametrize(
     ("removed", "missing"),
     [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...data.class_table import ClassTable
 from ...errors import UserError, one_line
+from ..mismatch import is_pilot
 from ..records import SettingsRecord
 from . import mask2former_huggingface
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
@@ -75,6 +76,8 @@ def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple
             dropped.append((name, "exported batch norms are frozen"))
         elif name.startswith(BLOCKS) and not with_block:
             dropped.append((name, "the BatchFormer block is for training only"))
+        elif is_pilot(name):
+            dropped.append((name, "mask-piloted training adds queries in training only"))
     return dropped
 
 

@@ -80,8 +80,25 @@ class ClassLoss:
             logits.shape[:3], self.scoring.num_classes, dtype=torch.int64, device=logits.device
         )
         labels = targets.labels[matching.global_target]
+        if not matching.supervise_unmatched:
+            losses = self._of_pairs(logits.float(), labels, matching, num_objects)
+            return {"loss_ce": self.weight * losses}
         classes[matching.layer, matching.image, matching.query] = labels
         return {"loss_ce": self.weight * self.scoring.loss(logits.float(), classes, num_objects)}
+
+    def _of_pairs(
+        self, logits: Tensor, labels: Tensor, matching: Matching, num_objects: Tensor
+    ) -> Tensor:
+        """(L, B') losses of the M pairs only, of which every layer has as many."""
+        num_layers, num_entries = logits.shape[:2]
+        logits = logits[matching.layer, matching.image, matching.query]
+        # Each pair takes the place of an entry with one query.
+        each = self.scoring.loss(
+            logits.unflatten(0, (num_layers, -1, 1)),
+            labels.view(num_layers, -1, 1),
+            num_objects,
+        )
+        return matching.sum_by_entry(each.flatten(), (num_layers, num_entries))
 
 
 class BoxL1Loss:
@@ -236,6 +253,26 @@ class SetCriterion:
         losses = self._losses(terms, proposals, targets, matching, num_objects)
         return {f"{name}_enc": value for name, value in losses.items()}
 
+    def of_pilot(
+        self,
+        predictions: Predictions,
+        targets: TargetBatch,
+        matching: Matching,
+        num_objects: Tensor,
+        num_groups: int,
+    ) -> dict[str, Tensor]:
+        """Losses (B',) of pilot queries, ``loss_x_mp``, ``loss_x_mp_0`` ...: means over the groups.
+
+        Args:
+            predictions: of L * G layers, the groups of one layer adjacent.
+            targets: of the same entries.
+            matching: of the same layers.
+            num_objects: 0-d, from :func:`count_objects`.
+            num_groups: groups G.
+        """
+        inputs = (predictions, targets, matching, num_objects)
+        return self._losses(self.terms, *inputs, suffix="_mp", num_groups=num_groups)
+
     def _losses(
         self,
         terms: Sequence[LossTerm],
@@ -243,11 +280,17 @@ class SetCriterion:
         targets: TargetBatch,
         matching: Matching,
         num_objects: Tensor,
+        *,
+        suffix: str = "",
+        num_groups: int = 1,
     ) -> dict[str, Tensor]:
-        num_layers = predictions.logits.shape[0]
+        num_layers = predictions.logits.shape[0] // num_groups
         losses: dict[str, Tensor] = {}
         for term in terms:
             for name, value in term(predictions, targets, matching, num_objects).items():
+                name += suffix
+                if num_groups > 1 and len(value) > 1:
+                    value = value.unflatten(0, (-1, num_groups)).mean(1)
                 first = num_layers - len(value)
                 for layer, contributions in enumerate(value, first):
                     key = name if layer == num_layers - 1 else f"{name}_{layer}"

@@ -29,6 +29,8 @@ class Matching(NamedTuple):
         local_target: (M,) int64, index of the object within its entry.
         global_target: (M,) int64, index of the object within all objects of the batch.
         layer_starts: L + 1 numbers; pairs of layer l are [layer_starts[l], layer_starts[l + 1]).
+        supervise_unmatched: whether queries without an object are trained to predict none;
+            otherwise they are padding, which losses leave out.
     """
 
     layer: Tensor
@@ -37,6 +39,7 @@ class Matching(NamedTuple):
     local_target: Tensor
     global_target: Tensor
     layer_starts: tuple[int, ...]
+    supervise_unmatched: bool = True
 
     def of_layer(self, layer: int) -> "Matching":
         """The pairs of one decoder layer; negative numbers count from the last.
@@ -52,6 +55,7 @@ class Matching(NamedTuple):
             self.local_target[begin:end],
             self.global_target[begin:end],
             layer_starts=(0, end - begin),
+            supervise_unmatched=self.supervise_unmatched,
         )
 
     def sum_by_entry(self, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -177,6 +181,33 @@ class HungarianMatcher:
                 entries,
             )
         return _to_matching(_assign(cost, counts), counts, predictions.logits.device)
+
+
+def fixed_matching(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    counts: list[int],
+    num_layers: int,
+    device: torch.device,
+) -> Matching:
+    """A given assignment, the same in all layers, in which queries without a pair are padding.
+
+    Args:
+        pairs: for each entry, queries and numbers of their objects.
+        counts: objects of each entry.
+        num_layers: layers L.
+        device: of the result.
+    """
+    one = _to_matching([list(pairs)], counts, device)
+    number = len(one.query)
+    return Matching(
+        layer=torch.arange(num_layers, device=device).repeat_interleave(number),
+        image=one.image.repeat(num_layers),
+        query=one.query.repeat(num_layers),
+        local_target=one.local_target.repeat(num_layers),
+        global_target=one.global_target.repeat(num_layers),
+        layer_starts=tuple(layer * number for layer in range(num_layers + 1)),
+        supervise_unmatched=False,
+    )
 
 
 def _boxes_of(predictions: Predictions) -> Tensor:

@@ -12,6 +12,7 @@ from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
 from ..padding import BatchPadding
 from .layers import CheckpointedLayer
+from .mask_pilot import PilotOutput
 
 TRANSFORMER_REGISTRY = Registry("TRANSFORMER")
 TRANSFORMER_REGISTRY.__doc__ = """
@@ -25,6 +26,9 @@ module is called as ``transformer(features, padding, box_head)``:
 * ``box_head``: the head that is applied to the result. Decoders that refine boxes from layer to
   layer call it as a :class:`BoxPredictor`; the others ignore it, and may get a head for classes
   only where they are of ``predicts_boxes = False``.
+
+In training, a transformer that sets ``uses_targets`` is given the targets of the images as a fourth
+argument; it must also run without.
 
 It returns a :class:`TransformerOutput` and names the maps it reads in ``in_features``.
 
@@ -94,6 +98,7 @@ class TransformerOutput(NamedTuple):
         padded_size: (height, width) in pixels that ``mask_features`` cover.
         box_logits: (L, B', Q, 4) float32 where the decoder has refined boxes with the box head,
             which then has only the classes left to predict; otherwise None.
+        pilot: queries that are supervised with given objects; None in evaluation.
     """
 
     hidden_states: Tensor
@@ -107,6 +112,7 @@ class TransformerOutput(NamedTuple):
     mask_embeddings: Tensor | None = None
     mask_features: Tensor | None = None
     padded_size: tuple[int, int] | None = None
+    pilot: PilotOutput | None = None
 
     def from_layer(self, first: int) -> "TransformerOutput":
         """The same output with the decoder layers from ``first`` on; -1 keeps the last only."""
@@ -116,6 +122,7 @@ class TransformerOutput(NamedTuple):
             reference_points=None if points is None else points[first:],
             box_logits=None if boxes is None else boxes[first:],
             mask_embeddings=None if masks is None else masks[first:],
+            pilot=None if self.pilot is None else self.pilot.from_layer(first),
         )
 
 
@@ -131,6 +138,8 @@ class Transformer(nn.Module):
             None keeps the default initialisation of the head.
         size_divisibility: images are padded to a multiple of it, in addition to what the backbone
             needs.
+        uses_targets: whether :meth:`forward` takes the targets of the B images, a sequence of
+            ``ImageTarget``, as a fourth argument in training.
     """
 
     in_features: tuple[str, ...]
@@ -138,6 +147,7 @@ class Transformer(nn.Module):
     embeds_masks: bool = False
     box_biases: tuple[tuple[float, ...] | None, ...] = (None,)
     size_divisibility: int = 0
+    uses_targets: bool = False
 
     def forward(
         self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor

@@ -22,6 +22,7 @@ from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
 from ...layers import MLP, SinePositionEncoding
 from ..padding import BatchPadding
+from ..set_prediction.targets import ImageTarget
 from .base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
@@ -32,6 +33,7 @@ from .base import (
 )
 from .deformable import DeformableEncoder, DeformableEncoderLayer, xavier_except_deformable
 from .layers import FeedForwardLayer
+from .mask_pilot import MaskPilot, PilotOutput, PilotQueries
 from .multi_scale import describe_levels, flatten_maps
 
 _KEY = "MODEL.MASK2FORMER.IN_FEATURES"
@@ -158,7 +160,13 @@ class MaskedDecoderLayer(FeedForwardLayer):
         self.norm3 = nn.LayerNorm(embed_dim)
 
     def forward(
-        self, queries: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, visible: Tensor
+        self,
+        queries: Tensor,
+        query_pos: Tensor,
+        memory: Tensor,
+        pos: Tensor,
+        visible: Tensor,
+        visible_queries: Tensor | None = None,
     ) -> Tensor:
         """Update the queries.
 
@@ -168,6 +176,7 @@ class MaskedDecoderLayer(FeedForwardLayer):
             memory: (B', S, C) tokens of one level.
             pos: (B' or 1, S, C) their position encoding.
             visible: (B', Q, S) bool, True where a query may attend.
+            visible_queries: (B', Q, Q) bool, the same for self-attention; None is everywhere.
 
         Returns:
             (B', Q, C).
@@ -175,7 +184,7 @@ class MaskedDecoderLayer(FeedForwardLayer):
         attended = _attend(self.cross_attn, queries + query_pos, memory + pos, memory, visible)
         queries = self.norm1(queries + self.dropout(attended))
         keys = queries + query_pos
-        attended = _attend(self.self_attn, keys, keys, queries, None)
+        attended = _attend(self.self_attn, keys, keys, queries, visible_queries)
         queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)
 
@@ -214,11 +223,17 @@ class MaskedDecoder(nn.Module):
         )
         self.position_encoding = SinePositionEncoding(num_channels=embed_dim)
 
-    def forward(self, pixels: PixelFeatures) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: PixelFeatures, pilot: PilotQueries | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Decode.
 
+        Args:
+            pixels: output of the pixel decoder.
+            pilot: P queries with given masks, which follow the others.
+
         Returns:
-            (L, B', Q, C) normalised states and (L, B', Q, C_m) mask embeddings.
+            (L, B', Q + P, C) normalised states and (L, B', Q + P, C_m) mask embeddings.
         """
         batch = pixels.mask_features.shape[0]
         memories, positions, small = [], [], []
@@ -234,12 +249,22 @@ class MaskedDecoder(nn.Module):
             small.append(resized.flatten(2))
         queries = self.query_feat.weight.expand(batch, -1, -1)
         query_pos = self.query_embed.weight.expand(batch, -1, -1)
+        num_queries, visible_queries = queries.shape[1], None
+        if pilot is not None:
+            visible_queries = pilot.visible_queries(num_queries)
+            queries = torch.cat([queries, pilot.content], dim=1)
+            # Positions tell learned queries apart. Published: no query has one.
+            query_pos = torch.cat([query_pos, torch.zeros_like(pilot.content)], dim=1)
         states = [self.norm(queries)]
         embeddings = [self.mask_embed(states[0])]
         for index, layer in enumerate(self.layers):
             turn = index % len(memories)
-            visible = visible_tokens(embeddings[-1].detach(), small[turn])
-            queries = layer(queries, query_pos, memories[turn], positions[turn], visible)
+            visible = visible_tokens(embeddings[-1][:, :num_queries].detach(), small[turn])
+            if pilot is not None:
+                visible = torch.cat([visible, pilot.visible_tokens(turn)], dim=1)
+            queries = layer(
+                queries, query_pos, memories[turn], positions[turn], visible, visible_queries
+            )
             states.append(self.norm(queries))
             embeddings.append(self.mask_embed(states[-1]))
         return torch.stack(states), torch.stack(embeddings)
@@ -294,6 +319,7 @@ class Mask2Former(Transformer):
         encoder: of the pixel decoder; its hook may open a second stream.
         pixel_decoder: backbone maps to levels and per-pixel features.
         decoder: queries to states and mask embeddings.
+        pilot: makes pilot queries in training, or None.
     """
 
     predicts_boxes = False
@@ -302,7 +328,12 @@ class Mask2Former(Transformer):
 
     @configurable
     def __init__(
-        self, *, encoder: DeformableEncoder, pixel_decoder: PixelDecoder, decoder: MaskedDecoder
+        self,
+        *,
+        encoder: DeformableEncoder,
+        pixel_decoder: PixelDecoder,
+        decoder: MaskedDecoder,
+        pilot: MaskPilot | None = None,
     ) -> None:
         super().__init__()
         self.in_features = (pixel_decoder.finest, *pixel_decoder.token_maps)
@@ -310,6 +341,8 @@ class Mask2Former(Transformer):
         xavier_except_deformable(encoder)
         self.pixel_decoder = pixel_decoder
         self.decoder = decoder
+        self.pilot = pilot
+        self.uses_targets = pilot is not None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -357,14 +390,29 @@ class Mask2Former(Transformer):
                 embed_dim=detr.HIDDEN_DIM,
                 mask_dim=node.MASK_DIM,
             ),
+            "pilot": _build_pilot(cfg) if node.PILOT.ENABLED else None,
         }
 
     def forward(
-        self, features: dict[str, Tensor], padding: BatchPadding, box_head: BoxPredictor
+        self,
+        features: dict[str, Tensor],
+        padding: BatchPadding,
+        box_head: BoxPredictor,
+        targets: Sequence[ImageTarget] | None = None,
     ) -> TransformerOutput:
         """See :data:`TRANSFORMER_REGISTRY`."""
         pixels = self.pixel_decoder(features, self.encoder, padding)
-        states, embeddings = self.decoder(pixels)
+        queries = None
+        if self.pilot is not None and targets is not None:
+            sizes = [(level.shape[-2], level.shape[-1]) for level in pixels.levels]
+            queries = self.pilot(targets, pixels.streams, sizes, padding.padded_size)
+        states, embeddings = self.decoder(pixels, queries)
+        pilot = None
+        if queries is not None:
+            parts = [states.shape[2] - queries.content.shape[1], queries.content.shape[1]]
+            states, pilot_states = states.split(parts, dim=2)
+            embeddings, pilot_embeddings = embeddings.split(parts, dim=2)
+            pilot = PilotOutput(pilot_states, pilot_embeddings, queries.layout)
         return TransformerOutput(
             states,
             None,
@@ -375,7 +423,27 @@ class Mask2Former(Transformer):
             mask_embeddings=embeddings,
             mask_features=pixels.mask_features,
             padded_size=padding.padded_size,
+            pilot=pilot,
         )
+
+
+def _build_pilot(cfg: CfgNode) -> MaskPilot:
+    """Pilot queries, as ``MODEL.MASK2FORMER.PILOT`` describes them."""
+    node = cfg.MODEL.MASK2FORMER.PILOT
+    if node.NUM_QUERIES < 1:
+        raise UserError(
+            f"MODEL.MASK2FORMER.PILOT.NUM_QUERIES is {node.NUM_QUERIES}; it must be at least 1"
+        )
+    for key in ("LABEL_NOISE", "MASK_NOISE"):
+        if not 0 <= node[key] <= 1:
+            raise UserError(f"MODEL.MASK2FORMER.PILOT.{key} is {node[key]}; it must be from 0 to 1")
+    return MaskPilot(
+        num_classes=cfg.MODEL.DETR.NUM_CLASSES,
+        embed_dim=cfg.MODEL.DETR.HIDDEN_DIM,
+        num_queries=node.NUM_QUERIES,
+        label_noise=node.LABEL_NOISE,
+        mask_noise=node.MASK_NOISE,
+    )
 
 
 @TRANSFORMER_REGISTRY.register()
