@@ -76,7 +76,8 @@ class PerfectModel(PanopticDETR):
                     label = int(classes[numbers == number][0]) - 1
                     logits[0, index, number - 1, label] = LOGIT
         boxes = torch.full((*shape[:3], 4), 0.5)
-        return ModelPredictions(logits, boxes, partial(self.draw_masks, truth), transformer=None)
+        masks = partial(self.draw_masks, truth)
+        return ModelPredictions(logits, boxes, masks, transformer=None, padded_size=padded_size)
 
     def draw_masks(
         self, truth: Tensor, layer_index: Tensor, image_index: Tensor, query_index: Tensor

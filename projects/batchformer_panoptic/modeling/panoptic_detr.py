@@ -50,10 +50,12 @@ class ModelPredictions(Predictions):
 
     Attributes:
         transformer: the output of the transformer, of all decoder layers.
+        padded_size: (height, width) in pixels that the maps cover, padding included.
         pilot: predictions of pilot queries, one "layer" for each layer and group; or None.
     """
 
     transformer: TransformerOutput
+    padded_size: tuple[int, int]
     pilot: Predictions | None = None
 
     @property
@@ -277,7 +279,9 @@ class PanopticDETR(nn.Module):
             states, embeddings, layout = layers.pilot
             layers = layers._replace(hidden_states=states, mask_embeddings=embeddings)
             of_pilot = layout.by_group(Predictions(*self._heads(layers, features)))
-        return ModelPredictions(*predictions, transformer=output, pilot=of_pilot)
+        return ModelPredictions(
+            *predictions, transformer=output, padded_size=padded_size, pilot=of_pilot
+        )
 
     def _heads(
         self, layers: TransformerOutput, features: dict[str, Tensor]
@@ -311,7 +315,8 @@ class PanopticDETR(nn.Module):
             ``loss_semantic``, since the backbone runs before the streams part.
         """
         streams = predictions.streams
-        batch = TargetBatch(streams.expand_list(targets))
+        size = predictions.padded_size
+        batch = TargetBatch(streams.expand_list(targets), size)
         # Before the matcher, which may raise: all processes must take part in this sum.
         num_objects = count_objects(batch.targets, self.device)
         matching = self.matcher(predictions, batch)
@@ -329,7 +334,7 @@ class PanopticDETR(nn.Module):
                 predictions.pilot, batch, pairs, num_objects, pilot.layout.num_groups
             )
         metrics = matching_metrics(self.scoring, predictions, batch, matching)
-        pixel_losses = self._pixel_losses(features, targets)
+        pixel_losses = self._pixel_losses(features, targets, size)
         return Losses({**streams.sum_losses(losses), **pixel_losses}, metrics)
 
     @torch.no_grad()
@@ -380,11 +385,14 @@ class PanopticDETR(nn.Module):
         ]
 
     def _pixel_losses(
-        self, features: dict[str, Tensor], targets: Sequence[ImageTarget]
+        self,
+        features: dict[str, Tensor],
+        targets: Sequence[ImageTarget],
+        padded_size: tuple[int, int],
     ) -> dict[str, Tensor]:
         if self.semantic_head is None:
             return {}
-        class_map = class_maps(targets)
+        class_map = class_maps(targets, padded_size)
         losses = [pixel_class_loss(x, class_map) for x in self.semantic_head(features)]
         return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
 

@@ -117,13 +117,18 @@ class TargetBatch:
 
     Args:
         targets: one target per entry.
+        padded_size: (height, width) of the padded images, which masks cover as well; by default
+            the largest of the batch.
 
     Attributes:
         counts: objects of each entry.
     """
 
-    def __init__(self, targets: Sequence[ImageTarget]) -> None:
+    def __init__(
+        self, targets: Sequence[ImageTarget], padded_size: tuple[int, int] | None = None
+    ) -> None:
         self.targets = tuple(targets)
+        self._padded_size = padded_size
         self.counts = [len(target) for target in self.targets]
 
     def __len__(self) -> int:
@@ -153,7 +158,7 @@ class TargetBatch:
     @cached_property
     def masks(self) -> "BatchMasks":
         """The masks of all objects."""
-        return BatchMasks(self.targets)
+        return BatchMasks(self.targets, self._padded_size)
 
     def of_one_class(self) -> "TargetBatch":
         """The same objects with class 0, which is how proposals are supervised."""
@@ -171,18 +176,21 @@ class BatchMasks:
     Entries of the batch may share their masks, as the entries of several streams do.
 
     Attributes:
-        size: the largest height and width of the batch, to which masks are padded.
+        size: (height, width) to which masks are padded.
 
     Args:
         targets: of all B' entries, each with masks, all of one kind.
+        padded_size: sets ``size``; by default the largest height and width of the batch.
     """
 
-    def __init__(self, targets: Sequence[ImageTarget]) -> None:
+    def __init__(
+        self, targets: Sequence[ImageTarget], padded_size: tuple[int, int] | None = None
+    ) -> None:
         masks = [target.masks for target in targets if target.masks is not None]
         assert len(masks) == len(targets), "a target has no masks"
         stored = list({id(m): m for m in masks}.values())
         assert len({type(m) for m in stored}) == 1, "the masks of a batch are of one kind"
-        self.size = (max(m.size[0] for m in stored), max(m.size[1] for m in stored))
+        self.size = padded_size or _largest([m.size for m in stored])
         self._stored = stored
         position = {id(m): i for i, m in enumerate(stored)}
         self._position = torch.tensor([position[id(m)] for m in masks])
@@ -249,11 +257,14 @@ class BatchMasks:
         return torch.cat(shares)[:, 0]
 
 
-def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
+def class_maps(
+    targets: Sequence[ImageTarget], padded_size: tuple[int, int] | None = None
+) -> Tensor:
     """The class of every pixel, padded to one size.
 
     Args:
         targets: with masks as a :class:`SegmentMap`.
+        padded_size: (height, width) of the result; by default the largest of the batch.
 
     Returns:
         (B, H, W) int64 contiguous class ids, -1 at void and padding.
@@ -265,8 +276,11 @@ def class_maps(targets: Sequence[ImageTarget]) -> Tensor:
         if len(target) > 0:
             index = target.labels[index.clamp(min=0)].masked_fill(index < 0, -1)
         maps.append(index)
-    size = (max(m.shape[0] for m in maps), max(m.shape[1] for m in maps))
-    return _pad_and_stack(maps, size, value=-1)
+    return _pad_and_stack(maps, padded_size or _largest([m.shape for m in maps]), value=-1)
+
+
+def _largest(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
 
 def _compare(maps: Tensor, map_index: Tensor, local_index: Tensor) -> Tensor:

@@ -246,13 +246,12 @@ def _covered_cells(
     padded_size: tuple[int, int],
 ) -> list[Tensor]:
     """For each level, (K, S) bool: the cells that contain at least one pixel of an object."""
-    masks = BatchMasks(targets)
-    padding = (0, padded_size[1] - masks.size[1], 0, padded_size[0] - masks.size[0])
+    masks = BatchMasks(targets, padded_size)
     levels: list[list[Tensor]] = [[] for _ in level_sizes]
     for images, objects in zip(
         image.split(_MASKS_AT_ONCE), local.split(_MASKS_AT_ONCE), strict=True
     ):
-        pixels = F.pad(masks.gather(images, objects), padding)[:, None].float()
+        pixels = masks.gather(images, objects)[:, None].float()
         for parts, size in zip(levels, level_sizes, strict=True):
             parts.append(F.interpolate(pixels, size=size, mode="area").flatten(1) > 0)
     return [torch.cat(parts) for parts in levels]
