@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from batchformer_panoptic.batchformer import BATCHFORMER, BatchFormerHook
-from batchformer_panoptic.modeling.padding import BatchPadding
 from batchformer_panoptic.modeling.set_prediction.predictions import Predictions
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
+from batchformer_panoptic.modeling.transformer.layers import BatchPadding
 from helpers.golden_compare import OUTPUTS, assert_losses_and_gradients, assert_matching
 from helpers.golden_deformable import deformable_model, load, namer
 from helpers.golden_models import (

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.modeling.heads import MaskHead
-from batchformer_panoptic.modeling.padding import padding_mask
 from batchformer_panoptic.modeling.panoptic_detr import ModelPredictions
 from batchformer_panoptic.modeling.set_prediction.matcher import Matching
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch
 from batchformer_panoptic.modeling.transformer import TransformerOutput
 from batchformer_panoptic.modeling.transformer.detr import SingleScaleTransformer
+from batchformer_panoptic.modeling.transformer.layers import padding_mask
 from helpers.golden_files import features_of, image_targets, our_name, sizes_of
 
 OUTPUTS = 1e-4  # absolute: outputs of a model and what it computes on the way

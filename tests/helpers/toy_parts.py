@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from batchformer_panoptic.batchformer import encode
 from batchformer_panoptic.modeling.build import COST_REGISTRY, LOSS_REGISTRY, MASK_HEAD_REGISTRY
-from batchformer_panoptic.modeling.padding import BatchPadding
 from batchformer_panoptic.modeling.set_prediction.matcher import Matching
 from batchformer_panoptic.modeling.set_prediction.predictions import MaskSelector, Predictions
 from batchformer_panoptic.modeling.set_prediction.scoring import Scoring
@@ -23,6 +22,7 @@ from batchformer_panoptic.modeling.transformer.base import (
     TransformerOutput,
     build_batchformer_hook,
 )
+from batchformer_panoptic.modeling.transformer.layers import BatchPadding
 
 # --- transformer ----------------------------------------------------------------------------------
 

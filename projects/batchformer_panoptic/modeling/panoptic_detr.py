@@ -27,7 +27,6 @@ from .build import (
     build_scoring_from_config,
     build_semantic_head,
 )
-from .padding import BatchPadding
 from .postprocessing.results import (
     InferenceOptions,
     needed_masks,
@@ -42,6 +41,7 @@ from .set_prediction.predictions import MaskSelector, Predictions
 from .set_prediction.scoring import Scoring
 from .set_prediction.targets import ImageTarget, TargetBatch, class_maps, to_target
 from .transformer import Transformer, TransformerOutput, build_transformer
+from .transformer.layers import BatchPadding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from batchformer_panoptic.modeling.heads import BoxHead, LayerwiseBoxHead
-from batchformer_panoptic.modeling.padding import BatchPadding
 from batchformer_panoptic.modeling.transformer.deformable import token_boxes
+from batchformer_panoptic.modeling.transformer.layers import BatchPadding
 from batchformer_panoptic.modeling.transformer.multi_scale import (
     LevelProjection,
     Levels,

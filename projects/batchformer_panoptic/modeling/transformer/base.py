@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
-from ..padding import BatchPadding
-from .layers import CheckpointedLayer
+from .layers import BatchPadding, CheckpointedLayer
 from .mask_pilot import PilotOutput
 
 TRANSFORMER_REGISTRY = Registry("TRANSFORMER")

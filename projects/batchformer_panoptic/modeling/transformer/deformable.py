@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ...errors import UserError
 from ...layers import MSDeformAttn, SinePositionEncoding, sine_encoding
-from ..padding import BatchPadding
 from .base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
@@ -27,7 +26,7 @@ from .base import (
     mask_level,
 )
 from .detr import post_norm_arguments
-from .layers import FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer
 from .multi_scale import LevelProjection, Levels, describe_levels, flatten_maps
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...layers import SinePositionEncoding
-from ..padding import BatchPadding
 from .base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
@@ -19,7 +18,15 @@ from .base import (
     TransformerOutput,
     build_batchformer_hook,
 )
-from .layers import Decoder, DecoderLayer, DETRDecoder, DETREncoder, EncoderLayer, MemoryGrid
+from .layers import (
+    BatchPadding,
+    Decoder,
+    DecoderLayer,
+    DETRDecoder,
+    DETREncoder,
+    EncoderLayer,
+    MemoryGrid,
+)
 
 
 class SingleScaleTransformer(Transformer):

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
 from ...errors import UserError
 from ...layers import MLP, SinePositionEncoding
-from ..padding import BatchPadding
 from ..set_prediction.targets import ImageTarget
 from .base import (
     TRANSFORMER_REGISTRY,
@@ -32,7 +31,7 @@ from .base import (
     feature_shapes,
 )
 from .deformable import DeformableEncoder, DeformableEncoderLayer, xavier_except_deformable
-from .layers import FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer
 from .mask_pilot import MaskPilot, PilotOutput, PilotQueries
 from .multi_scale import describe_levels, flatten_maps
 

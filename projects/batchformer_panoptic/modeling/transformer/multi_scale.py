@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import SinePositionEncoding
-from ..padding import BatchPadding
+from .layers import BatchPadding
 
 
 class Levels(NamedTuple):

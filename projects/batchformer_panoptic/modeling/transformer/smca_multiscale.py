@@ -21,7 +21,6 @@ from ...batchformer import BatchFormerHook, IdentityHook, StreamState, encode
 from ...batchformer.batchformer import SINGLE
 from ...errors import UserError
 from ...layers import SinePositionEncoding
-from ..padding import BatchPadding
 from .base import (
     TRANSFORMER_REGISTRY,
     BoxPredictor,
@@ -32,7 +31,7 @@ from .base import (
     mask_level,
 )
 from .detr import post_norm_arguments
-from .layers import FeedForwardLayer, MemoryGrid
+from .layers import BatchPadding, FeedForwardLayer, MemoryGrid
 from .multi_scale import flatten_maps, valid_sizes
 from .smca import SMCADecoder, build_smca_decoder
 

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from batchformer_panoptic.modeling.padding import BatchPadding, padding_mask
+from batchformer_panoptic.modeling.transformer.layers import BatchPadding, padding_mask
 
 
 def test_equals_nearest_resizing_of_the_full_mask():
