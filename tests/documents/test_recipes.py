@@ -182,7 +182,9 @@ def test_names_describe_the_config(path: Path) -> None:
     softmax = transformer in ("detr", "mask2former")
     assert softmax == (cfg.MODEL.DETR.SCORING == "softmax")
     if "swin_tiny" in name:
-        assert cfg.MODEL.TIMM.NAME.startswith("swin_tiny")
+        assert cfg.MODEL.BACKBONE.NAME == "build_swin_backbone"
+        assert (cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS) == (96, [2, 2, 6, 2])
+        assert Path(cfg.MODEL.WEIGHTS).stem == "swin_tiny_patch4_window7_224"
     else:
         weights = "R-101.pkl" if "_R101_" in name else ("R-50.pkl", "al.pth")
         assert (101 if "_R101_" in name else 50) == cfg.MODEL.RESNETS.DEPTH
