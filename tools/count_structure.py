@@ -39,7 +39,7 @@ class Counts(NamedTuple):
     """Counts over the Python files of a folder.
 
     Attributes:
-        lines: of each file, by path relative to the folder.
+        lines: the lines of each file, by path relative to the folder.
         comment_lines: lines with nothing but a comment.
     """
 

@@ -200,7 +200,7 @@ def act_in_evaluation(after_layer):
 
 
 class Defect(NamedTuple):
-    """What is replaced by what, which comparison is run, and what it says is wrong."""
+    """What is replaced by what, which comparison is run, and the quantity that differs."""
 
     owner: Any
     name: str

@@ -203,7 +203,7 @@ class SettingsRecord:
 
         Args:
             stored: config keys and values; keys that do not apply to this model are ignored.
-            path: of the checkpoint, for the message.
+            path: the path of the checkpoint, for the message.
             class_head: whether the class head is loaded.
             reason: origin of the settings if the file does not contain them.
 
@@ -235,7 +235,7 @@ class SettingsRecord:
 def implied_settings(
     checkpoint: Mapping[str, Any], model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Recognise the ImageNet weights of MSRA, which have no "settings", by their names.
+    """Recognise MSRA's ImageNet weights, which have no "settings" entry, by parameter names.
 
     Detectron2 has two files called ``R-50.pkl``. That of MSRA has an unused bias of the first
     convolution, and needs BGR images, a standard deviation of 1 and the stride in the 1x1

@@ -34,7 +34,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self.reset()
 
     def _build(self, name: str) -> SemSegEvaluator:
-        """Build Detectron2's evaluator, which finds the truth of an image in catalogs by name.
+        """Build Detectron2's evaluator, which looks up the ground truth by name in catalogs.
 
         It identifies images by ``file_name``; here that is the image id.
         """
@@ -53,7 +53,7 @@ class SemanticEvaluator(DatasetEvaluator):
                 sem_seg_loading_fn=lambda key, dtype: self._class_map(self._truth.images[key]),
             )
         finally:
-            # The evaluator keeps what it read; users should not find a name they did not register.
+            # The evaluator keeps what it read: remove the temporary catalog entries.
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name)
 

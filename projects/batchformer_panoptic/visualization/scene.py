@@ -79,7 +79,7 @@ class Region(NamedTuple):
         """Return the region resized to a picture of (height, width) ``size``.
 
         Args:
-            size: of the picture.
+            size: the size of the picture.
             factor: size of the picture relative to the image.
         """
         pixels, box = self.pixels, self.box

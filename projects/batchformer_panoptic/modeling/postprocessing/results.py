@@ -180,7 +180,7 @@ def _check_ranges(node: CfgNode) -> None:
 
 
 class ChosenQueries(NamedTuple):
-    """Queries by their use, of a batch or of one image.
+    """Queries grouped by use, of a batch or of one image.
 
     Attributes:
         panoptic: (B, Q) or (Q,) bool, True for queries that become segments.
