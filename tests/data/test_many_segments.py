@@ -89,7 +89,7 @@ def test_what_a_worker_sends_and_the_target_hold_one_map(
     )
     assert used < 100 * 1000  # boxes and labels
     target = to_target(mapped, torch.device("cpu"), with_masks=True)
-    assert target.masks.index_map.data_ptr() == mapped["segment_map"].data_ptr()
+    assert target.masks.segment_map.data_ptr() == mapped["segment_map"].data_ptr()
 
 
 def test_boxes_and_map_are_those_of_the_masks(
