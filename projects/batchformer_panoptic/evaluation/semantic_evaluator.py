@@ -98,8 +98,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 )
             if "sem_seg" not in output:
                 raise UserError(
-                    "the model returns no class scores of pixels (sem_seg), which the mean IoU is "
-                    "made of: set MODEL.PANOPTIC.SEMANTIC_TEST True"
+                    "the model returns no class scores of pixels (sem_seg), which the mean IoU "
+                    "needs: enable its semantic inference"
                 )
             self._evaluator.process([{"file_name": image_id}], [{"sem_seg": output["sem_seg"]}])
 
