@@ -5,13 +5,13 @@ python benchmarks/run.py --render
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from batchformer_panoptic.data.io import read_json, write_atomically, write_json
 from batchformer_panoptic.errors import UserError, command, one_line
 
 from . import (
@@ -70,20 +70,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.render:
             result = {"machine": machine(), **BENCHMARKS[args.name].run(args)}
-            args.results.mkdir(parents=True, exist_ok=True)
             path = args.results / f"{args.name}.json"
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(path, result, indent=1)
             print(BENCHMARKS[args.name].table(result))
             print(f"\n{path}")
         text = args.document.read_text(encoding="utf-8")
-        args.document.write_text(rendered(text, read_results(args.results)), encoding="utf-8")
+        text = rendered(text, read_results(args.results))
+        write_atomically(str(args.document), lambda name: Path(name).write_text(text, "utf-8"))
     except OSError as error:
         raise UserError(one_line(error)) from error
     return 0
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")}
+    return {p.stem: read_json(p) for p in folder.glob("*.json")}
 
 
 def rendered(text: str, results: dict[str, dict[str, Any]]) -> str:

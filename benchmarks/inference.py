@@ -33,7 +33,7 @@ SMALL = (256, 320)  # of the comparison in double precision
 FAST, DEFAULT, ALL, NAIVE, PEER = "fast", "default", "all queries", "naive", "transformers"
 NAMES = {
     FAST: "this project, `TEST.FAST.ENABLED True`",
-    DEFAULT: "this project, as it comes",
+    DEFAULT: "this project, default settings",
     ALL: "this project, masks of all 100 queries",
     NAIVE: "masks of all 100 queries, nothing shared among them, as published",
     PEER: "transformers' `DetrForSegmentation` and its post-processing",
@@ -204,9 +204,8 @@ def table(result: dict[str, Any]) -> str:
     rows.append(["fast, trained with BatchFormerV2 ÷ without, results equal to the bit", ratio, ""])
     differ = result["pixels_that_differ"]
     words = (
-        f"The same {result['segments']} segments everywhere. Of {result['pixels']} pixels "
-        f"{differ[FAST]} (fast) and {differ[DEFAULT]} (as it comes) go to another one than with "
-        "the naive head, where masks of random weights are as good as equal; in double "
-        "precision none does."
+        f"The same {result['segments']} segments everywhere. Of {result['pixels']} pixels, "
+        f"{differ[FAST]} (fast) and {differ[DEFAULT]} (default) are assigned to another segment "
+        "than with the naive head, where random masks nearly tie; none in double precision."
     )
     return f"{tabulate(rows, header, tablefmt='github', disable_numparse=True)}\n\n{words}"

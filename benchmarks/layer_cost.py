@@ -16,7 +16,7 @@ from batchformer_panoptic.layers import conv_upsampled
 from .measure import compared, table_of_compared
 
 
-class Case(NamedTuple):
+class LayerCase(NamedTuple):
     """Two functions with the same result, and the shapes of their inputs."""
 
     ours: Callable[..., Tensor]
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": args.rounds, "rows": rows}
 
 
-def enlarged(maps: int, channels: int, out: int, small: tuple[int, int], odd: int) -> Case:
+def enlarged(maps: int, channels: int, out: int, small: tuple[int, int], odd: int) -> LayerCase:
     size = (2 * small[0] - odd, 2 * small[1] - odd)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def enlarged(maps: int, channels: int, out: int, small: tuple[int, int], odd: in
     def usual(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, padding=1)
 
-    return Case(ours, usual, ((maps, channels, *small), (out, channels, 3, 3)))
+    return LayerCase(ours, usual, ((maps, channels, *small), (out, channels, 3, 3)))
 
 
 CASES = {

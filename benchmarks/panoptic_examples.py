@@ -22,9 +22,9 @@ _THINGS = {category["id"] for category in CATEGORIES if category["isthing"]}
 
 
 class Panoptic(NamedTuple):
-    """An id map (H, W) int32 with COCO's ``segments_info``; 0 is void."""
+    """A segment map (H, W) int32 with COCO's ``segments_info``; 0 is void."""
 
-    id_map: np.ndarray
+    segment_map: np.ndarray
     segments: list[dict[str, Any]]
 
 
@@ -125,7 +125,7 @@ def _write(folder: Path, images: list[Panoptic], chosen: list[int]) -> None:
     """Write each PNG once, and one annotation for each number in ``chosen``."""
     folder.mkdir()
     for index, image in enumerate(images):
-        Image.fromarray(id2rgb(image.id_map)).save(folder / f"{index}.png")
+        Image.fromarray(id2rgb(image.segment_map)).save(folder / f"{index}.png")
     annotations = [
         {"image_id": number, "file_name": f"{index}.png", "segments_info": images[index].segments}
         for number, index in enumerate(chosen)
@@ -144,4 +144,4 @@ def _model_output(prediction: Panoptic) -> dict[str, Any]:
         }
         for segment in prediction.segments
     ]
-    return {"panoptic_seg": (torch.from_numpy(prediction.id_map), segments)}
+    return {"panoptic_seg": (torch.from_numpy(prediction.segment_map), segments)}

@@ -1,4 +1,4 @@
-"""Panoptic quality by the streaming evaluator, by Detectron2's evaluator and by panopticapi.
+"""Panoptic quality by this project's evaluator, by Detectron2's evaluator and by panopticapi.
 
 The metrics are asserted to be equal in the same run. Memory is measured after few and many images.
 """
@@ -101,10 +101,10 @@ def by_evaluator(name: str, work: Work) -> Metrics:
 
 def process(evaluator: DatasetEvaluator, work: Work, num_images: int) -> None:
     for row, output in zip(work.inputs[:num_images], work.outputs[:num_images], strict=True):
-        id_map, segments = output["panoptic_seg"]
+        segment_map, segments = output["panoptic_seg"]
         # Copies, because Detectron2's evaluator changes the segments in place.
         copies = [dict(segment) for segment in segments]
-        evaluator.process([row], [{"panoptic_seg": (id_map, copies)}])
+        evaluator.process([row], [{"panoptic_seg": (segment_map, copies)}])
 
 
 def by_panopticapi(work: Work) -> Metrics:

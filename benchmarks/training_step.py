@@ -2,9 +2,8 @@
 
 DETR panoptic R50 in one stream, with equal weights and dropout 0, so that losses and gradients can
 be compared; the same run asserts that they are equal. "All queries" decodes every query with the
-mask head of this project and computes the losses of the matched masks with plain autograd. "Nothing
-shared" stands for the published code: its mask head, copies of the maps of an image for every
-query, default layout.
+mask head of this project and computes the losses of the matched masks. "Nothing shared" stands for
+the published code: its mask head, with copies of the maps of an image for every query.
 
 Gradients are compared in double precision. With random weights, queries are nearly equal; another
 order of additions in float32 then changes which ReLUs are active, which is visible in gradients

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from batchformer_panoptic.data.io import PreparedFolder, integer_between
+from batchformer_panoptic.data.io import PreparedFolder
+from batchformer_panoptic.engine.setup import integer_between
 from batchformer_panoptic.errors import UserError, command, one_line
 
 NUM_CLASSES = 10

@@ -27,7 +27,8 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from batchformer_panoptic.data.io import PreparedFolder, integer_between, write_json
+from batchformer_panoptic.data.io import PreparedFolder, write_json
+from batchformer_panoptic.engine.setup import integer_between
 from batchformer_panoptic.errors import UserError, command, one_line
 
 UNITS = 96.0  # side of a picture in the units of x and y
@@ -149,7 +150,7 @@ STUFF_TONE: dict[int, Callable[..., np.ndarray]] = {
 
 
 @dataclass
-class Scene:
+class Canvas:
     """An image while it is painted.
 
     Attributes:
@@ -232,7 +233,7 @@ def random_layout(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.
             return layout
 
 
-def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
+def add_stuff(rng: np.random.Generator, canvas: Canvas, x: np.ndarray, y: np.ndarray) -> None:
     """Fill the image; regions 0 and 2 sometimes share a class and thus form one segment."""
     layout = random_layout(rng, x, y)
     classes = rng.permutation(len(STUFF))
@@ -240,8 +241,8 @@ def add_stuff(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarr
         classes[2] = classes[0]
     for region in range(int(layout.max()) + 1):
         category = STUFF[classes[region]]
-        color = pick_color(rng, category.hue, scene.colors, STUFF_CONTRAST)
-        scene.paint(layout == region, category, color, STUFF_TONE[category.id](rng, x, y))
+        color = pick_color(rng, category.hue, canvas.colors, STUFF_CONTRAST)
+        canvas.paint(layout == region, category, color, STUFF_TONE[category.id](rng, x, y))
 
 
 def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -256,7 +257,7 @@ def thing_tone(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.nda
     return tone
 
 
-def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndarray) -> None:
+def add_things(rng: np.random.Generator, canvas: Canvas, x: np.ndarray, y: np.ndarray) -> None:
     """Paint 1 to 4 things, later ones on top, without those that would hide another."""
     wanted, placed, tries = int(rng.integers(1, MAX_THINGS + 1)), 0, 0
     while placed < wanted and (placed == 0 or tries < 4 * wanted):
@@ -267,12 +268,12 @@ def add_things(rng: np.random.Generator, scene: Scene, x: np.ndarray, y: np.ndar
         angle = rng.uniform(0.0, 2 * math.pi)
         u, v = rotate((x - center_x) / radius, (y - center_y) / radius, angle)
         mask = INSIDE[category.id](u, v)
-        if not scene.has_room_for(mask):
+        if not canvas.has_room_for(mask):
             continue
         near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-        neighbors = [scene.colors[region] for region in np.unique(scene.owner[near])]
+        neighbors = [canvas.colors[region] for region in np.unique(canvas.owner[near])]
         color = pick_color(rng, category.hue, neighbors, THING_CONTRAST)
-        scene.paint(mask, category, color, thing_tone(rng, u, v))
+        canvas.paint(mask, category, color, thing_tone(rng, u, v))
         placed += 1
 
 
@@ -287,7 +288,7 @@ def finish_picture(
 
 
 def make_segments(
-    rng: np.random.Generator, scene: Scene
+    rng: np.random.Generator, canvas: Canvas
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Return the (H, W) int64 segment map and COCO's ``segments_info``.
 
@@ -295,19 +296,19 @@ def make_segments(
     the class, so that the PNG can be viewed as an image.
     """
     members: dict[object, list[int]] = {}
-    for region, category in enumerate(scene.categories):
+    for region, category in enumerate(canvas.categories):
         key = region if category.isthing else category.name
         members.setdefault(key, []).append(region)
-    segment_map = np.zeros(scene.owner.shape, np.int64)
+    segment_map = np.zeros(canvas.owner.shape, np.int64)
     segments: list[dict[str, Any]] = []
     for regions in members.values():
-        category = scene.categories[regions[0]]
+        category = canvas.categories[regions[0]]
         taken = {segment["id"] for segment in segments}
         segment_id = 0
         while segment_id == 0 or segment_id in taken:
             red, green, blue = np.clip(category.color + rng.integers(-30, 31, 3), 1, 255).tolist()
             segment_id = red + 256 * green + 256**2 * blue
-        mask = np.isin(scene.owner, regions)
+        mask = np.isin(canvas.owner, regions)
         segment_map[mask] = segment_id
         left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
         segments.append(
@@ -333,11 +334,11 @@ def make_example(
     rng = np.random.default_rng([list(SPLITS).index(split), index, seed])
     centres = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
     x, y = np.meshgrid(centres, centres)
-    scene = Scene(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64))
-    add_stuff(rng, scene, x, y)
-    add_things(rng, scene, x, y)
-    segment_map, segments = make_segments(rng, scene)
-    return finish_picture(rng, scene.picture, x, y), segment_map, segments
+    canvas = Canvas(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64))
+    add_stuff(rng, canvas, x, y)
+    add_things(rng, canvas, x, y)
+    segment_map, segments = make_segments(rng, canvas)
+    return finish_picture(rng, canvas.picture, x, y), segment_map, segments
 
 
 def write_png(path: Path, rgb: np.ndarray) -> None:

@@ -1,15 +1,14 @@
 """Every YAML merges and builds; every key of ours is read by somebody."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-from batchformer_panoptic import add_batchformer_panoptic_config
 from helpers.commands import REPO_ROOT
+from helpers.config_files import default_config, merged_config
 
 CONFIGS = sorted((REPO_ROOT / "configs").rglob("*.yaml"))
 RECIPES = [path for path in CONFIGS if not path.name.startswith("Base-")]
@@ -18,23 +17,16 @@ DETECTORS = [path for path in RECIPES if path not in CLASSIFIERS]
 PACKAGE = REPO_ROOT / "projects" / "batchformer_panoptic"
 
 
-def load(path: Path) -> CfgNode:
-    cfg = get_cfg()
-    add_batchformer_panoptic_config(cfg)
-    cfg.merge_from_file(str(path))
-    return cfg
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(REPO_ROOT / "configs")))
 def test_config_merges(path):
-    cfg = load(path)
+    cfg = merged_config(path)
     classifies = path.parent.name == "classification"
     assert ("ImageClassifier" if classifies else "PanopticDETR") == cfg.MODEL.META_ARCHITECTURE
 
 
 @pytest.mark.parametrize("path", DETECTORS, ids=lambda p: p.stem)
 def test_recipe_builds_what_its_name_says(path):
-    cfg = load(path)
+    cfg = merged_config(path)
     cfg.MODEL.DEVICE, cfg.MODEL.DETR.NUM_CLASSES = "meta", 133
     with torch.device("meta"):  # shapes without numbers: six times as fast
         model = build_model(cfg)
@@ -51,7 +43,7 @@ def test_recipe_builds_what_its_name_says(path):
 
 @pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda p: p.stem)
 def test_classifier_builds_what_its_name_says(path):
-    cfg = load(path)
+    cfg = merged_config(path)
     cfg.MODEL.DEVICE, cfg.MODEL.CLASSIFIER.NUM_CLASSES = "meta", 10
     with torch.device("meta"):
         model = build_model(cfg)
@@ -68,12 +60,12 @@ def test_classifier_builds_what_its_name_says(path):
 
 
 def test_recipes_write_to_folders_of_their_own():
-    folders = [load(path).OUTPUT_DIR for path in RECIPES]
+    folders = [merged_config(path).OUTPUT_DIR for path in RECIPES]
     assert len(set(folders)) == len(folders)
     assert "./output" not in folders
     coco = [path for path in RECIPES if path.parts[-3] == "coco"]
     for path in coco:
-        assert f"output/coco_{path.parent.name}/{path.stem}" == load(path).OUTPUT_DIR
+        assert f"output/coco_{path.parent.name}/{path.stem}" == merged_config(path).OUTPUT_DIR
 
 
 def leaves(node: CfgNode, prefix: str = "") -> set[str]:
@@ -85,9 +77,7 @@ def leaves(node: CfgNode, prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_ours_is_read():
-    ours = get_cfg()
-    add_batchformer_panoptic_config(ours)
-    new = leaves(ours) - leaves(get_cfg())
+    new = leaves(default_config()) - leaves(get_cfg())
     assert len(new) > 40
     code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.name != "config.py")
     unread = {key for key in new if not re.search(rf"\b{key.split('.')[-1]}\b", code)}

@@ -33,8 +33,8 @@ from batchformer_panoptic.checkpoint.files import read_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
 from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.data.class_table import ClassTable
-from batchformer_panoptic.data.io import write_atomically
-from batchformer_panoptic.errors import UserError, command, one_line
+from batchformer_panoptic.data.io import read_json, write_atomically
+from batchformer_panoptic.errors import UserError, command
 
 SHOWN = 10
 # The 50 stuff classes among the 150 of ADE20K's panoptic annotations, by class id.
@@ -99,11 +99,8 @@ def load_classes(name: str) -> ClassTable | None:
     if path.suffix != ".json":
         raise UserError(f"--classes {name}: not {', '.join(CLASS_LISTS)}, all or a .json file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {name} cannot be read: {one_line(error)}") from error
-    categories = content.get("categories") if isinstance(content, dict) else content
-    try:
+        content = read_json(path)
+        categories = content.get("categories") if isinstance(content, dict) else content
         return ClassTable.from_categories(categories)
     except UserError as error:
         raise UserError(f"--classes {name}: {error}") from error

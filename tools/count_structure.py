@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import batchformer_panoptic
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.solver import build_optimizer
+from batchformer_panoptic.errors import command
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchformer_panoptic.__file__).resolve().parent
@@ -39,7 +40,7 @@ class Counts(NamedTuple):
     """Counts over the Python files of a folder.
 
     Attributes:
-        lines: of each file, by path relative to the folder.
+        lines: the lines of each file, by path relative to the folder.
         comment_lines: lines with nothing but a comment.
     """
 
@@ -136,6 +137,7 @@ def files_of_training_step() -> list[str]:
     return sorted(entered)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -7,7 +7,6 @@ One JSON file for each trained model; its "kind" is "panoptic" or "classificatio
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from batchformer_panoptic.data.io import write_atomically
-from batchformer_panoptic.errors import UserError, one_line
+from batchformer_panoptic.data.io import read_json, write_atomically
+from batchformer_panoptic.errors import UserError, command
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "docs" / "results", ROOT / "MODEL_ZOO.md"
@@ -60,14 +59,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        text = rendered(read_results(args.results))
-        write_atomically(str(args.document), lambda path: Path(path).write_text(text, "utf-8"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = rendered(read_results(args.results))
+    write_atomically(str(args.document), lambda path: Path(path).write_text(text, "utf-8"))
     print(args.document)
     return 0
 
@@ -80,10 +76,7 @@ def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+        result = read_json(path)
         kind = result.get("kind") if isinstance(result, dict) else None
         if kind not in results:
             raise UserError(f'{path} needs a "kind", one of {", ".join(KINDS)}; found: {kind}')
@@ -157,10 +150,7 @@ def trained_classifier(result: dict[str, Any]) -> list[str]:
     Raises:
         UserError: the file of the benchmark is missing.
     """
-    try:
-        runs = json.loads((ROOT / result["source"]).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{result['source']} cannot be read: {one_line(error)}") from error
+    runs = read_json(ROOT / result["source"])
     rows = [
         [row["labels"], spread(row["plain_top1"]), spread(row["block_top1"])]
         for row in runs["rows"]

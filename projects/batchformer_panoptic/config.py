@@ -25,6 +25,11 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
     _add_test_keys(cfg)
 
 
+def classifies(cfg: CN) -> bool:
+    """Whether the config describes an image classifier, not a detector."""
+    return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
+
+
 def _add_data_keys(cfg: CN) -> None:
     # Custom panoptic data sets: a list of [name, image_root, panoptic_root, panoptic_json]. Things
     # and stuff, class names, colours and the number of classes come from the JSON's "categories".

@@ -27,7 +27,7 @@ class Peer(NamedTuple):
         build: returns the model.
         inputs: keyword arguments of the model, made from no labels.
         options: of ``attach``.
-        loss: of the outputs for both streams, through the handle.
+        loss: the loss of the outputs for both streams, through the handle.
         outputs: what of the model's outputs is compared.
     """
 
@@ -98,7 +98,7 @@ def torchvision_vit() -> Peer:
 
     def build() -> nn.Module:
         model = models.vit_b_16(image_size=IMAGE, num_classes=CLASSES)
-        nn.init.normal_(model.heads.head.weight, std=0.1)  # zero as it comes: all logits alike
+        nn.init.normal_(model.heads.head.weight, std=0.1)  # zero-initialised: all logits alike
         return model
 
     return Peer(

@@ -13,16 +13,9 @@ from PIL import Image
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import MASK2FORMER
-from helpers.trained_files import Run, write_run
+from helpers.trained_files import Run, file_names, write_run
 
 demo = load_script("demo/demo.py")
-
-
-@pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_panoptic_dataset: TinyPanopticDataset
-) -> Run:
-    return write_run(tmp_path_factory.mktemp("run"), tiny_panoptic_dataset)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +46,11 @@ def call(run: Run, *arguments: object) -> int:
     return demo.main(["--config-file", str(run.config_file), *map(str, arguments), *run.opts])
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_a_folder_is_drawn(
     run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(run, "--input", images, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == ["000.png", "001.jpg", "002.png", "003.jpg", "004.png"]
+    assert file_names(tmp_path / "out") == ["000.png", "001.jpg", "002.png", "003.jpg", "004.png"]
     drawn = np.asarray(Image.open(tmp_path / "out" / "000.png"))
     assert drawn.shape == (384, 512, 3)
     original = np.asarray(Image.open(images / "000.png").resize((512, 384)))
@@ -86,7 +75,7 @@ def test_globs_and_files_go_together_without_repetition(
 ) -> None:
     out = tmp_path / "out"
     assert call(run, "--input", images / "00[01].*", images / "000.png", "--output", out) == 0
-    assert names(out) == ["000.png", "001.jpg"]
+    assert file_names(out) == ["000.png", "001.jpg"]
 
 
 def test_one_image_goes_to_one_file(run: Run, images: Path, tmp_path: Path) -> None:
@@ -103,7 +92,7 @@ def test_equal_names_and_inputs_are_not_overwritten(run: Run, images: Path, tmp_
     inputs = [images / "000.png", other / "000.png"]
     assert call(run, "--input", *inputs, "--output", images) == 0
     assert (images / "000.png").read_bytes() == before
-    assert {"000_2.png", "000_3.png"} <= set(names(images))
+    assert {"000_2.png", "000_3.png"} <= set(file_names(images))
 
 
 def test_unreadable_images_are_named_and_the_others_drawn(
@@ -113,7 +102,7 @@ def test_unreadable_images_are_named_and_the_others_drawn(
     out = tmp_path / "out"
     inputs = [images / "absent.png", images / "001.jpg", images / "000.png"]
     assert call(run, "--input", *inputs, "--output", out) == 1
-    assert names(out) == ["000.png"]
+    assert file_names(out) == ["000.png"]
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error:")] == errors
     assert "absent.png does not exist" in errors[0]

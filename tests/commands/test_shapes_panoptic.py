@@ -200,7 +200,8 @@ def test_an_interrupted_run_is_noticed_and_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "id2rgb", fail)
         assert generate(tmp_path / "set") == 2
-    assert capsys.readouterr().err == "error: disk full\n"
+    message = f"error: --output {tmp_path / 'set'} cannot be written: disk full\n"
+    assert capsys.readouterr().err == message
     assert json.loads((tmp_path / "set/manifest.json").read_text())["complete"] is False
     assert generate(tmp_path / "set") == 2
     assert "incomplete set; add --overwrite" in capsys.readouterr().err

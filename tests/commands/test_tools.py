@@ -12,24 +12,13 @@ from torch import nn
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import MASK2FORMER
-from helpers.trained_files import Run, write_run
+from helpers.trained_files import Run, file_names, write_run
 
 visualize_predictions = load_script("tools/visualize_predictions.py")
 visualize_data = load_script("tools/visualize_data.py")
 analyze_model = load_script("tools/analyze_model.py")
 
 PANEL = (384, 512)  # of an image of 48x64 pixels
-
-
-@pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_panoptic_dataset: TinyPanopticDataset
-) -> Run:
-    return write_run(tmp_path_factory.mktemp("run"), tiny_panoptic_dataset)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def panels(path: Path, count: int) -> list[np.ndarray]:
@@ -45,7 +34,7 @@ def test_predictions_stand_beside_input_and_ground_truth(
 ) -> None:
     arguments = ["--config-file", str(run.config_file), "--num", "9", "--output", str(tmp_path)]
     assert visualize_predictions.main([*arguments, *run.opts]) == 0
-    assert names(tmp_path) == [f"{k:03d}_{k:03d}.png" for k in range(5)] + ["overview.png"]
+    assert file_names(tmp_path) == [f"{k:03d}_{k:03d}.png" for k in range(5)] + ["overview.png"]
     image, truth, prediction = panels(tmp_path / "000_000.png", 3)
     # Row 3 of the image is sky, far from its label and from the things.
     sky = truth[24:30, 400:440].reshape(-1, 3).mean(0)
@@ -67,7 +56,7 @@ def test_a_model_without_boxes_is_drawn_and_analysed(
     config = ["--config-file", str(run.config_file)]
     arguments = [*config, "--num", "2", "--output", str(tmp_path / "drawn")]
     assert visualize_predictions.main([*arguments, *run.opts]) == 0
-    assert len(names(tmp_path / "drawn")) == 3
+    assert len(file_names(tmp_path / "drawn")) == 3
     tasks = ["flop", "parameter", "activation", "structure", "speed"]
     assert analyze_model.main([*config, "--num-inputs", "1", "--tasks", *tasks, *run.opts]) == 0
     out = capsys.readouterr().out
@@ -83,8 +72,8 @@ def test_the_seed_decides_which_images_are_drawn(run: Run, tmp_path: Path) -> No
             out = tmp_path / f"{seed}_{repetition}"
             arguments = ["--config-file", str(run.config_file), "--num", "1", "--output", str(out)]
             assert visualize_predictions.main([*arguments, "--seed", str(seed), *run.opts]) == 0
-        assert names(tmp_path / f"{seed}_0") == names(tmp_path / f"{seed}_1")
-        chosen.add(names(tmp_path / f"{seed}_0")[0])
+        assert file_names(tmp_path / f"{seed}_0") == file_names(tmp_path / f"{seed}_1")
+        chosen.add(file_names(tmp_path / f"{seed}_0")[0])
     assert len(chosen) > 1
 
 
@@ -95,7 +84,7 @@ def test_data_are_drawn_as_annotated_and_as_augmented(
     arguments = ["--config-file", str(run.config_file), "--source", source, "--num", "5"]
     opts = ["--opts", "INPUT.RANDOM_FLIP", "none"]
     assert visualize_data.main([*arguments, "--output", str(tmp_path), *opts]) == 0
-    assert names(tmp_path) == [f"{k:03d}_{k:03d}.png" for k in range(5)] + ["overview.png"]
+    assert file_names(tmp_path) == [f"{k:03d}_{k:03d}.png" for k in range(5)] + ["overview.png"]
     image, drawn = panels(tmp_path / "000_000.png", 2)
     sky = drawn[24:30, 400:440].reshape(-1, 3).mean(0)
     gray = image[24:30, 400:440].reshape(-1, 3).mean()

@@ -33,7 +33,8 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_are_valid(document):
-    for target in re.findall(r"\]\(([^)]+)", document.read_text()):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)]+)", text) + re.findall(r'src="([^"]+)"', text):
         if target.startswith("http"):
             continue
         name, _, anchor = target.partition("#")
@@ -41,6 +42,11 @@ def test_links_are_valid(document):
         assert path.exists(), target
         if anchor:
             assert anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_nothing_is_left_to_be_written(document):
+    assert "TODO" not in document.read_text()
 
 
 def anchors(document: Path) -> set[str]:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 
-from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.engine.solver import build_lr_scheduler
 from helpers.commands import REPO_ROOT
+from helpers.config_files import merged_config
 
 DOCUMENT = REPO_ROOT / "docs" / "recipes.md"
 COCO = REPO_ROOT / "configs" / "coco"
@@ -47,12 +47,7 @@ class Schedule(NamedTuple):
     steps: int
 
 
-@functools.cache
-def merged(path: Path) -> CfgNode:
-    cfg = get_cfg()
-    add_batchformer_panoptic_config(cfg)
-    cfg.merge_from_file(str(path))
-    return cfg
+merged = functools.cache(merged_config)
 
 
 def load(path: Path) -> CfgNode:
@@ -190,7 +185,9 @@ def test_names_describe_the_config(path: Path) -> None:
     softmax = transformer in ("detr", "mask2former")
     assert softmax == (cfg.MODEL.DETR.SCORING == "softmax")
     if "swin_tiny" in name:
-        assert cfg.MODEL.TIMM.NAME.startswith("swin_tiny")
+        assert cfg.MODEL.BACKBONE.NAME == "build_swin_backbone"
+        assert (cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS) == (96, [2, 2, 6, 2])
+        assert Path(cfg.MODEL.WEIGHTS).stem == "swin_tiny_patch4_window7_224"
     else:
         weights = "R-101.pkl" if "_R101_" in name else ("R-50.pkl", "al.pth")
         assert (101 if "_R101_" in name else 50) == cfg.MODEL.RESNETS.DEPTH

@@ -257,7 +257,7 @@ def test_wrong_predictions_get_a_clear_error(tmp_path):
     unknown_class = [{**segments_info[0], "category_id": 5}, *segments_info[1:]]
     wrong = [
         (model_inputs(1), {"panoptic_seg": (segment_map, None)}, "label_divisor"),
-        (model_inputs(1), {"instances": None}, "MASK_ON"),
+        (model_inputs(1), {"instances": None}, "a model that predicts masks"),
         (
             model_inputs(1),
             {"panoptic_seg": (segment_map, unknown_class)},

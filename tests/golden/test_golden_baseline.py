@@ -39,7 +39,7 @@ LOSSES = 1e-5
 GRADIENTS, ALL_GRADIENTS, ROUNDING = 1e-2, 5e-3, 1e-6
 # Standard errors by which two independent draws may differ.
 DEVIATIONS = 6.0
-# Fewer values say little of their distribution; values this many deviations off are no normal ones.
+# Fewer values say little of their distribution; values this many deviations off are outliers.
 FEW, FAR = 32, 7.0
 
 # Each transformer, with and without the block, boxes and masks. The rest is slow.

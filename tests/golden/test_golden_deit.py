@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from batchformer_panoptic.batchformer import BatchFormerHook, BatchFormerV2, StreamState
 from batchformer_panoptic.batchformer.batchformer import TWO_STREAMS
+from helpers.defects import attend_over_tokens, swap_streams
 from helpers.golden_compare import GRADIENTS, LOSSES, OUTPUTS, assert_near
 from helpers.golden_deit import (
     MODEL,
@@ -198,14 +199,6 @@ def test_the_published_command_line_evaluates_plainly_unless_told(name):
 # --- deliberate defects --------------------------------------------------------------------------
 
 
-def attend_over_tokens(forward):
-    return lambda self, x, mask=None: forward(self, x.transpose(0, 1)).transpose(0, 1)
-
-
-def swap(join):
-    return lambda self, parts: join(self, list(parts)[::-1])
-
-
 def labels_of_another_order(expand):
     return lambda self, x: expand(self, x).flip(0) if self.num_streams > 1 else x
 
@@ -229,7 +222,7 @@ def replace_the_batch(after_layer):
     ("owner", "name", "defect", "complaint"),
     [
         (BatchFormerV2, "forward", attend_over_tokens, "train_logits"),
-        (StreamState, "join", swap, "train_logits"),
+        (StreamState, "join", swap_streams, "train_logits"),
         (StreamState, "expand", labels_of_another_order, "loss"),
         (BatchFormerHook, "after_layer", one_layer_later, "train_logits"),
         (BatchFormerHook, "after_layer", replace_the_batch, "train_logits"),

@@ -19,6 +19,7 @@ from batchformer_panoptic.modeling.set_prediction.criterion import MaskLoss
 from batchformer_panoptic.modeling.set_prediction.scoring import SoftmaxScoring
 from batchformer_panoptic.modeling.set_prediction.targets import ImageTarget
 from batchformer_panoptic.modeling.transformer.layers import DETRDecoder, DETREncoder
+from helpers.defects import attend_over_tokens, swap_streams
 from helpers.dense_masks import DenseMasks
 from helpers.golden_models import (
     assert_evaluates_as_plain,
@@ -92,14 +93,6 @@ def run_evaluation(slack):
 
 
 # --- defects: functions that stand in for the method or function they are given ------------------
-
-
-def attend_over_tokens(forward):
-    return lambda self, x, mask=None: forward(self, x.transpose(0, 1)).transpose(0, 1)
-
-
-def swap_streams(join):
-    return lambda self, parts: join(self, list(parts)[::-1])
 
 
 def lose_targets_of_the_second_stream(expand_list):
@@ -200,7 +193,7 @@ def act_in_evaluation(after_layer):
 
 
 class Defect(NamedTuple):
-    """What is replaced by what, which comparison is run, and what it says is wrong."""
+    """What is replaced by what, which comparison is run, and the quantity that differs."""
 
     owner: Any
     name: str

@@ -133,9 +133,9 @@ def assert_losses_and_gradients(
 
     Args:
         model: that gave the losses; its gradients are None.
-        losses: of the model, weighted; with two streams one of each name for each.
+        losses: the losses of the model, weighted; with two streams one of each name for each.
         recorded: ``losses`` (not weighted), ``weighted_total``, ``grads`` and so on.
-        weights: of the recorded losses by name, ``weight_dict`` of the file.
+        weights: the weights of the recorded losses by name, ``weight_dict`` of the file.
         our_name: official name of a parameter -> its name in the model.
         slack: multiplies the tolerances.
     """
@@ -200,7 +200,7 @@ def assert_training_step(
     Args:
         model: in training mode.
         golden: the file's inputs and config.
-        targets: of the images, once.
+        targets: the targets of the images, once.
         recorded: the results; outputs and states are compared where they are recorded.
         name_in_model: official name of a parameter -> its name in the model.
         slack: multiplies the tolerances.

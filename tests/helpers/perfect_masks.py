@@ -1,4 +1,4 @@
-"""A model whose masks are the truth, inside the real pipeline: only resolution is lost."""
+"""A model whose masks are the ground truth, inside the real pipeline: only resolution is lost."""
 
 from collections.abc import Sequence
 from functools import partial

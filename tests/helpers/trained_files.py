@@ -47,3 +47,8 @@ def write_run(
         "model_final"
     )
     return Run(cfg, config_file, folder / "model_final.pth", table)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Names of everything in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())

@@ -113,9 +113,9 @@ def test_a_block_acts_after_the_named_layer():
     ("overrides", "message"),
     [
         ({"NAME": "deit_smal_patch16_224"}, "did you mean deit_small_patch16_224"),
-        ({"NAME": "deit_tiny_distilled_patch16_224"}, "VisionTransformerDistilled, which is no"),
+        ({"NAME": "deit_tiny_distilled_patch16_224"}, "VisionTransformerDistilled, not a"),
         ({"NAME": "resnet18", "TIMM_KWARGS": []}, "resnet18 with .*img_size"),
-        ({"NAME": "swin_tiny_patch4_window7_224", "TIMM_KWARGS": []}, "SwinTransformer, which is"),
+        ({"NAME": "swin_tiny_patch4_window7_224", "TIMM_KWARGS": []}, "SwinTransformer, not a"),
         ({"NUM_CLASSES": 0}, "NUM_CLASSES is 0; set it"),
         ({"IMAGE_SIZE": 0}, "timm cannot build MODEL.CLASSIFIER.NAME vit_tiny_patch16_224 with"),
         ({"TIMM_KWARGS": [["depht", 4]]}, "depht=4"),

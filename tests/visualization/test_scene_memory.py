@@ -1,4 +1,4 @@
-"""A scene of a thousand segments stores a single label map, for any source."""
+"""A scene of a thousand segments stores a single segment map, for any source."""
 
 import numpy as np
 import pytest

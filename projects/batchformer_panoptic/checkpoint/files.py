@@ -84,7 +84,7 @@ def check_is_file(path: str, *, hint: str = "") -> None:
     """Refuse a path that does not exist or is a folder.
 
     Args:
-        path: of a checkpoint.
+        path: the path of a checkpoint.
         hint: end of the message about a missing file, such as "; see MODEL.WEIGHTS".
 
     Raises:

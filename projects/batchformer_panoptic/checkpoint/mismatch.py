@@ -36,7 +36,7 @@ def describe(mismatch: Mismatch, path: str, *, training: bool) -> str:
 
     Args:
         mismatch: not empty.
-        path: of the checkpoint.
+        path: the path of the checkpoint.
         training: whether the weights are a starting point of training.
     """
     found = []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
+from ..config import classifies
 from ..data.class_table import ClassTable
 from ..errors import UserError
 from .files import read_weights
@@ -103,13 +104,9 @@ def _always(cfg: CfgNode) -> bool:
     return True
 
 
-def _classifies(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
-
-
 def _backbone(cfg: CfgNode) -> str:
     """Name of the backbone; "" for a model without one."""
-    return "" if _classifies(cfg) else str(cfg.MODEL.BACKBONE.NAME)
+    return "" if classifies(cfg) else str(cfg.MODEL.BACKBONE.NAME)
 
 
 def _has_resnet(cfg: CfgNode) -> bool:
@@ -155,8 +152,8 @@ _KEPT = (
     _Kept("MODEL.SMCA.SMOOTH", _has_smca),
     _Kept("MODEL.MASK2FORMER.IN_FEATURES", _has_mask2former),
     _Kept("MODEL.BATCHFORMER.NUM_HEADS", _has_block),
-    _Kept("MODEL.CLASSIFIER.NAME", _classifies),
-    _Kept("MODEL.CLASSIFIER.TIMM_KWARGS", _classifies),
+    _Kept("MODEL.CLASSIFIER.NAME", classifies),
+    _Kept("MODEL.CLASSIFIER.TIMM_KWARGS", classifies),
 )
 
 
@@ -203,7 +200,7 @@ class SettingsRecord:
 
         Args:
             stored: config keys and values; keys that do not apply to this model are ignored.
-            path: of the checkpoint, for the message.
+            path: the path of the checkpoint, for the message.
             class_head: whether the class head is loaded.
             reason: origin of the settings if the file does not contain them.
 
@@ -235,7 +232,7 @@ class SettingsRecord:
 def implied_settings(
     checkpoint: Mapping[str, Any], model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Recognise the ImageNet weights of MSRA, which have no "settings", by their names.
+    """Recognise MSRA's ImageNet weights, which have no "settings" entry, by parameter names.
 
     Detectron2 has two files called ``R-50.pkl``. That of MSRA has an unused bias of the first
     convolution, and needs BGR images, a standard deviation of 1 and the stride in the 1x1

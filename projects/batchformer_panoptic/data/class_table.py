@@ -63,8 +63,8 @@ class ClassTable:
         A category without a color gets one from Detectron2's color map.
 
         Raises:
-            UserError: no categories, a category without id, name or isthing, a color that is not
-                one, or one id or name given twice.
+            UserError: no categories, a category without id, name or isthing, an invalid
+                color, or one id or name given twice.
         """
         table = cls.from_json(categories)
         order = sorted(range(table.num_classes), key=table.dataset_ids.__getitem__)

@@ -84,7 +84,7 @@ class PixelErasing:
 
     Args:
         probability: of erasing a rectangle of 2 % to a third of the image's area, 0 to 1.
-        mean: of each channel, in 0 to 255, in the order of the image's channels.
+        mean: the mean of each channel, in 0 to 255, in the order of the image's channels.
         std: standard deviation of each channel, likewise.
     """
 
@@ -180,7 +180,7 @@ class ClassificationMapper:
         erasing: Callable[[Tensor], Tensor] | None = None,
         image_format: str = "RGB",
     ) -> None:
-        """Store the parts.
+        """Create the mapper.
 
         Args:
             transform: maps an RGB image to a uint8 (3, S, S) tensor, RGB.

@@ -1,9 +1,8 @@
-"""Readers and writers of files: images, panoptic PNGs and JSON.
+"""Files: reading and writing of images, panoptic PNGs and JSON; segment maps; prepared folders.
 
 H, W: height and width of an image in pixels.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -165,8 +164,21 @@ def write_image(path: str | Path, image_rgb: ImageArray) -> None:
 
 
 # ---------------------------------------------------------------------------
-# COCO's JSON
+# JSON
 # ---------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+
 
 # Parsed annotations take several times the size of their file and stay for the whole run, so that
 # only files up to this many bytes together are kept. COCO's panoptic_val2017.json has 12 MB.
@@ -268,7 +280,9 @@ def _write_text(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-# --- label maps ---
+# ---------------------------------------------------------------------------
+# Segment maps
+# ---------------------------------------------------------------------------
 
 
 class Extent(NamedTuple):
@@ -322,7 +336,9 @@ def segment_extents(segment_map: IntArray) -> dict[int, Extent]:
     return {key: Extent(area, tuple(box)) for key, area, box in found if key != 0}
 
 
-# --- folders that a command fills ---
+# ---------------------------------------------------------------------------
+# Folders that a command fills
+# ---------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
 
@@ -383,18 +399,18 @@ class PreparedFolder:
         if not self._path.exists():
             return None
         if not self._path.is_dir():
-            raise UserError(f"--output {self._path} is a file; name a new folder")
+            raise UserError(f"{self._path} is a file; name a new folder")
         if not any(self._path.iterdir()):
             return None
         try:
-            manifest = json.loads((self._path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            manifest = read_json(self._path / MANIFEST)
+        except UserError:
             manifest = None
         if (
             not isinstance(manifest, dict)
             or manifest.get("generator") != self._settings["generator"]
         ):
-            raise UserError(f"--output {self._path} holds other files; name a new or empty folder")
+            raise UserError(f"{self._path} holds other files; name a new or empty folder")
         return manifest
 
     def _describe(self, found: Mapping[str, Any]) -> str:
@@ -404,14 +420,3 @@ class PreparedFolder:
             if found.get(key) != value
         ]
         return "a set with " + ", ".join(changed) if changed else "an incomplete set"
-
-
-def integer_between(low: int, high: int) -> Callable[[str], int]:
-    """Return an argparse type for integers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
-        return int(text)
-
-    return parse

@@ -301,7 +301,7 @@ class IsolatedMapper:
 
     Random numbers follow from two integers, not from earlier draws, and the generators of the
     process are restored afterwards. `UserError` becomes a `Failure`, which `CheckedLoader` raises
-    in the main process; PyTorch would turn an exception in a worker into a page of traceback.
+    in the main process; PyTorch would turn an exception in a worker into a long traceback.
     """
 
     def __init__(self, mapper: Mapper) -> None:

@@ -57,7 +57,7 @@ class PanopticDatasetMapper:
     def __init__(
         self, *, is_train: bool, augmentations: list[T.Augmentation], image_format: str
     ) -> None:
-        """Store the parts.
+        """Create the mapper.
 
         Args:
             is_train: whether to build targets.
@@ -198,7 +198,7 @@ def number_segments(
     starts, lengths = runs(segment_map)
     run_ids = segment_map.ravel()[starts]
     position = np.minimum(np.searchsorted(sorted_ids, run_ids), len(ids) - 1)
-    # Searching all runs at once is fast; what is wrong is worked out only if something is.
+    # Search all runs at once; the cause is determined only on failure.
     has_pixels = np.zeros(len(ids), dtype=bool)
     has_pixels[position] = True
     if (~has_pixels & (sorted_ids != 0)).any() or (sorted_ids[position] != run_ids).any():
@@ -275,8 +275,8 @@ def box_instances(
     """Build targets from annotated boxes, without crowds and without boxes that a crop removed.
 
     Args:
-        annotations: dicts with bbox, bbox_mode, category_id (contiguous) and perhaps iscrowd; not
-            changed. Polygons, masks and keypoints are ignored.
+        annotations: dicts with bbox, bbox_mode, category_id (contiguous) and optionally iscrowd;
+            not changed. Polygons, masks and keypoints are ignored.
         transforms: applied to the image.
         image_size: (H, W).
 

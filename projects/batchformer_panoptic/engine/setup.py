@@ -92,6 +92,17 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
+def integer_between(low: int, high: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
 def choose_dataset(cfg: CfgNode, split: str, name: str | None) -> str:
     """Register the data sets of an open config and return the one that a command reads.
 

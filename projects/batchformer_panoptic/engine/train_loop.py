@@ -29,9 +29,9 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     in a resumed run, with or without an evaluation in between.
 
     Args:
-        seed: of the run, at least 0, the same in all processes.
+        seed: the seed of the run, at least 0, the same in all processes.
         iteration: from 0.
-        rank: of the process; processes draw different numbers.
+        rank: the rank of the process; processes draw different numbers.
     """
     mixed = int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
     random.seed(mixed)
@@ -235,7 +235,7 @@ class StreamTrainLoop(SimpleTrainer):
         optimizer: over the model's trainable parameters.
         clipper: clips the gradients and returns their total norm.
         stream_weights: factor of each stream's losses, by stream name.
-        seed: of the run; each batch is seeded from (seed, number of the batch, rank).
+        seed: the seed of the run; each batch is seeded from (seed, number of the batch, rank).
         amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
         accumulation: number of batches whose gradients are averaged for one step (an iteration).
         ema: moving average that is updated after each step.
@@ -334,7 +334,7 @@ class StreamTrainLoop(SimpleTrainer):
     def _forward(
         self, batch: list[dict[str, Any]]
     ) -> tuple[Mapping[str, Tensor], StreamLosses | None, str]:
-        """Losses, their combination, and, instead of both, what the model says is not finite.
+        """Return the losses and their combination, or the message of the model's `NonFiniteError`.
 
         A model may notice infinities before there is a loss (in the matching cost). The error waits
         until all processes know of it.

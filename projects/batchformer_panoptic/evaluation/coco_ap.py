@@ -1,6 +1,6 @@
 """COCO AP of boxes and masks, by Detectron2's COCO evaluator.
 
-The truth is an instances JSON, or the things of a panoptic data set converted to one.
+The ground truth is an instances JSON, or the things of a panoptic data set converted to one.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def _coco_evaluator(
             use_fast_impl=False,  # the fast one is a compiled module that need not be installed
         )
     finally:
-        # The evaluator keeps the metadata; users should not find a name they did not register.
+        # The evaluator keeps the metadata: remove the temporary catalog entry.
         MetadataCatalog.pop(name)
 
 
@@ -135,8 +135,9 @@ def completed(content: Mapping[str, Any]) -> dict[str, Any] | None:
 class ThingAPEvaluator(DatasetEvaluator):
     """COCO AP of predicted instances against the things of a panoptic data set.
 
-    The truth is the data set's own instances JSON (metadata ``json_file``) if that file exists, as
-    in the published evaluation on COCO; otherwise it is made from the panoptic annotation.
+    The ground truth is the data set's own instances JSON (metadata ``json_file``) if that file
+    exists, as in the published evaluation on COCO; otherwise it is made from the panoptic
+    annotation.
     Detectron2's evaluator needs contiguous classes, so predicted classes are renumbered among the
     things; predicted stuff is left out. Model outputs are not modified.
     """
@@ -189,7 +190,7 @@ class ThingAPEvaluator(DatasetEvaluator):
 
         Returns:
             ``{"bbox": {"AP", "AP50", ...}, "segm": {...}}`` in percent on the main process,
-            empty elsewhere. Detectron2 gives NaN without truth or without any prediction.
+            empty elsewhere. Detectron2 gives NaN without ground truth or without any prediction.
         """
         return OrderedDict(self._evaluator.evaluate(img_ids=self._image_ids) or {})
 

@@ -102,8 +102,8 @@ class PanopticEvaluator(DatasetEvaluator):
             )
         if "panoptic_seg" not in output:
             raise UserError(
-                "the model predicts no panoptic segments (a box-only model? MODEL.MASK_ON); they "
-                "are needed for panoptic quality"
+                "the model predicts no panoptic segments, which panoptic quality needs: use a "
+                "model that predicts masks"
             )
         panoptic_seg: tuple[torch.Tensor, list[dict[str, Any]] | None] = output["panoptic_seg"]
         segment_map, segments_info = panoptic_seg

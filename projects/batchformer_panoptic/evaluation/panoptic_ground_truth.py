@@ -37,7 +37,7 @@ class PanopticGroundTruth:
     each time.
 
     Attributes:
-        name: of the data set.
+        name: the name of the data set.
         categories: COCO category (``id``, ``name``, ``isthing``) per data set category id, by id.
         dataset_ids: data set category id of every contiguous class id.
         images: per image id.
@@ -48,7 +48,7 @@ class PanopticGroundTruth:
         """Read the JSON named in the metadata.
 
         Args:
-            metadata: of a data set with one contiguous id space for things and stuff:
+            metadata: the metadata of a data set with one contiguous id space for things and stuff:
                 ``panoptic_json``, ``panoptic_root``, ``thing_dataset_id_to_contiguous_id`` and
                 ``stuff_dataset_id_to_contiguous_id``.
 

@@ -34,7 +34,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self.reset()
 
     def _build(self, name: str) -> SemSegEvaluator:
-        """Build Detectron2's evaluator, which finds the truth of an image in catalogs by name.
+        """Build Detectron2's evaluator, which looks up the ground truth by name in catalogs.
 
         It identifies images by ``file_name``; here that is the image id.
         """
@@ -53,7 +53,7 @@ class SemanticEvaluator(DatasetEvaluator):
                 sem_seg_loading_fn=lambda key, dtype: self._class_map(self._truth.images[key]),
             )
         finally:
-            # The evaluator keeps what it read; users should not find a name they did not register.
+            # The evaluator keeps what it read: remove the temporary catalog entries.
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name)
 
@@ -98,8 +98,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 )
             if "sem_seg" not in output:
                 raise UserError(
-                    "the model returns no class scores of pixels (sem_seg), which the mean IoU is "
-                    "made of: set MODEL.PANOPTIC.SEMANTIC_TEST True"
+                    "the model returns no class scores of pixels (sem_seg), which the mean IoU "
+                    "needs: enable its semantic inference"
                 )
             self._evaluator.process([{"file_name": image_id}], [{"sem_seg": output["sem_seg"]}])
 

@@ -80,8 +80,8 @@ class TopKEvaluator(DatasetEvaluator):
             )
         if "class_logits" not in output:
             raise UserError(
-                f"the model does not classify images, as the data set {self._name} needs: set "
-                "MODEL.META_ARCHITECTURE ImageClassifier"
+                f"the model does not classify images, as the data set {self._name} needs: use an "
+                "ImageClassifier"
             )
         shape = tuple(output["class_logits"].shape)
         if shape != (len(self._classes),):

@@ -198,7 +198,14 @@ class _WeightedBags(torch.autograd.Function):
 
 
 def _gradient_of_table(table: Tensor, entries: Tensor, shares: Tensor, gradient: Tensor) -> Tensor:
-    """(T, D): each row's readers (R, K) ``entries`` weigh the (R, D) ``gradient`` by shares."""
+    """Gradient of the table (T, D): the weighted sum over the bags that read each row.
+
+    Args:
+        table: (T, D).
+        entries: (R, K), the rows of the table that each of R bags reads.
+        shares: (R, K), their weights.
+        gradient: (R, D), gradients of the bags.
+    """
     row, order = entries.flatten().sort()
     starts = torch.searchsorted(row, torch.arange(len(table), dtype=row.dtype, device=row.device))
     readers = order // entries.shape[1]

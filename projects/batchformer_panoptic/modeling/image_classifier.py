@@ -160,8 +160,8 @@ class ImageClassifier(nn.Module):
         mixing: mixup and CutMix in training, or None.
         label_smoothing: share of a target, in [0, 1), that is spread evenly over all classes.
         image_size: height and width of the images.
-        pixel_mean: of each channel, in the order of the input image.
-        pixel_std: of each channel.
+        pixel_mean: the mean of each channel, in the order of the input image.
+        pixel_std: the standard deviation of each channel.
     """
 
     @configurable
@@ -204,7 +204,7 @@ class ImageClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where inputs are moved to."""
+        """Device of the model, to which inputs are moved."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -251,7 +251,7 @@ class ImageClassifier(nn.Module):
         Args:
             logits: (B', K).
             streams: along B'.
-            targets: of the B images: (B,) int64 labels, or (B, K) float32 shares of the classes.
+            targets: (B,) int64 labels of the B images, or (B, K) float32 shares of the classes.
 
         Returns:
             ``loss_class``, or one for each stream; their sum is the mean over B'. ``metrics`` has
@@ -382,7 +382,7 @@ def _create(cfg: CfgNode) -> Any:
         ) from error
     if not is_plain_vision_transformer(model):
         raise UserError(
-            f"{_NODE}.NAME {node.NAME} is a {type(model).__name__}, which is no plain "
+            f"{_NODE}.NAME {node.NAME} is a {type(model).__name__}, not a plain "
             "VisionTransformer (distilled models are not): use one such as deit_small_patch16_224 "
             "or vit_small_patch16_224"
         )

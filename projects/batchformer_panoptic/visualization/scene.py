@@ -20,34 +20,34 @@ BoolMap = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]  # xyxy, pixels
 
 
-class IdMap:
-    """A label map that many regions share, so that none of them stores a mask.
+class SharedSegmentMap:
+    """A segment map that many regions share, so that none of them stores a mask.
 
     Attributes:
-        numbers: (H, W) int.
+        ids: (H, W) int.
     """
 
-    def __init__(self, numbers: npt.NDArray[np.integer[Any]]) -> None:
-        self.numbers = numbers
-        self._resized: dict[tuple[int, int], IdMap] = {}
+    def __init__(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        self.ids = ids
+        self._resized: dict[tuple[int, int], SharedSegmentMap] = {}
 
-    def resized(self, size: tuple[int, int]) -> "IdMap":
+    def resized(self, size: tuple[int, int]) -> "SharedSegmentMap":
         """Return the map resized to (height, width) by nearest neighbour; cached per size."""
         if size not in self._resized:
-            self._resized[size] = IdMap(_nearest(self.numbers, size))
+            self._resized[size] = SharedSegmentMap(_nearest(self.ids, size))
         return self._resized[size]
 
 
 class Segment(NamedTuple):
-    """The pixels with one number in a label map.
+    """The pixels with one id in a segment map.
 
     Attributes:
         map: shared by all segments of the image.
-        number: of these pixels.
+        id: the id of these pixels.
     """
 
-    map: IdMap
-    number: int
+    map: SharedSegmentMap
+    id: int
 
 
 class Region(NamedTuple):
@@ -55,7 +55,7 @@ class Region(NamedTuple):
 
     Attributes:
         class_id: contiguous.
-        pixels: a mask, (H, W) bool, a segment of a label map, or None.
+        pixels: a mask, (H, W) bool, a segment of a segment map, or None.
         box: to be drawn, or None.
         score: 0 to 1, or None.
         crowd: whether many objects are annotated as one.
@@ -71,7 +71,7 @@ class Region(NamedTuple):
     def mask(self) -> BoolMap | None:
         """The mask, (H, W), or None. That of a segment is computed at each access."""
         if isinstance(self.pixels, Segment):
-            mask: BoolMap = self.pixels.map.numbers == self.pixels.number
+            mask: BoolMap = self.pixels.map.ids == self.pixels.id
             return mask
         return self.pixels
 
@@ -79,12 +79,12 @@ class Region(NamedTuple):
         """Return the region resized to a picture of (height, width) ``size``.
 
         Args:
-            size: of the picture.
+            size: the size of the picture.
             factor: size of the picture relative to the image.
         """
         pixels, box = self.pixels, self.box
         if isinstance(pixels, Segment):
-            pixels = Segment(pixels.map.resized(size), pixels.number)
+            pixels = Segment(pixels.map.resized(size), pixels.id)
         elif pixels is not None:
             pixels = _nearest(pixels.astype(np.uint8), size).astype(bool)
         if box is not None:
@@ -110,10 +110,14 @@ def scene_of_result(result: dict[str, Any]) -> Scene:
     if "panoptic_seg" not in result:
         return Scene(_instance_regions(result["instances"].to("cpu")), False)
     panoptic_map, segments = result["panoptic_seg"]
-    ids = IdMap(panoptic_map.cpu().numpy())
+    segment_map = SharedSegmentMap(panoptic_map.cpu().numpy())
     return Scene(
         [
-            Region(segment["category_id"], Segment(ids, segment["id"]), score=segment.get("score"))
+            Region(
+                segment["category_id"],
+                Segment(segment_map, segment["id"]),
+                score=segment.get("score"),
+            )
             for segment in segments
         ],
         True,
@@ -127,12 +131,12 @@ def scene_of_annotation(dataset_dict: dict[str, Any]) -> Scene:
         UserError: there is no annotation, or the panoptic PNG cannot be read.
     """
     if "pan_seg_file_name" in dataset_dict:
-        ids = IdMap(read_segment_map(dataset_dict["pan_seg_file_name"]))
+        segment_map = SharedSegmentMap(read_segment_map(dataset_dict["pan_seg_file_name"]))
         return Scene(
             [
                 Region(
                     segment["category_id"],
-                    Segment(ids, segment["id"]),
+                    Segment(segment_map, segment["id"]),
                     crowd=bool(segment.get("iscrowd", 0)),
                 )
                 for segment in dataset_dict["segments_info"]
@@ -149,14 +153,14 @@ def scene_of_targets(mapped: dict[str, Any]) -> Scene:
     """Return the scene of a training sample: its boxes, and masks if it has a segment map."""
     instances = mapped["instances"]
     segment_map = mapped.get("segment_map")
-    numbers = None if segment_map is None else IdMap(segment_map.numpy())
+    shared = None if segment_map is None else SharedSegmentMap(segment_map.numpy())
     regions = [
-        Region(class_id, None if numbers is None else Segment(numbers, index), box)
+        Region(class_id, None if shared is None else Segment(shared, index), box)
         for index, (class_id, box) in enumerate(
             zip(instances.gt_classes.tolist(), _boxes(instances.gt_boxes), strict=True)
         )
     ]
-    return Scene(regions, numbers is not None)
+    return Scene(regions, shared is not None)
 
 
 def _instance_regions(instances: Instances) -> list[Region]:

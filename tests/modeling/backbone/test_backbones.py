@@ -25,7 +25,7 @@ TINY_RESNET = {
 }
 HEAVY = {"resnet50", "swin_tiny_patch4_window7_224"}
 LEVELS = {f"layer{i}": f"res{i + 1}" for i in (1, 2, 3, 4)}
-SIZES = [(48, 64), (50, 70)]  # the second one is no multiple of any stride
+SIZES = [(48, 64), (50, 70)]  # the second one is not a multiple of any stride
 
 
 def timm_cfg(name, **overrides):

@@ -9,7 +9,6 @@ from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
 from batchformer_panoptic.modeling.postprocessing.panoptic import (
     MERGES,
     PanopticOptions,
-    find_merge,
     merge_mask2former,
     merge_panoptic,
     merge_published,
@@ -253,7 +252,7 @@ def test_mask2former_equals_a_loop(seed, overlap_threshold):
 def test_the_config_names_the_merge(name):
     cfg = tiny_cfg(MODEL__PANOPTIC__MERGE_TEST=name, MODEL__PANOPTIC__OVERLAP_THRESHOLD_TEST=0.3)
     options = InferenceOptions.from_config(cfg)
-    assert options.merge is find_merge(name) is MERGES[name]
+    assert options.merge is MERGES[name]
     assert options.panoptic.overlap_threshold == 0.3
 
 

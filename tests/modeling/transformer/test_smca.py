@@ -236,7 +236,11 @@ def test_masks_are_read_from_the_chosen_map(name, stride):
         (ONE_SCALE, {"MODEL__DETR__PRE_NORM": True}, "the transformer 'smca' is post-norm"),
         (SCALES, {"MODEL__DETR__PRE_NORM": True}, "'smca_multiscale' is post-norm"),
         (ONE_SCALE, {"MODEL__SMCA__SMOOTH": 0.0}, "SMOOTH is 0.0; it must be positive"),
-        (ONE_SCALE, {"MODEL__DETR__IN_FEATURE": "res6"}, "'res6', but the backbone returns res2"),
+        (
+            ONE_SCALE,
+            {"MODEL__DETR__IN_FEATURE": "res6"},
+            r"IN_FEATURE is \['res6'\], but the backbone returns res2",
+        ),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": ["res3", "res6"]}, "'res6'.*returns res2, res3"),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": []}, r"IN_FEATURES is \[\]"),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": ["res3", "res5"]}, r"strides \[8, 32\].*twice"),

@@ -42,7 +42,7 @@ class BackboneLayout(NamedTuple):
 
     Attributes:
         what: name for messages.
-        shapes: of each parameter and buffer, in this project's names.
+        shapes: the shapes of each parameter and buffer, in this project's names.
         settings: config keys that build it.
     """
 
@@ -224,7 +224,8 @@ def timm_source(name: str) -> Source:
     """Return the source ``timm:<name>`` for weights of any timm model.
 
     Args:
-        name: of a timm model, with or without the tag of its weights (``resnet50.a1_in1k``).
+        name: the name of a timm model, with or without the tag of its weights
+            (``resnet50.a1_in1k``).
     """
     return Source(
         TIMM_PREFIX + name,

@@ -151,7 +151,7 @@ def finish_focal(
 
     Args:
         renamed: weights in this project's names.
-        request: of the user.
+        request: the options of the conversion.
         what: name of the model, for messages.
         settings: config keys of the transformer besides the sizes that all transformers have.
         unused_rows: number of last rows of the class layer that belong to no class.

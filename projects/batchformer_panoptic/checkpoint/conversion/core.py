@@ -179,7 +179,7 @@ def rename(
         state: tensors by source key.
         new_name: returns the new name of a source key, or None.
         allowed: keys without a new name that may be left out.
-        request: of the user.
+        request: the options of the conversion.
     """
     by_user = [Allowed(p, f"--allow {p}") for p in request.allowed_leftovers]
     result = Renamed({}, [], [], {})

@@ -183,7 +183,7 @@ def finish(renamed: Renamed, request: Request, *, input_settings: dict[str, Any]
 
     Args:
         renamed: weights in this project's names.
-        request: of the user.
+        request: the options of the conversion.
         input_settings: config keys of the pixel normalisation.
 
     Raises:
@@ -261,7 +261,7 @@ def dilation_settings(dilated: bool) -> dict[str, Any]:
 
 
 def open_questions(settings: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that has to be known besides the weights.
+    """Return a line for each setting that the weights do not determine.
 
     Args:
         settings: those known from the weights and the files next to them.

@@ -40,8 +40,8 @@ def to_official(
     facebookresearch/Mask2Former.
 
     Args:
-        state: of a `PanopticDETR` with Detectron2's ResNet and the transformer "detr", or with a
-            ResNet or Swin and the transformer "mask2former".
+        state: the state dict of a `PanopticDETR` with Detectron2's ResNet and the transformer
+            "detr", or with a ResNet or Swin and the transformer "mask2former".
         with_block: keep BatchFormer blocks, under both of their names in zhihou7/BatchFormer.
             Those of a Mask2Former are always left out.
         no_object_weight: weight of "no object" in the loss, part of a published Mask2Former.

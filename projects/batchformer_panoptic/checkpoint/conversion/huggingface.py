@@ -192,7 +192,7 @@ def settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Args:
         config: content of ``config.json``.
-        folder: of the file, for the message.
+        folder: the folder of the file, for the message.
 
     Raises:
         UserError: names the setting that this project does not have.

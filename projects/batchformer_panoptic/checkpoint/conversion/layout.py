@@ -75,7 +75,7 @@ def transformer_layout(
     Args:
         model: weights in this project's names, without `missing_sizes`.
         settings: config keys besides the sizes that all transformers have.
-        subject: of the error message.
+        subject: the subject of the error message.
 
     Raises:
         UserError: no transformer has these sizes.
@@ -91,8 +91,8 @@ def built_transformer_layout(
 
     Args:
         settings: config keys.
-        channels: of the backbone maps, res2 to res5.
-        subject: of the error message.
+        channels: the channels of the backbone maps, res2 to res5.
+        subject: the subject of the error message.
 
     Raises:
         UserError: no transformer has these sizes.
@@ -285,7 +285,7 @@ def count_indices(names: Collection[str], prefix: str) -> int:
     """One more than the largest index after the prefix, so that gaps are found; at least 1."""
     pattern = re.compile(re.escape(prefix) + r"([0-9]+)\.")
     largest = max((int(found[1]) for name in names if (found := pattern.match(name))), default=0)
-    return min(largest, len(names)) + 1  # bounds the loops for a forged index
+    return min(largest, len(names)) + 1  # bounds the loops for an absurdly large index
 
 
 def block_layout(model: Mapping[str, Tensor], width: int) -> Iterator[tuple[str, Shape | None]]:

@@ -164,7 +164,7 @@ def finish_mask2former(renamed: Renamed, request: Request) -> Converted:
 
     Args:
         renamed: weights in this project's names.
-        request: of the user.
+        request: the options of the conversion.
 
     Raises:
         UserError: lists every key that is left over, missing, or has another shape.
@@ -207,7 +207,7 @@ def mask2former_layout(
 
     Args:
         model: weights in this project's names, from whose shapes the sizes are read.
-        subject: of the error message.
+        subject: the subject of the error message.
         leftovers: source keys without a name, listed if a size cannot be read.
 
     Raises:

@@ -167,7 +167,7 @@ def settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Args:
         config: content of ``config.json``.
-        folder: of the file, for the message.
+        folder: the folder of the file, for the message.
 
     Raises:
         UserError: names the setting that this project does not have.
@@ -317,7 +317,8 @@ def _backbone_config(transformers: Any, state: Mapping[str, Tensor], cfg: CfgNod
 def image_processor(transformers: Any, cfg: CfgNode) -> Any:
     """The image processor that resizes and normalises as this project's evaluation.
 
-    For sizes that are no multiple of 32 it stretches images to the next one; this project pads.
+    Images whose size is not a multiple of 32 are stretched to the next multiple there; this project
+    pads.
     """
     return transformers.Mask2FormerImageProcessor(
         size={"shortest_edge": cfg.INPUT.MIN_SIZE_TEST, "longest_edge": cfg.INPUT.MAX_SIZE_TEST},

@@ -3,12 +3,12 @@
 It also reads the model folders of Hugging Face, which contain one of two models.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...data.io import read_json
 from ...errors import UserError, one_line
 from . import huggingface, mask2former_huggingface
 from .backbones import BACKBONE_SOURCES, TIMM_PREFIX, timm_source
@@ -63,10 +63,7 @@ def open_folder(folder: Path) -> ModelFolder:
     weights = next((file for file in files if file.is_file()), None)
     if weights is None:
         raise UserError(f"folder {folder} has neither model.safetensors nor pytorch_model.bin")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {one_line(error)}") from error
+    config = read_json(folder / "config.json")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in _SETTINGS:
         raise UserError(
@@ -82,8 +79,8 @@ def _pixel_settings(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return {}
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         # Statistics refer to rescaled pixels; this factor converts them back to 0 to 255.
         white = 1 / content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1
         mean, std = [0, 0, 0], [1, 1, 1]
@@ -94,7 +91,7 @@ def _pixel_settings(folder: Path) -> dict[str, Any]:
         settings = {key: [round(x * white, 4) for x in value] for key, value in pairs.items()}
         if any(len(value) != 3 for value in settings.values()):
             raise ValueError("image_mean and image_std must have three numbers")
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     return settings
 

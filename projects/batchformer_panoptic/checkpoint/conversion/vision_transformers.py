@@ -51,7 +51,7 @@ def vision_transformer_source(name: str) -> Source:
     """Return the source ``timm_vit:<name>`` for weights of a vision Transformer of timm.
 
     Args:
-        name: of a timm model, with or without the tag of its weights.
+        name: the name of a timm model, with or without the tag of its weights.
     """
     return Source(
         VIT_PREFIX + name,

@@ -20,7 +20,7 @@ def check_paths(name: str, paths: Mapping[str, str | None]) -> None:
     """Check that the paths of a data set exist; those that are None are skipped.
 
     Args:
-        name: of the data set.
+        name: the name of the data set.
         paths: by their role, such as "image_root".
 
     Raises:
@@ -38,7 +38,7 @@ def is_registered(name: str, paths: Mapping[str, str], evaluator_type: str) -> b
     """Return whether a name is registered; if it is not, its paths exist.
 
     Args:
-        name: of the data set.
+        name: the name of the data set.
         paths: resolved, by their keys in the metadata.
         evaluator_type: in the metadata; it distinguishes the formats.
 

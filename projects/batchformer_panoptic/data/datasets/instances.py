@@ -1,4 +1,4 @@
-"""COCO-instances data sets: a JSON file of boxes (perhaps with masks) and a folder of images."""
+"""COCO-instances data sets: a JSON file of boxes (optionally with masks) and a folder of images."""
 
 import functools
 import math

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ...config import classifies
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
 from .image_folder import CLASSIFICATION, register_image_folder
@@ -54,14 +55,14 @@ def setup_datasets(cfg: CfgNode) -> None:
             f"MODEL.{section}.NUM_CLASSES is {node.NUM_CLASSES}, but the data sets have "
             f"{table.num_classes} classes: leave it at 0 to take that number"
         )
-    if not _classifies(cfg):
+    if not classifies(cfg):
         _take_things(cfg, table.thing_class_ids)
     node.NUM_CLASSES = table.num_classes
 
 
 def class_section(cfg: CfgNode) -> str:
     """Return the section of MODEL whose NUM_CLASSES the model reads: "CLASSIFIER" or "DETR"."""
-    return "CLASSIFIER" if _classifies(cfg) else "DETR"
+    return "CLASSIFIER" if classifies(cfg) else "DETR"
 
 
 def _take_things(cfg: CfgNode, things: list[int]) -> None:
@@ -110,14 +111,10 @@ def check_registered(name: str) -> None:
     )
 
 
-def _classifies(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
-
-
 def _check_task(cfg: CfgNode) -> None:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         is_image_folder = MetadataCatalog.get(name).get("evaluator_type") == CLASSIFICATION
-        if is_image_folder == _classifies(cfg):
+        if is_image_folder == classifies(cfg):
             continue
         what = "one label for each image" if is_image_folder else "segments or boxes"
         raise UserError(

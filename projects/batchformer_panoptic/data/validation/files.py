@@ -36,7 +36,7 @@ def check_panoptic_content(
     """Check a whole data set: the JSON, the images and the panoptic PNGs.
 
     Args:
-        content: of the panoptic JSON, as `read_coco_json` returns it.
+        content: the content of the panoptic JSON, as `read_coco_json` returns it.
         image_root: folder of the images named by ``images[].file_name``.
         panoptic_root: folder of the PNGs named by ``annotations[].file_name``.
         max_images: open only the files of that many annotations; None opens all. The whole JSON

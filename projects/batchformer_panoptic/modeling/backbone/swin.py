@@ -218,7 +218,8 @@ class SwinBackbone(Backbone):
                 "norm": nn.LayerNorm(embed_dim),
             }
         )
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        # On the CPU even if the model is built on the meta device, which has no numbers.
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self._shapes: dict[str, ShapeSpec] = {}
         self.layers = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):

@@ -209,7 +209,7 @@ def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
             if not any_size or not any(word in str(error) for word in any_size):
                 raise
         except AttributeError as error:
-            raise UserError(f"timm's {name} offers no feature maps ({error})") from error
+            raise UserError(f"timm's {name} does not return feature maps ({error})") from error
     raise AssertionError("the last attempt has no argument that a model could refuse")
 
 
@@ -230,7 +230,7 @@ def _check_maps(name: str, features: TimmFeatures) -> None:
         if found.shape != (1, channels, 2 * cells, 3 * cells):
             raise UserError(
                 f"timm's {name} returns a map of shape {tuple(found.shape)} for an image of "
-                f"{2 * largest} x {3 * largest}, which is no map of stride {stride_of(level)} "
+                f"{2 * largest} x {3 * largest}, expected stride {stride_of(level)} "
                 f"and {channels} channels; use another model"
             )
 

@@ -132,7 +132,7 @@ class MaskHead(nn.Module):
         """Return a function that computes the masks of chosen queries.
 
         Args:
-            output: of the transformer.
+            output: the output of the transformer.
             features: backbone maps (B, C_i, H_i, W_i) by name, not expanded.
 
         Returns:
@@ -151,7 +151,7 @@ class MaskHead(nn.Module):
         """Decode the masks of chosen queries.
 
         Args:
-            output: of the transformer.
+            output: the output of the transformer.
             features: backbone maps (B, C_i, H_i, W_i) by name, not expanded.
             layer_index: (K,) int64 layers of ``output``, or one for all; -1 is the last.
             image_index: (K,) int64 in [0, B').

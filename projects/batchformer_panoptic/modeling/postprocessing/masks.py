@@ -1,4 +1,4 @@
-"""Masks, boxes and label maps at the size of the output image.
+"""Masks, boxes and segment maps at the size of the output image.
 
 Shapes: K queries of one image, (h, w) the mask head's map, (H, W) the output image.
 """
@@ -13,9 +13,9 @@ from ...layers import cxcywh_to_xyxy
 
 
 class ImageMasks:
-    """Mask logits of some queries of one image, and the sizes on their way to the output.
+    """Mask logits of some queries of one image, and the sizes needed to resize them.
 
-    Rules of panoptic inference differ in where they resize, so each resizes as it needs.
+    Merge rules resize at different points, so the caller chooses.
 
     Attributes:
         logits: (K, h, w) from the mask head.
@@ -97,7 +97,7 @@ def semantic_map(masks: ImageMasks, probabilities: Tensor) -> Tensor:
 
 
 def mask_scores(masks: Tensor) -> Tensor:
-    """(K, H, W) mask logits -> (K,) mean probability of the pixels within each mask; 0 without."""
+    """(K, H, W) mask logits -> (K,) mean probability within each mask, 0 for an empty mask."""
     means = masks.new_zeros(len(masks))
     for start in range(0, len(masks), _MASKS_AT_ONCE):
         part = slice(start, start + _MASKS_AT_ONCE)
@@ -131,9 +131,9 @@ def boxes_to_pixels(boxes_cxcywh: Tensor, output_size: tuple[int, int]) -> Tenso
 
 
 def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a label map by the nearest neighbour, exactly as Pillow does.
+    """Resize a segment map by the nearest neighbour, exactly as Pillow does.
 
-    The published panoptic code resizes its label maps with Pillow. PyTorch's "nearest-exact"
+    The published panoptic code resizes its segment maps with Pillow. PyTorch's "nearest-exact"
     follows the same rule but rounds differently where a sampling point falls between two pixels.
 
     Args:

@@ -9,12 +9,11 @@ from typing import NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ...errors import UserError
 from .masks import ImageMasks, resize_map
 
 
 class SegmentInfo(TypedDict):
-    """One segment of a label map, in Detectron2's format.
+    """One segment of a segment map, in Detectron2's format.
 
     ``category_id`` is contiguous, ``area`` counts pixels, ``score`` is in 0 to 1.
     """
@@ -50,8 +49,8 @@ PanopticSeg = tuple[Tensor, list[SegmentInfo]]
 class Merge(Protocol):
     """A panoptic inference: a rule that assigns pixels to queries.
 
-    It returns an (H, W) int32 label map, in which 0 is void, and its segments in ascending order of
-    id.
+    It returns an (H, W) int32 segment map, in which 0 is void, and its segments in ascending
+    order of id.
     """
 
     def __call__(
@@ -162,7 +161,7 @@ def merge_strongest(
 
     As in :func:`merge_published`, class scores play no part in the choice. Unlike there, the
     queries of one stuff class form one segment from the start, so that none of its pixels leak to
-    other segments, and masks are resized to the output instead of label maps. The pixels of a
+    other segments, and masks are resized to the output instead of segment maps. The pixels of a
     segment that is too small go to the next best mask. A pixel whose best mask is below
     ``mask_threshold`` is void.
     """
@@ -298,17 +297,6 @@ MERGES: dict[str, Merge] = {
     "published": merge_published,
     "mask2former": merge_mask2former,
 }
-
-
-def find_merge(name: str) -> Merge:
-    """Return the merge called ``name``.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if name not in MERGES:
-        raise UserError(f"MODEL.PANOPTIC.MERGE_TEST is {name!r}; known: {', '.join(MERGES)}")
-    return MERGES[name]
 
 
 def without_duplicates(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..set_prediction.scoring import Decoded
 from .masks import ImageMasks, boxes_to_pixels, mask_boxes, mask_scores, semantic_map
-from .panoptic import Merge, PanopticOptions, find_merge, merge_panoptic, merge_strongest
+from .panoptic import MERGES, Merge, PanopticOptions, merge_panoptic, merge_strongest
 
 
 class Detections(NamedTuple):
@@ -92,7 +92,7 @@ class InferenceOptions(NamedTuple):
         thing_class_ids: contiguous ids of the classes that are things.
         panoptic: thresholds of panoptic inference.
         merge: the rule of panoptic inference.
-        instances: whether to return instances in addition to the label map.
+        instances: whether to return instances in addition to the segment map.
         instance_score_threshold: instances must score more than this.
         max_instances: maximum number of instances per image, best first.
         instance_scoring: "detr" or "mask2former", see ``MODEL.PANOPTIC`` in the config.
@@ -118,7 +118,10 @@ class InferenceOptions(NamedTuple):
             UserError: an unknown merge or scoring, or a threshold that the merge does not support.
         """
         node = cfg.MODEL.PANOPTIC
-        merge = find_merge(node.MERGE_TEST)
+        if node.MERGE_TEST not in MERGES:
+            raise UserError(
+                f"MODEL.PANOPTIC.MERGE_TEST is {node.MERGE_TEST!r}; known: {', '.join(MERGES)}"
+            )
         possible = _MASK_THRESHOLDS.get(node.MERGE_TEST, (node.MASK_THRESHOLD_TEST,))
         if node.MASK_THRESHOLD_TEST not in possible:
             raise UserError(
@@ -143,7 +146,7 @@ class InferenceOptions(NamedTuple):
                 duplicate_iou=node.DUPLICATE_IOU_TEST,
                 overlap_threshold=node.OVERLAP_THRESHOLD_TEST,
             ),
-            merge=merge,
+            merge=MERGES[node.MERGE_TEST],
             instances=node.INSTANCES_TEST,
             instance_score_threshold=node.INSTANCE_SCORE_THRESHOLD_TEST,
             max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -180,7 +183,7 @@ def _check_ranges(node: CfgNode) -> None:
 
 
 class ChosenQueries(NamedTuple):
-    """Queries by their use, of a batch or of one image.
+    """Queries grouped by use, of a batch or of one image.
 
     Attributes:
         panoptic: (B, Q) or (Q,) bool, True for queries that become segments.

@@ -21,7 +21,7 @@ class Decoded(NamedTuple):
         labels: (...) int64, the best class.
         is_object: (...) bool, whether the best class is more likely than "no object".
         class_scores: (..., num_classes) in 0 to 1, score of the query as a detection of each class
-            (see ``best_detections``); 0 for classes it is no detection of.
+            (see ``best_detections``); 0 for the other classes.
         probabilities: (..., num_classes) in 0 to 1, probability of each class.
     """
 

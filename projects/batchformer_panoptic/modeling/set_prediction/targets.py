@@ -42,7 +42,7 @@ class ObjectMasks(Protocol):
 
 @dataclass(frozen=True)
 class SegmentMap:
-    """Masks that do not overlap, stored as one map whatever their number.
+    """Masks that do not overlap, stored as one map regardless of their number.
 
     Attributes:
         segment_map: (H, W) int of a signed type: k at the pixels of object k, negative elsewhere.
@@ -179,7 +179,7 @@ class BatchMasks:
         size: (height, width) to which masks are padded.
 
     Args:
-        targets: of all B' entries, each with masks, all of one kind.
+        targets: the targets of all B' entries, each with masks, all of one kind.
         padded_size: sets ``size``; by default the largest height and width of the batch.
     """
 

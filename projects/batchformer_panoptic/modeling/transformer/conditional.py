@@ -52,7 +52,7 @@ class ConditionalAttention(nn.Module):
 class ConditionalDecoderLayer(FeedForwardLayer):
     """Decoder layer of Conditional-DETR (section 3.3).
 
-    In the cross-attention content meets content and position meets position: the two are
+    Cross-attention scores are the sum of a content term and a position term: the two are
     concatenated in each head instead of added. Only the first layer also adds the query position
     to the content, since its content is zero.
 

@@ -114,7 +114,7 @@ class DeformableDecoderLayer(FeedForwardLayer):
             query_pos: (B', Q, C) their positions, added to the queries of both attentions.
             reference_points: (B', Q, 2 or 4) in 0 to 1 over the image without padding.
             memory: (B', N, C).
-            levels: of the memory.
+            levels: the levels of the memory.
 
         Returns:
             (B', Q, C).
@@ -217,7 +217,7 @@ class ProposalStage(nn.Module):
 
         Args:
             memory: (B', N, C).
-            levels: of the memory.
+            levels: the levels of the memory.
             box_head: the head that is also applied to the decoder's states.
 
         Raises:
@@ -241,7 +241,7 @@ class ProposalStage(nn.Module):
 
 
 def token_boxes(levels: Levels) -> tuple[Tensor, Tensor]:
-    """The box around each token that its proposal is an offset to.
+    """The anchor box of each token, to which its proposal is an offset.
 
     Returns:
         (B', N, 4) float32 logits of cxcywh, infinite for tokens without a proposal, and (B', N)
@@ -292,7 +292,7 @@ class DeformableDecoder(nn.Module):
             query_pos: (B', Q, C) their positions.
             references: (B', Q, 2 or 4) reference points of the first layer, as logits.
             memory: (B', N, C).
-            levels: of the memory.
+            levels: the levels of the memory.
             box_head: predicts the refined boxes.
 
         Returns:

@@ -17,6 +17,7 @@ from .base import (
     Transformer,
     TransformerOutput,
     build_batchformer_hook,
+    feature_shapes,
 )
 from .layers import (
     BatchPadding,
@@ -116,13 +117,7 @@ class SingleScaleTransformer(Transformer):
 
 def in_feature_shape(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
     """Channels and stride of the map that ``MODEL.DETR.IN_FEATURE`` names."""
-    name = cfg.MODEL.DETR.IN_FEATURE
-    if name not in input_shape:
-        raise UserError(
-            f"MODEL.DETR.IN_FEATURE is {name!r}, but the backbone returns "
-            f"{', '.join(sorted(input_shape))}"
-        )
-    return input_shape[name]
+    return feature_shapes("MODEL.DETR.IN_FEATURE", [cfg.MODEL.DETR.IN_FEATURE], input_shape)[0]
 
 
 def layer_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class FeedForwardLayer(CheckpointedLayer):
     Args:
         embed_dim: channels C.
         dim_feedforward: hidden width of the feed-forward network.
-        dropout: of the hidden units and of the residual branches.
+        dropout: the dropout probability of the hidden units and of the residual branches.
         pre_norm: normalise the input of each residual branch, and not the sum after it.
     """
 

@@ -111,7 +111,8 @@ class PixelDecoder(nn.Module):
         Args:
             features: maps (B, C_i, H_i, W_i) by name.
             encoder: tokens to tokens; its hook may open a second stream.
-            padding: of the batch, for the hook; nothing else distinguishes padding, as published.
+            padding: the padding of the batch, for the hook only: nothing else distinguishes
+                padding, as published.
         """
         maps = [
             projection(features[name])
@@ -315,7 +316,7 @@ class Mask2Former(Transformer):
     """Pixel decoder and masked-attention decoder.
 
     Args:
-        encoder: of the pixel decoder; its hook may open a second stream.
+        encoder: the encoder of the pixel decoder; its hook may open a second stream.
         pixel_decoder: backbone maps to levels and per-pixel features.
         decoder: queries to states and mask embeddings.
         pilot: makes pilot queries in training, or None.

@@ -61,7 +61,7 @@ def describe_levels(
     Args:
         maps: L maps (B, C, H_l, W_l).
         masks: their masks (B, H_l, W_l) bool, True at padding.
-        position_encoding: of the cells of a map.
+        position_encoding: the position encoding of the cells of a map.
         level_embed: (L, C), added to the position encoding of each level.
         is_padded: whether any mask has padding.
     """
@@ -142,7 +142,7 @@ class LevelProjection(nn.Module):
 
         Args:
             maps: backbone maps (B, C_i, H_i, W_i), fine to coarse.
-            padding: of the batch.
+            padding: the padding of the batch.
 
         Returns:
             L maps (B, C, H_l, W_l) and their masks (B, H_l, W_l) bool, True at padding.

@@ -76,7 +76,7 @@ class ScaleMixingLayer(FeedForwardLayer):
             tokens: (B', N, C), level after level.
             pos: (B', N, C) position encoding plus level embedding.
             map_sizes: (height, width) of each level.
-            hidden: (B', N) bool, True at padding that is zero to the convolutions; or None.
+            hidden: (B', N) bool, True at padding that the convolutions read as zero, or None.
 
         Returns:
             (B', N, C).
@@ -174,7 +174,7 @@ def resize_valid(coarse: Tensor, coarse_mask: Tensor, fine_mask: Tensor) -> Tens
 
     Args:
         coarse: (B, C, h, w).
-        coarse_mask: (B, h, w) bool, True at padding; what is valid is a rectangle at the origin.
+        coarse_mask: (B, h, w) bool, True at padding; the valid area is a rectangle at the origin.
         fine_mask: (B, H, W) bool, the same of the finer level.
 
     Returns:
