@@ -235,17 +235,18 @@ def _check_insert_layers(insert_layers: Sequence[int], num_layers: int, layers_a
 
 
 def feature_shapes(
-    key: str, names: Sequence[str], input_shape: dict[str, ShapeSpec]
+    key: str, value: str | Sequence[str], input_shape: dict[str, ShapeSpec]
 ) -> list[ShapeSpec]:
-    """Shapes of the backbone maps that a config key names; at least one.
+    """Shapes of the backbone maps that the value of a config key names; at least one.
 
     Raises:
         UserError: no names, or a map that the backbone does not return.
     """
+    names = [value] if isinstance(value, str) else list(value)
     missing = [name for name in names if name not in input_shape]
     if missing or not names:
         raise UserError(
-            f"{key} is {list(names)}, but the backbone returns {', '.join(sorted(input_shape))}; "
+            f"{key} is {value!r}, but the backbone returns {', '.join(sorted(input_shape))}; "
             "see its OUT_FEATURES"
         )
     return [input_shape[name] for name in names]

@@ -117,7 +117,7 @@ class SingleScaleTransformer(Transformer):
 
 def in_feature_shape(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
     """Channels and stride of the map that ``MODEL.DETR.IN_FEATURE`` names."""
-    return feature_shapes("MODEL.DETR.IN_FEATURE", [cfg.MODEL.DETR.IN_FEATURE], input_shape)[0]
+    return feature_shapes("MODEL.DETR.IN_FEATURE", cfg.MODEL.DETR.IN_FEATURE, input_shape)[0]
 
 
 def layer_arguments(cfg: CfgNode) -> dict[str, Any]:
