@@ -43,7 +43,7 @@ class AllQueries(nn.Module):
 
     def forward(self, output: TransformerOutput, features: Mapping[str, Tensor]) -> MaskSelector:
         def select(layer: Tensor | int, image: Tensor, query: Tensor) -> Tensor:
-            assert isinstance(layer, int), "masks of one layer only"
+            (layer,) = set(torch.as_tensor(layer).flatten().tolist())  # masks of one layer only
             entries, queries = output.hidden_states.shape[1:3]
             everything = torch.ones(entries, queries).nonzero()
             masks = self.decode(output, features, layer, everything[:, 0], everything[:, 1])

@@ -201,7 +201,12 @@ def gradients_of(step: Step) -> dict[str, Tensor]:
     """Gradients of a step in double precision; converts the model."""
     step.model.double()
     step()
-    return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+    # The head of AllQueries wraps the head of the model.
+    return {
+        name.replace("mask_head.head.", "mask_head."): p.grad
+        for name, p in step.model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def largest_difference(
