@@ -239,7 +239,7 @@ def test_masks_are_read_from_the_chosen_map(name, stride):
         (
             ONE_SCALE,
             {"MODEL__DETR__IN_FEATURE": "res6"},
-            r"IN_FEATURE is \['res6'\], but the backbone returns res2",
+            r"IN_FEATURE is 'res6', but the backbone returns res2",
         ),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": ["res3", "res6"]}, "'res6'.*returns res2, res3"),
         (SCALES, {"MODEL__SMCA__IN_FEATURES": []}, r"IN_FEATURES is \[\]"),
