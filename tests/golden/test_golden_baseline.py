@@ -1,4 +1,4 @@
-"""Losses, gradients and initial parameters of every COCO recipe as recorded at commit 3e03da2.
+"""Losses, gradients and initial parameters of the COCO recipes as recorded at commit 3e03da2.
 
 Two initialisations were corrected since, and are recorded as they are now: the output biases of
 Conditional-DETR's attention (12 tensors, zero as published) and the depth-wise convolutions of
@@ -11,7 +11,7 @@ versions of the recording give.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,20 @@ def record(name: str) -> Any:
     return torch.load(FOLDER / name, weights_only=True)
 
 
-def found(*folders: str, every_run: set[str]) -> list[Any]:
-    paths = [path for folder in folders for path in sorted((CONFIGS / folder).rglob("*.yaml"))]
-    names = [str(path.relative_to(CONFIGS)) for path in paths if path.name != "Base-DeiT.yaml"]
+def recorded_steps() -> Iterable[str]:
+    configs: dict[str, Any] = record("baseline_steps.pt")["by_name"]["losses"]["configs"]
+    return configs
+
+
+def recorded_parameters() -> Iterable[str]:
+    configs: dict[str, str] = record("baseline_parameters.pt")["same_as"]
+    return configs
+
+
+def cases(configs: Iterable[str], *, every_run: set[str]) -> list[Any]:
     return [
         pytest.param(name, id=name, marks=() if name in every_run else pytest.mark.slow)
-        for name in names
+        for name in sorted(configs)
     ]
 
 
@@ -94,13 +102,13 @@ def assert_numbers(
 
 
 def test_every_recorded_recipe_is_there() -> None:
-    recorded = record("baseline_steps.pt")["by_name"]["losses"]["configs"]
-    missing = {name for name in recorded if not (CONFIGS / name).is_file()}
-    assert not missing
-    assert recorded.keys() >= IN_EVERY_RUN
+    steps, parameters = set(recorded_steps()), set(recorded_parameters())
+    assert {name for name in steps | parameters if not (CONFIGS / name).is_file()} == set()
+    assert steps >= IN_EVERY_RUN
+    assert parameters >= PARAMETERS_IN_EVERY_RUN
 
 
-@pytest.mark.parametrize("config", found("coco", every_run=IN_EVERY_RUN))
+@pytest.mark.parametrize("config", cases(recorded_steps(), every_run=IN_EVERY_RUN))
 def test_losses_and_gradients(config: str) -> None:
     recorded = record("baseline_steps.pt")["by_name"]
     cfg = recipe(CONFIGS / config)
@@ -117,7 +125,7 @@ def test_losses_and_gradients(config: str) -> None:
 
 @pytest.mark.skipif(not EXACT, reason="random numbers differ between versions of torch")
 @pytest.mark.slow
-@pytest.mark.parametrize("config", found("coco", every_run=set()))
+@pytest.mark.parametrize("config", cases(recorded_steps(), every_run=set()))
 def test_losses_of_the_initial_weights_of_a_seed(config: str) -> None:
     recorded = record("baseline_steps.pt")["fresh"]
     cfg = recipe(CONFIGS / config)
@@ -126,9 +134,7 @@ def test_losses_of_the_initial_weights_of_a_seed(config: str) -> None:
     assert step.total_norm == recorded["total_norms"][config]
 
 
-@pytest.mark.parametrize(
-    "config", found("coco", "classification", every_run=PARAMETERS_IN_EVERY_RUN)
-)
+@pytest.mark.parametrize("config", cases(recorded_parameters(), every_run=PARAMETERS_IN_EVERY_RUN))
 def test_initial_parameters(config: str) -> None:
     """Names, shapes and statistics; values that no seed changes are the same."""
     recorded = record("baseline_parameters.pt")
