@@ -129,7 +129,7 @@ def ignore_padding_in_mask_head(forward):
     )
 
 
-def positions_of_the_first_stream_alone(expand):
+def positions_of_the_first_stream_only(expand):
     def expand_masks_alone(self, x):
         expanded = expand(self, x)
         if x.is_floating_point():
@@ -230,7 +230,7 @@ DEFECTS = {
         AttentionMap, "forward", ignore_padding_in_mask_head, run_padded_masks, "bbox_attention_map"
     ),
     "positions not expanded": Defect(
-        StreamState, "expand", positions_of_the_first_stream_alone, run_two_streams, "pred_logits"
+        StreamState, "expand", positions_of_the_first_stream_only, run_two_streams, "pred_logits"
     ),
     "softmax of each head": Defect(
         AttentionMap, "forward", softmax_of_each_head, run_masks, "bbox_attention_map"

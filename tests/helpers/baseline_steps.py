@@ -2,15 +2,15 @@
 
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from batchformer_panoptic import add_batchformer_panoptic_config
+from helpers.tiny_model import random_inputs
 
 # Large enough for the 300 proposals of the two-stage recipes.
 IMAGE_SIZES = ((96, 160), (88, 144))
@@ -81,38 +81,9 @@ def set_weights_by_name(model: nn.Module) -> None:
             value.copy_(0.1 * noise + name.endswith(".weight") - 4 * rare)
 
 
-def inputs_of_step(num_classes: int) -> list[dict[str, Any]]:
-    """What the mapper returns for two noise images cut into stripes, one object a stripe."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for image_id, ((height, width), count) in enumerate(zip(IMAGE_SIZES, OBJECTS, strict=True)):
-        edges = torch.linspace(0, width - 4, count + 1).round().int()  # 4 columns stay void
-        segment_map = torch.full((height, width), -1, dtype=torch.int16)
-        boxes = torch.zeros(count, 4)
-        for k in range(count):
-            segment_map[2 + 9 * k :, edges[k] : edges[k + 1]] = k
-            boxes[k] = torch.tensor([edges[k], 2 + 9 * k, edges[k + 1], height])
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(num_classes, (count,), generator=generator)
-        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-        inputs.append(
-            {
-                "image": image,
-                "instances": instances,
-                "segment_map": segment_map,
-                "height": height,
-                "width": width,
-                "image_id": image_id,
-                "file_name": f"image_{image_id}.png",
-            }
-        )
-    return inputs
-
-
 def training_step(model: nn.Module, num_classes: int) -> Step:
     """Forward and backward with dropout as the recipe has it, the seed being fixed."""
-    inputs = inputs_of_step(num_classes)
+    inputs = random_inputs(IMAGE_SIZES, OBJECTS, num_classes=num_classes, descent=9)
     torch.manual_seed(0)
     losses = model(inputs)
     torch.stack(list(losses.values())).sum().backward()

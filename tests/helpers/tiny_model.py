@@ -1,5 +1,6 @@
 """Tiny models for tests: width 32, two layers, a handful of queries, images below 64 pixels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,9 +65,17 @@ def tiny_model(**overrides: Any) -> PanopticDETR:
 
 
 def random_inputs(
-    sizes: list[tuple[int, int]], counts: list[int] | None = None, *, seed: int = 0
+    sizes: Sequence[tuple[int, int]],
+    counts: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    num_classes: int = NUM_CLASSES,
+    descent: int = 0,
 ) -> list[dict[str, Any]]:
-    """Training inputs: noise images cut into vertical stripes, one object a stripe."""
+    """Training inputs: noise images cut into vertical stripes, one object a stripe.
+
+    Each stripe begins ``descent`` pixels below the one on its left.
+    """
     generator = torch.Generator().manual_seed(seed)
     counts = counts or [2 + i % 3 for i in range(len(sizes))]
     inputs = []
@@ -75,11 +84,12 @@ def random_inputs(
         segment_map = torch.full((height, width), -1, dtype=torch.int16)
         boxes = torch.zeros(count, 4)
         for k in range(count):
-            segment_map[2:, edges[k] : edges[k + 1]] = k
-            boxes[k] = torch.tensor([edges[k], 2, edges[k + 1], height])
+            top = 2 + descent * k
+            segment_map[top:, edges[k] : edges[k + 1]] = k
+            boxes[k] = torch.tensor([edges[k], top, edges[k + 1], height])
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        instances.gt_classes = torch.randint(num_classes, (count,), generator=generator)
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         inputs.append(
             {

@@ -238,7 +238,7 @@ def panoptic_instances(
     """Build targets of the segments that are still visible, things and stuff alike.
 
     Args:
-        segment_map: (H, W), k + 1 for `segments_info[k]`, 0 where there is no segment.
+        segment_map: (H, W), k + 1 for `segments_info[k]`, 0 outside all segments.
         segments_info: S dicts with category_id (contiguous).
 
     Returns:

@@ -231,6 +231,15 @@ def test_losses_of_one_name_are_refused():
         SetCriterion(terms)
 
 
+def test_losses_must_be_among_the_names_of_their_term():
+    predictions, batch = Predictions(torch.randn(1, 1, 5, 4)), TargetBatch(make_targets([2]))
+    term = ClassLoss(SCORINGS[0], weight=1.0)
+    matching = HungarianMatcher([ClassCost(SCORINGS[0], weight=1.0)])(predictions, batch)
+    term.names = ("loss_class",)
+    with pytest.raises(ValueError, match="ClassLoss returns 'loss_ce', not in its names"):
+        SetCriterion([term])(predictions, batch, matching, torch.tensor(1.0))
+
+
 def test_classes_alone_are_matched_and_trained_without_boxes():
     targets = [ImageTarget(torch.tensor([2, 0])), ImageTarget(torch.tensor([1]))]
     logits = torch.randn(2, 2, 5, 4, requires_grad=True)

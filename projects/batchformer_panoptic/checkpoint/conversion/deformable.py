@@ -148,7 +148,7 @@ def convert_deformable_batchformer(state: dict[str, Tensor], request: Request) -
     """Convert a Deformable-DETR of zhihou7/BatchFormer including its blocks.
 
     Raises:
-        UserError: as in `convert_deformable`, or there is no block.
+        UserError: as in `convert_deformable`, or the weights have no block.
     """
     of_blocks = {k: v for k, v in state.items() if k.startswith((ALIAS, ALIASED))}
     renamed = rename(of_blocks, official_to_ours, [], request)

@@ -126,7 +126,7 @@ def convert_batchformer(state: dict[str, Tensor], request: Request) -> Converted
     """Convert a DETR of zhihou7/BatchFormer including its blocks, for further training.
 
     Raises:
-        UserError: as in `convert_official`, or there is no block.
+        UserError: as in `convert_official`, or the weights have no block.
     """
     return _convert_official(state, request, with_block=True)
 

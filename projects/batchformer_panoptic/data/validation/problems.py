@@ -19,7 +19,7 @@ class Problem:
     Attributes:
         kind: short name shared by all problems of the same sort, e.g. ``"wrong area"``.
         message: the fault, with the offending value and, where it is not obvious, the remedy.
-        image: file name (or id, if there is no name) of the image; None for the whole data set.
+        image: file name of the image, or its id without one; None for the whole data set.
         segment: segment id, or None.
         severity: ``"error"`` (training or evaluation fails or gives wrong numbers), ``"warning"``
             (works, but is rarely intended) or ``"note"``.
@@ -57,7 +57,7 @@ def raise_first_error(problems: Iterable[Problem], source: str | None = None) ->
 
 
 def records(content: Record, section: str) -> list[Record]:
-    """Return the entries of a list that are JSON objects; [] when there is no such list."""
+    """Return the entries of a list that are JSON objects; [] without such a list."""
     found = content.get(section)
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 

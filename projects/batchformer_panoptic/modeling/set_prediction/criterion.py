@@ -288,6 +288,8 @@ class SetCriterion:
         losses: dict[str, Tensor] = {}
         for term in terms:
             for name, value in term(predictions, targets, matching, num_objects).items():
+                if name not in term.names:
+                    raise ValueError(f"{type(term).__name__} returns {name!r}, not in its names")
                 name += suffix
                 if num_groups > 1 and len(value) > 1:
                     value = value.unflatten(0, (-1, num_groups)).mean(1)
