@@ -51,7 +51,8 @@ def test_results_are_complete(path: Path) -> None:
 def test_what_was_not_measured_is_a_dash(zoo: ModuleType) -> None:
     results = zoo.read_results(RESULTS)
     (result, *_) = results["panoptic"]
-    result.update(AP=None, SQ={}, PQ={"all": 1.25}, memory_gb=None, seconds_per_iteration=None)
+    result.update(AP=None, SQ={}, RQ={}, PQ={"all": 1.25})
+    result.update(memory_gb=None, seconds_per_iteration=None)
     metrics, training = zoo.trained_panoptic([result])[1::2]
     assert [cell.strip() for cell in metrics.splitlines()[2].split("|")][4:7] == ["1.2", "-", "-"]
     assert [cell.strip() for cell in training.splitlines()[2].split("|")][6:8] == ["-", "-"]
