@@ -55,6 +55,9 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.LARGE_SCALE_JITTER.SIZE = 1024
     # Random brightness, contrast, saturation and hue (SSD; Detectron2's ColorAugSSDTransform).
     cfg.INPUT.COLOR_JITTER = False
+    # Probability of copy-paste (Ghiasi et al. 2021): some things of another training image, which
+    # is augmented in the same way, are pasted into an image. Only with LARGE_SCALE_JITTER.
+    cfg.INPUT.COPY_PASTE = 0.0
 
     # False, other than in Detectron2: batches that are grouped by aspect ratio depend on earlier
     # images, so such a run cannot be resumed exactly.

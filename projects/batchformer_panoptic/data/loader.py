@@ -34,11 +34,14 @@ from .panoptic_mapper import PanopticDatasetMapper
 
 logger = logging.getLogger(__name__)
 
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+# Maps a dataset dict, or two of them for copy-paste.
+Mapper = Callable[..., dict[str, Any]]
 
-# Random numbers of permutations and of augmentations come from the same seed in separate domains.
+# Random numbers of permutations, augmentations and pairs of images for copy-paste come from the
+# same seed in separate domains.
 _PERMUTATION_DOMAIN = 0
 _AUGMENTATION_DOMAIN = 1
+_PASTE_DOMAIN = 2
 
 _PATH_KEYS = ("panoptic_json", "panoptic_root", "image_root", "json_file")
 
@@ -66,7 +69,12 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logger.info("%d training images, %d per process and step", len(dataset_dicts), batch_size)
     loader: DataLoader[Any] = DataLoader(
-        SampledDataset(dataset_dicts, _build_mapper(cfg, cfg.DATASETS.TRAIN[0], True), seed),
+        SampledDataset(
+            dataset_dicts,
+            _build_mapper(cfg, cfg.DATASETS.TRAIN[0], True),
+            seed,
+            paste_probability=cfg.INPUT.COPY_PASTE,
+        ),
         batch_size=batch_size,
         sampler=ResumableSampler(
             len(dataset_dicts),
@@ -184,6 +192,26 @@ def _check_train_config(cfg: CfgNode) -> None:
             "DATALOADER.ASPECT_RATIO_GROUPING makes batches depend on earlier ones, so that a run "
             "could not be resumed exactly: set it to False"
         )
+    _check_copy_paste(cfg)
+
+
+def _check_copy_paste(cfg: CfgNode) -> None:
+    probability = cfg.INPUT.COPY_PASTE
+    if not 0 <= probability <= 1:
+        raise UserError(f"INPUT.COPY_PASTE is {probability}: give a probability from 0 to 1")
+    if probability == 0:
+        return
+    if not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
+        raise UserError(
+            f"INPUT.COPY_PASTE is {probability}: it needs images of one size; "
+            "set INPUT.LARGE_SCALE_JITTER.ENABLED True, or INPUT.COPY_PASTE 0"
+        )
+    for name in cfg.DATASETS.TRAIN:
+        if not MetadataCatalog.get(name).get("panoptic_json"):
+            raise UserError(
+                f"INPUT.COPY_PASTE is {probability}: data set {name} has no masks to paste; "
+                "set it to 0"
+            )
 
 
 # ---------------------------------------------------------------------------
@@ -308,12 +336,12 @@ class IsolatedMapper:
         self._mapper = mapper
 
     def __call__(
-        self, dataset_dict: dict[str, Any], seed: int = 0, position: int = 0
+        self, *dataset_dicts: dict[str, Any], seed: int = 0, position: int = 0
     ) -> dict[str, Any] | Failure:
-        """Map a dataset dict; return a `Failure` for a `UserError`."""
+        """Map a dataset dict, or two for copy-paste; return a `Failure` for a `UserError`."""
         try:
             with seeded(seed, position):
-                return self._mapper(dataset_dict)
+                return self._mapper(*dataset_dicts)
         except UserError as error:
             return Failure(str(error))
 
@@ -324,11 +352,26 @@ class SampledDataset(Dataset[dict[str, Any] | Failure]):
     They follow from the seed and the position, not from the worker process that maps the element.
     """
 
-    def __init__(self, dataset_dicts: list[dict[str, Any]], mapper: Mapper, seed: int) -> None:
-        """Store the dicts in serialized form, which worker processes share without copying."""
+    def __init__(
+        self,
+        dataset_dicts: list[dict[str, Any]],
+        mapper: Mapper,
+        seed: int,
+        *,
+        paste_probability: float = 0.0,
+    ) -> None:
+        """Store the dicts in serialized form, which worker processes share without copying.
+
+        Args:
+            dataset_dicts: one per image.
+            mapper: takes a dict, and a second one with things to paste.
+            seed: 0 or more.
+            paste_probability: that an element is mapped together with a second, random image.
+        """
         self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
         self._mapper = IsolatedMapper(mapper)
         self._seed = seed
+        self._paste_probability = paste_probability
 
     def __len__(self) -> int:
         """Number of images."""
@@ -336,7 +379,13 @@ class SampledDataset(Dataset[dict[str, Any] | Failure]):
 
     def __getitem__(self, item: SampledItem) -> dict[str, Any] | Failure:
         """Map one element of the sampler."""
-        return self._mapper(self._dataset_dicts[item.image_index], self._seed, item.position)
+        indices = [item.image_index]
+        if self._paste_probability > 0:
+            generator = np.random.default_rng((self._seed, _PASTE_DOMAIN, item.position))
+            if generator.random() < self._paste_probability:
+                indices.append(int(generator.integers(len(self))))
+        dataset_dicts = [self._dataset_dicts[index] for index in indices]
+        return self._mapper(*dataset_dicts, seed=self._seed, position=item.position)
 
 
 class CheckedLoader:

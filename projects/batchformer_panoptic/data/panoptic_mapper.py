@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from scipy import ndimage
 
 from ..errors import UserError
+from .copy_paste import SegmentedImage, paste_things
 from .io import ImageArray, IntArray, read_image, read_segment_map, runs
 from .validation import (
     check_image_size,
@@ -81,21 +82,30 @@ class PanopticDatasetMapper:
             "image_format": cfg.INPUT.FORMAT,
         }
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read and transform one image; random numbers come from numpy's global generator."""
-        file_name = dataset_dict["file_name"]
-        image = read_image(file_name, self.image_format)
-        height, width = image.shape[:2]
-        stated = (dataset_dict.get("height", height), dataset_dict.get("width", width))
-        raise_first_error(check_image_size(file_name, (height, width), stated))
+    def __call__(
+        self, dataset_dict: dict[str, Any], source: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Read and transform one image; random numbers come from numpy's global generator.
+
+        Args:
+            dataset_dict: the image.
+            source: in training, an image whose things are pasted into it (INPUT.COPY_PASTE).
+        """
+        image, (height, width), transforms = self._read(dataset_dict)
         result = {key: dataset_dict[key] for key in ("file_name", "image_id")}
         result |= {"height": height, "width": width}
-
-        result["image"], transforms = self._augment(image)
-        if self.is_train:
-            new_height, new_width = result["image"].shape[1:]
-            result |= _targets(dataset_dict, (height, width), (new_height, new_width), transforms)
-        return result
+        if self.is_train and _is_panoptic(dataset_dict):
+            segmented = _segmented_image(dataset_dict, image, (height, width), transforms)
+            if source is not None:
+                segmented = paste_things(segmented, self._read_segmented(source))
+            image = segmented.image
+            result["instances"], result["segment_map"] = panoptic_instances(
+                segmented.segment_map, segmented.segments_info
+            )
+        elif self.is_train:
+            new_height, new_width = image.shape[:2]
+            result["instances"] = _boxes_of(dataset_dict, transforms, (new_height, new_width))
+        return {**result, "image": _to_tensor(image)}
 
     def map_image(self, image_bgr: ImageArray) -> dict[str, Any]:
         """Transform an image that is already in memory, without targets.
@@ -108,15 +118,29 @@ class PanopticDatasetMapper:
         """
         height, width = image_bgr.shape[:2]
         image = image_bgr[:, :, ::-1] if self.image_format == "RGB" else image_bgr
-        tensor, _ = self._augment(np.ascontiguousarray(image))
-        return {"image": tensor, "height": height, "width": width}
+        augmented = T.AugInput(np.ascontiguousarray(image))
+        self.augmentations(augmented)
+        return {"image": _to_tensor(augmented.image), "height": height, "width": width}
 
-    def _augment(self, image: ImageArray) -> tuple[torch.Tensor, T.TransformList]:
-        """Return the augmented image, uint8 (3, H, W), and the transforms that were drawn."""
+    def _read(self, dataset_dict: dict[str, Any]) -> tuple[ImageArray, ImageSize, T.TransformList]:
+        """Return an augmented image (H, W, 3), its size on disk and the transforms drawn."""
+        file_name = dataset_dict["file_name"]
+        image = read_image(file_name, self.image_format)
+        height, width = image.shape[:2]
+        stated = (dataset_dict.get("height", height), dataset_dict.get("width", width))
+        raise_first_error(check_image_size(file_name, (height, width), stated))
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
-        channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        return torch.from_numpy(channels_first), transforms
+        return augmented.image, (height, width), transforms
+
+    def _read_segmented(self, dataset_dict: dict[str, Any]) -> SegmentedImage:
+        image, size, transforms = self._read(dataset_dict)
+        return _segmented_image(dataset_dict, image, size, transforms)
+
+
+def _to_tensor(image: ImageArray) -> torch.Tensor:
+    """Return an image (H, W, 3) as (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def check_image_format(image_format: str) -> None:
@@ -135,35 +159,38 @@ def check_image_format(image_format: str) -> None:
 _MAX_SEGMENTS = 2**15 - 1
 
 
-def _targets(
-    dataset_dict: dict[str, Any],
-    size: ImageSize,
-    new_size: ImageSize,
-    transforms: T.TransformList,
-) -> dict[str, Any]:
-    """Return instances, and a segment map for panoptic data, of an image (H0, W0) -> (H, W)."""
-    if "segments_info" in dataset_dict and "pan_seg_file_name" in dataset_dict:
-        return _panoptic_targets(dataset_dict, size, transforms)
-    if "annotations" in dataset_dict:
-        return {"instances": box_instances(dataset_dict["annotations"], transforms, new_size)}
-    raise UserError(
-        f"image {dataset_dict['file_name']} has neither segments nor boxes: "
-        "its data set cannot be trained on"
-    )
+def _is_panoptic(dataset_dict: dict[str, Any]) -> bool:
+    return "segments_info" in dataset_dict and "pan_seg_file_name" in dataset_dict
 
 
-def _panoptic_targets(
-    dataset_dict: dict[str, Any], size: ImageSize, transforms: T.TransformList
-) -> dict[str, Any]:
+def _boxes_of(
+    dataset_dict: dict[str, Any], transforms: T.TransformList, new_size: ImageSize
+) -> Instances:
+    if "annotations" not in dataset_dict:
+        raise UserError(
+            f"image {dataset_dict['file_name']} has neither segments nor boxes: "
+            "its data set cannot be trained on"
+        )
+    return box_instances(dataset_dict["annotations"], transforms, new_size)
+
+
+def _segmented_image(
+    dataset_dict: dict[str, Any], image: ImageArray, size: ImageSize, transforms: T.TransformList
+) -> SegmentedImage:
+    """Join an augmented image with its segments, which are read and transformed like it.
+
+    Args:
+        dataset_dict: of a panoptic data set.
+        image: (H, W, 3), augmented.
+        size: (H0, W0).
+        transforms: those applied to the image.
+    """
     png_name, segments_info = dataset_dict["pan_seg_file_name"], dataset_dict["segments_info"]
     ids = read_segment_map(png_name)
     height, width = ids.shape
     raise_first_error(check_png_size(png_name, (height, width), size))
     numbered = number_segments(ids, segments_info, png_name=png_name)
-    instances, segment_map = panoptic_instances(
-        transform_segment_map(numbered, transforms), segments_info
-    )
-    return {"instances": instances, "segment_map": segment_map}
+    return SegmentedImage(image, transform_segment_map(numbered, transforms), segments_info)
 
 
 def number_segments(
