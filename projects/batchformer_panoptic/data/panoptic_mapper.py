@@ -336,7 +336,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     Then all images are resized (MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING) and
     flipped (RANDOM_FLIP). These are the two branches of DETR's recipe, which both end in that
     resize. DETR flips first, which gives the same distribution. INPUT.LARGE_SCALE_JITTER replaces
-    resizing and cropping, and INPUT.COLOR_JITTER comes first. Detectron2's INPUT.CROP is applied
+    resizing and cropping, after the flip, and INPUT.COLOR_JITTER comes first. Detectron2's INPUT.CROP is applied
     before everything else.
 
     Evaluation: the resize of MIN_SIZE_TEST and MAX_SIZE_TEST; a MIN_SIZE_TEST of 0 keeps the size.
@@ -347,7 +347,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     _check_flip(cfg.INPUT.RANDOM_FLIP)
     augmentations: list[T.Augmentation] = detection_utils.build_augmentation(cfg, is_train)
     if is_train and cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
-        augmentations = [*_large_scale_jitter(cfg), *_flips(augmentations)]
+        # Flips come first, so that images are padded at the right and at the bottom, as in a batch.
+        augmentations = [*_flips(augmentations), *_large_scale_jitter(cfg)]
     if is_train and cfg.INPUT.RESIZE_OR_CROP.ENABLED:
         augmentations.insert(0, _resized_crop(cfg))
     if is_train and cfg.INPUT.CROP.ENABLED:
