@@ -220,3 +220,25 @@ def test_two_streams_are_compared_with_one(run, tmp_path):
     assert [row["task"] for row in rows] == ["boxes", "panoptic"]
     assert all(row["times_as_long"] > 0 for row in rows)
     assert "| DETR" in document.read_text()
+
+
+@pytest.mark.slow
+def test_mask2former_is_compared_with_equal_losses_and_predictions(run, tmp_path):
+    pytest.importorskip("transformers")
+    document = tmp_path / "document.md"
+    document.write_text("<!-- mask2former -->\n<!-- end mask2former -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["mask2former", "--rounds", "1", "--size", "64", "96", "--objects", "2"]
+    small = ["MODEL.DETR.ENC_LAYERS", "1", "MODEL.DETR.DEC_LAYERS", "2"]
+    points = ["MODEL.MASK2FORMER.NUM_POINTS", "50"]
+    assert run.main([*where, *what, "--opts", *small, *points]) == 0
+    result = json.loads((tmp_path / "mask2former.json").read_text())
+    # Other orders of additions: some difference, but a small one.
+    assert 0 < result["loss_difference"] < 1e-4
+    assert 0 < result["prediction_difference"] < 1e-6
+    arms = list(sys.modules["benchmarks.mask2former_cost"].ARMS)
+    rows = result["rows"]
+    assert [row["arm"] for row in rows if row["what"] == "training"] == arms
+    assert [row["arm"] for row in rows if row["what"] == "inference"] == [arms[0], "transformers"]
+    assert all(row["tensor_bytes"] > 0 for row in rows)
+    assert "| transformers" in document.read_text()

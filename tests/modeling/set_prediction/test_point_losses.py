@@ -103,10 +103,22 @@ def test_chosen_masks_are_products_of_embeddings_and_features():
     assert masks(none, none, none).shape == (0, 16, 16)
 
 
-def test_masks_at_points_are_samples_of_masks():
-    masks, points = make_masks(), torch.rand(2, 70, 2)
+@pytest.mark.parametrize(("count", "sampled"), [(3, "features"), (700, "masks")])
+def test_masks_at_points_are_samples_of_masks(count, sampled, monkeypatch):
+    masks, points = make_masks(), torch.rand(2, count, 2)
     everything = torch.einsum("bqc,bchw->bqhw", masks.embeddings[1], masks.features)
-    torch.testing.assert_close(masks.at_points(1, points), sample_at(everything, points))
+    expected = sample_at(everything, points)
+    channels = {"features": masks.features.shape[1], "masks": masks.embeddings.shape[2]}
+    seen = []
+
+    def spy(maps, at):
+        seen.append(maps.shape[1])
+        return sample_at(maps, at)
+
+    monkeypatch.setattr("batchformer_panoptic.modeling.set_prediction.predictions.sample_at", spy)
+    torch.testing.assert_close(masks.at_points(1, points), expected)
+    assert channels["features"] != channels["masks"]
+    assert seen == [channels[sampled]]
 
 
 def test_points_are_not_rounded_to_the_precision_of_the_maps():
