@@ -106,8 +106,7 @@ def splits_of(source: Source, args: argparse.Namespace) -> list[str]:
     val_share = DEFAULT_VAL_SHARE if args.val_share is None else args.val_share
     if len(stated) == 1 and val_share:
         raise UserError("one image cannot be divided: add --val-share 0")
-    images = [sample.image for sample in source.samples]
-    return choose_splits(images, val_share, args.seed, exact=args.exact_duplicates)
+    return choose_splits(source.samples, val_share, args.seed, exact=args.exact_duplicates)
 
 
 def config_text(folder: Path, splits: Sequence[str], most_segments: int) -> str:
@@ -144,18 +143,24 @@ def report(source: Source, summary: Summary, background: str | None) -> list[str
     """Classes with their numbers, the share of the rest, and what was left out."""
     images = ", ".join(f"{count} {split}" for split, count in summary.images.items())
     lines = [f"images: {images}"]
+    void = summary.share(None)
     for category in source.categories:
         name, kind = category["name"], "thing" if category["isthing"] else "stuff"
         lines.append(
             f"  {name:<28} {kind:<6} {summary.segments[name]:>7} segments "
             f"{summary.share(name):>7.1%} of the pixels"
         )
-    hint = f" (--background {LEFT_VOID} leaves them void)"
-    if background is None:
-        hint = " (not learned, and what is predicted there costs nothing: --background NAME)"
-    if background is None or summary.share(background):
-        what = "void" if background is None else f"no segment: class {background!r}"
-        lines.append(f"{what}: {summary.share(background):.1%} of the pixels{hint}")
+    lines.append(f"  {'(void)':<28} {'':<23} {void:>7.1%} of the pixels")
+    if background is not None:
+        lines.append(
+            f"pixels without a segment are the class {background!r}; --background {LEFT_VOID} "
+            "leaves them out of training and evaluation"
+        )
+    elif void:
+        lines.append(
+            "void is not learned, and what a model predicts there costs nothing; --background NAME "
+            "makes a stuff class of it"
+        )
     lines += [f"{count} x {note}" for note, count in source.notes.most_common()]
     return lines
 
@@ -191,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     source = read_source(args.source, name, files, args.images)
     source = choose_classes(source, args.things, args.stuff, background)
     splits = splits_of(source, args)
-    made = [
+    folders = [
         f"{prefix}{split}"
-        for split in set(splits)
         for prefix in ("", "panoptic_", "semantic_", "instance_")
+        for split in ("train", "val", "test")
     ]
     try:
-        with folder.filling([*made, "annotations"]):
+        with folder.filling([*folders, "annotations"]):
             summary = convert(
                 source, splits, args.output, target=args.to, overlap=overlap, background=background
             )

@@ -119,6 +119,23 @@ def recognise(path: Path, name: str | None = None) -> tuple[str, list[Path]]:
     return name, found[name]
 
 
+def refuse_foreign(path: Path) -> None:
+    """Check that a path which should be COCO panoptic is not another format.
+
+    Raises:
+        UserError: names the format, and the command that converts it.
+    """
+    found = find_files(path) if path.exists() else {}
+    if found and "panoptic" not in found:
+        name = next(iter(found))
+        # labelme writes a file for each image.
+        source = path.parent if name == "labelme" and path.is_file() else path
+        raise UserError(
+            f"{path} is {FORMATS[name].title} and not COCO panoptic; convert it with: "
+            f"python tools/convert_dataset.py {source} DST --from {name}"
+        )
+
+
 def read_source(path: Path, name: str, files: list[Path], images: Path | None = None) -> Source:
     """Read a data set.
 

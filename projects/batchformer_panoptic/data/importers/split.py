@@ -1,18 +1,18 @@
 """Division of images into training and validation, with duplicates on the same side."""
 
 import hashlib
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageOps
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from ...errors import UserError
-from ..io import read_image
+from .source import Sample, malformed
 
 Vectors = npt.NDArray[np.float32]
 
@@ -25,14 +25,14 @@ _BLOCK = 1024  # images compared with all others at once
 
 
 def choose_splits(
-    images: Sequence[Path], share: float, seed: int, *, exact: bool = False
+    samples: Sequence[Sample], share: float, seed: int, *, exact: bool = False
 ) -> list[str]:
     """Return "train" or "val" for each image.
 
     Groups of duplicates are drawn in a random order, and go to validation while they fit.
 
     Args:
-        images: the image files.
+        samples: the images.
         share: of the images that become validation, from 0 to below 1; at least one of them.
         seed: of the random order.
         exact: only files with the same bytes are duplicates; False: images that look alike, too.
@@ -41,46 +41,56 @@ def choose_splits(
         UserError: an image cannot be read, or no group fits into the validation set.
     """
     if share == 0:
-        return ["train"] * len(images)
-    groups = _groups(images, exact)
+        return ["train"] * len(samples)
+    groups = _groups(samples, exact)
     sizes = np.bincount(groups)
-    target = max(1, round(share * len(images)))
+    target = min(max(1, round(share * len(samples))), len(samples) - 1)
     chosen: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(sizes)).tolist():
-        if sizes[[*chosen, group]].sum() <= min(target, len(images) - 1):
+        if sizes[[*chosen, group]].sum() <= target:
             chosen.append(group)
     if not chosen:
         raise UserError(
-            f"no validation set of {target} of {len(images)} images without images that look like "
-            f"those of training (the smallest group of them has {sizes.min()}): choose another "
-            "--val-share, or --exact-duplicates for frames of one camera"
+            f"{target} of {len(samples)} images cannot be set apart for validation, because no "
+            f"{target} differ from all others (images that look alike stay together, here at least "
+            f"{sizes.min()}): choose another --val-share, or --exact-duplicates for frames of one "
+            "camera"
         )
     return ["val" if group in chosen else "train" for group in groups.tolist()]
 
 
-def _groups(images: Sequence[Path], exact: bool) -> npt.NDArray[np.int32]:
+def _groups(samples: Sequence[Sample], exact: bool) -> npt.NDArray[np.int32]:
     """Return the number of the group of duplicates of each image."""
     first: dict[bytes, int] = {}
-    pairs = [
-        (number, first.setdefault(hashlib.sha256(path.read_bytes()).digest(), number))
-        for number, path in enumerate(images)
-    ]
+    pairs: list[tuple[int, int]] = []
+    thumbnails = []
+    for number, sample in enumerate(tqdm(samples, desc="looking for duplicates", disable=None)):
+        with malformed(f"image {sample.image}"):
+            data = sample.image.read_bytes() if sample.content is None else sample.content
+            pairs.append((number, first.setdefault(hashlib.sha256(data).digest(), number)))
+            if not exact:
+                thumbnails.append(_thumbnail(data))
     if not exact:
-        found = tqdm(images, desc="looking for duplicates", disable=None)
-        pairs += _alike(np.stack([_thumbnail(path) for path in found]))
+        pairs += _alike(np.stack(thumbnails))
     rows, columns = np.array(pairs).T
-    graph = coo_matrix((np.ones(len(pairs)), (rows, columns)), shape=(len(images),) * 2)
+    graph = coo_matrix((np.ones(len(pairs)), (rows, columns)), shape=(len(samples),) * 2)
     groups: npt.NDArray[np.int32] = connected_components(graph, directed=False)[1]
     return groups
 
 
-def _thumbnail(path: Path) -> Vectors:
-    """Return an image as a unit vector without its brightness and contrast; zero for one color."""
-    grey = cv2.cvtColor(read_image(path), cv2.COLOR_BGR2GRAY)
-    side = (_THUMBNAIL, _THUMBNAIL)
-    small = cv2.resize(grey, side, interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
-    small -= small.mean()
-    vector: Vectors = small / max(float(np.linalg.norm(small)), 1.0)
+def _thumbnail(data: bytes) -> Vectors:
+    """Return an encoded image as a unit vector without its brightness and contrast.
+
+    Returns:
+        (`_THUMBNAIL` squared,) float32; zero for an image of one color.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("L", (8 * _THUMBNAIL, 8 * _THUMBNAIL))  # several times faster for JPEG
+        grey = ImageOps.exif_transpose(image).convert("L")
+    small = grey.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    values = np.asarray(small, np.float32).ravel()
+    values = values - values.mean()
+    vector: Vectors = values / max(float(np.linalg.norm(values)), 1.0)
     return vector
 
 
