@@ -95,8 +95,9 @@ def things(names: Sequence[str]) -> list[Category]:
 
 def split_of(text: str) -> str | None:
     """Return the split that the name of a file or folder contains: "train", "val" or "test"."""
-    found = re.search(r"(?<![a-z])(train|valid|val|test)(?![a-uw-z])", text.lower())
-    return {"valid": "val"}.get(found[1], found[1]) if found else None
+    pattern = r"(?<![a-z])(?:(train)(?:ing|val)?|(val)(?:id|idation)?|(test)(?:ing)?)(?![a-z])"
+    found = re.search(pattern, text.lower())
+    return next(filter(None, found.groups())) if found else None
 
 
 @contextmanager
