@@ -189,7 +189,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
         index.find("a.png")
     assert [index.find(name) for name in ("c.png", "d.png", "b.png")] == [None] * 3
     with pytest.raises(UserError, match=r"3 of 6 annotated images .* the first is 'c\.png'"):
-        index.check(Source([], []).notes)
+        index.check()
 
 
 def test_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_cvat_shapes(tmp_path: Path) -> None:
 def test_tracks_of_cvat_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "annotations.xml").write_text(cvat("", '<track id="0" label="dog"></track>'))
-    with pytest.raises(UserError, match="has tracks: export 'CVAT for images 1.1'"):
+    with pytest.raises(UserError, match=r"has tracks: export 'CVAT for images 1\.1'"):
         read(tmp_path)
 
 
@@ -561,7 +561,7 @@ def voc(root: Path, classes: np.ndarray, objects: np.ndarray | None, mode: str =
         if values is not None:
             image = Image.fromarray(values.astype(np.uint8))
             if mode == "P":
-                image.putpalette(list(range(256)) * 3)
+                image.putpalette(np.repeat(range(256), 3).tolist())
             path = root / f"Segmentation{folder}/a.png"
             path.parent.mkdir(exist_ok=True)
             image.convert(mode).save(path)

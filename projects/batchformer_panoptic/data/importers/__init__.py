@@ -154,7 +154,9 @@ def read_source(path: Path, name: str, files: list[Path], images: Path | None = 
     index = ImageIndex([images or root])
     with malformed(f"{path} as {name}"):
         source = FORMATS[name].read(files, index)
-    index.check(source.notes)
+    index.check()
+    if path.is_dir() and (unused := index.count_unused()):
+        source.notes["image file without an annotation, left out"] += unused
     if not source.samples:
         raise UserError(f"{path}: no annotated image")
     seen: set[Path] = set()

@@ -163,12 +163,8 @@ class ImageIndex:
         self._missing.append(names[0])
         return None
 
-    def check(self, notes: Counter[str]) -> None:
-        """Note the image files that were not asked for.
-
-        Raises:
-            UserError: an image was not found.
-        """
+    def check(self) -> None:
+        """Raise UserError if an image was not found."""
         if self._missing:
             where = " and ".join(str(root) for root in self._roots)
             raise UserError(
@@ -176,10 +172,12 @@ class ImageIndex:
                 f"are not below {where}, the first is {self._missing[0]!r}: name their folder with "
                 "--images"
             )
+
+    def count_unused(self) -> int:
+        """Return the number of image files that were not asked for."""
         known = {path.resolve() for path in self._found}
-        unused = {path for paths in self._listing().values() for path in paths}
-        if count := sum(path.resolve() not in known for path in unused):
-            notes["image file without an annotation, left out"] += count
+        files = {path.resolve() for paths in self._listing().values() for path in paths}
+        return len(files - known)
 
     def _hit(self, path: Path) -> Path:
         self._found.add(path)
