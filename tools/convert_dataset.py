@@ -142,15 +142,13 @@ def config_text(folder: Path, splits: Sequence[str], most_segments: int) -> str:
 def report(source: Source, summary: Summary, background: str | None) -> list[str]:
     """Classes with their numbers, the share of the rest, and what was left out."""
     images = ", ".join(f"{count} {split}" for split, count in summary.images.items())
-    lines = [f"images: {images}"]
-    void = summary.share(None)
+    lines = [f"images: {images}", f"  {'class':<28} {'kind':<6} {'segments':>9} {'pixels':>8}"]
     for category in source.categories:
         name, kind = category["name"], "thing" if category["isthing"] else "stuff"
-        lines.append(
-            f"  {name:<28} {kind:<6} {summary.segments[name]:>7} segments "
-            f"{summary.share(name):>7.1%} of the pixels"
-        )
-    lines.append(f"  {'(void)':<28} {'':<23} {void:>7.1%} of the pixels")
+        segments, share_of_pixels = summary.segments[name], summary.share(name)
+        lines.append(f"  {name:<28} {kind:<6} {segments:>9} {share_of_pixels:>8.1%}")
+    void = summary.share(None)
+    lines.append(f"  {'(void)':<28} {'':<6} {'':>9} {void:>8.1%}")
     if background is not None:
         lines.append(
             f"pixels without a segment are the class {background!r}; --background {LEFT_VOID} "
