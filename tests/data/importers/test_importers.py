@@ -601,6 +601,13 @@ def test_unusable_label_images_are_named(tmp_path: Path) -> None:
         segments(voc(tmp_path / "c", classes, objects))
 
 
+def test_several_years_of_voc_are_converted_one_by_one(tmp_path: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        (tmp_path / year / "SegmentationClass").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"VOC2007 and .*VOC2012 are data sets of their own"):
+        read(tmp_path)
+
+
 def test_images_that_voc_does_not_list_are_left_out(tmp_path: Path) -> None:
     save_image(tmp_path / "JPEGImages/b.png")
     source = voc(tmp_path, *voc_maps())

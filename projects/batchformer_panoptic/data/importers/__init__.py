@@ -1,7 +1,7 @@
 """Annotations as tools write them, converted to COCO's panoptic format.
 
 `recognise` names the format of a file or folder, `read_source` reads it into a `Source`, and
-`convert` writes that.
+`writing.convert` writes that.
 """
 
 import json

@@ -42,7 +42,8 @@ ROBOFLOW_NAME = "_annotations.coco.json"
 def is_instances(content: Any) -> bool:
     """Return whether parsed JSON has COCO's lists, and masks or boxes in its annotations."""
     return _has_sections(content) and any(
-        {"segmentation", "bbox"} & annotation.keys() for annotation in records(content, "annotations")
+        {"segmentation", "bbox"} & annotation.keys()
+        for annotation in records(content, "annotations")
     )
 
 

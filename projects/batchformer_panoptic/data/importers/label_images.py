@@ -21,6 +21,7 @@ from .source import (
     Source,
     check_mask_size,
     encode,
+    only_file,
     polygon,
     split_of,
     things,
@@ -47,7 +48,7 @@ def read_voc(files: list[Path], index: ImageIndex) -> Source:
         files: the folder SegmentationClass.
         index: the images.
     """
-    (class_folder,) = files
+    class_folder = only_file(files)
     root = class_folder.parent
     object_folder = root / "SegmentationObject"
     index.leave_out(class_folder, object_folder)

@@ -33,6 +33,7 @@ from .source import (
     ellipse,
     encode,
     images_below,
+    only_file,
     paste,
     polygon,
     polygon_of_pixels,
@@ -365,7 +366,7 @@ def read_supervisely(files: list[Path], index: ImageIndex) -> Source:
         files: the meta.json.
         index: the images.
     """
-    (meta_json,) = files
+    meta_json = only_file(files)
     classes = [entry["title"] for entry in read_json(meta_json)["classes"]]
     source = Source(things(classes), [])
     for path in sorted(meta_json.parent.rglob("ann/*.json")):
@@ -427,7 +428,7 @@ def read_yolo(files: list[Path], index: ImageIndex) -> Source:
         files: the data.yaml.
         index: the images.
     """
-    (path,) = files
+    path = only_file(files)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = content["names"]
     if isinstance(names, dict):

@@ -93,6 +93,20 @@ def things(names: Sequence[str]) -> list[Category]:
     return [{"id": number, "name": name, "isthing": 1} for number, name in enumerate(names, 1)]
 
 
+def only_file(files: Sequence[Path]) -> Path:
+    """Return the file of a format that has one for a data set.
+
+    Raises:
+        UserError: there are several data sets.
+    """
+    if len(files) > 1:
+        raise UserError(
+            f"{files[0].parent} and {files[1].parent} are data sets of their own: convert them one "
+            "by one"
+        )
+    return files[0]
+
+
 def split_of(text: str) -> str | None:
     """Return the split that the name of a file or folder contains: "train", "val" or "test"."""
     pattern = r"(?<![a-z])(?:(train)(?:ing|val)?|(val)(?:id|idation)?|(test)(?:ing)?)(?![a-z])"
