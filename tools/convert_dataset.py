@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from batchformer_panoptic.data.importers import FORMATS, read_source, recognise
-from batchformer_panoptic.data.importers.source import Source
+from batchformer_panoptic.data.importers.source import SPLITS, Source
 from batchformer_panoptic.data.importers.split import choose_splits
 from batchformer_panoptic.data.importers.writing import (
     OVERLAPS,
@@ -43,6 +43,7 @@ WEIGHTS_COMMAND = (
 DEFAULT_VAL_SHARE = 0.2
 DEFAULT_BACKGROUND = "background"
 LEFT_VOID = "void"
+MUCH_VOID = 0.01  # share of the pixels from which the command comments on it
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -138,8 +139,8 @@ def config_text(folder: Path, splits: Sequence[str], most_segments: int) -> str:
         "OUTPUT_DIR": f"output/{name}",
     }
     return (
-        "# Written by tools/convert_dataset.py; every key can be changed or added here. This command\n"
-        f"# creates MODEL.WEIGHTS:\n#   {WEIGHTS_COMMAND}\n"
+        "# Written by tools/convert_dataset.py; every key can be changed or added here.\n"
+        f"# This command creates MODEL.WEIGHTS:\n#   {WEIGHTS_COMMAND}\n"
         + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     )
 
@@ -150,8 +151,8 @@ def report(source: Source, summary: Summary, background: str | None) -> list[str
     lines = [f"images: {images}", f"  {'class':<28} {'kind':<6} {'segments':>9} {'pixels':>8}"]
     for category in source.categories:
         name, kind = category["name"], "thing" if category["isthing"] else "stuff"
-        segments, share_of_pixels = summary.segments[name], summary.share(name)
-        lines.append(f"  {name:<28} {kind:<6} {segments:>9} {share_of_pixels:>8.1%}")
+        if segments := summary.segments[name]:
+            lines.append(f"  {name:<28} {kind:<6} {segments:>9} {summary.share(name):>8.1%}")
     void = summary.share(None)
     lines.append(f"  {'(void)':<28} {'':<6} {'':>9} {void:>8.1%}")
     if background is not None:
@@ -159,11 +160,14 @@ def report(source: Source, summary: Summary, background: str | None) -> list[str
             f"pixels without a segment are the class {background!r}; --background {LEFT_VOID} "
             "leaves them out of training and evaluation"
         )
-    elif void:
+    elif void >= MUCH_VOID:
         lines.append(
             "void is not learned, and what a model predicts there costs nothing; --background NAME "
             "makes a stuff class of it"
         )
+    absent = [x["name"] for x in source.categories if not summary.segments[x["name"]]]
+    if absent:
+        lines.append(f"{len(absent)} classes without a segment: {', '.join(absent)}")
     lines += [f"{count} x {note}" for note, count in source.notes.most_common()]
     return lines
 
@@ -203,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = [
         f"{prefix}{split}"
         for prefix in ("", "panoptic_", "semantic_", "instance_")
-        for split in ("train", "val", "test")
+        for split in SPLITS
     ]
     try:
         with folder.filling([*folders, "annotations"]):

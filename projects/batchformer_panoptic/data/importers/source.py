@@ -29,6 +29,7 @@ Rle = dict[str, Any]
 Size = tuple[int, int]  # height, width
 Category = dict[str, Any]
 
+SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".ppm"}
 )

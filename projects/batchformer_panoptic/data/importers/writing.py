@@ -20,7 +20,18 @@ from tqdm import tqdm
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
 from ..io import read_image_size, segment_extents, turn_by_exif, write_image, write_json
-from .source import Category, Sample, Segment, Size, Source, decode, encode, malformed, union
+from .source import (
+    SPLITS,
+    Category,
+    Sample,
+    Segment,
+    Size,
+    Source,
+    decode,
+    encode,
+    malformed,
+    union,
+)
 
 SegmentMap = npt.NDArray[np.int32]
 
@@ -318,7 +329,7 @@ def convert(
             progress.update()
             yield Picture(image_id, file_name, segment_map, segments)
 
-    for split in dict.fromkeys(splits):
+    for split in (split for split in SPLITS if split in splits):
         (folder / split).mkdir(parents=True)
         TARGETS[target](folder, split, pictures(split), source.categories)
     progress.close()
