@@ -199,6 +199,18 @@ def test_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
     assert read(tmp_path).notes == {"image file without an annotation, left out": 1}
 
 
+def test_a_damaged_file_is_not_passed_over_but_a_hidden_one_is(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    dump(tmp_path / "a.json", labelme([]))
+    (tmp_path / "._a.json").write_bytes(b"\0\xff")
+    assert len(read(tmp_path).samples) == 1
+    for name, message in (("b.json", r"b\.json is not valid JSON"), ("c.xml", r"c\.xml cannot be")):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_an_image_may_not_be_annotated_twice(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     for name in ("a.json", "copy.json"):
@@ -542,8 +554,9 @@ def test_a_class_of_roboflow_that_only_groups_is_none(tmp_path: Path) -> None:
     categories = [
         {"id": 0, "name": "pets", "supercategory": "none"},
         {"id": 1, "name": "cat", "supercategory": "pets"},
+        {"id": 2, "name": "dog", "supercategory": "dog"},
     ]
-    for used, expected in ((1, ["cat"]), (0, ["pets", "cat"])):
+    for used, expected in ((1, ["cat", "dog"]), (0, ["pets", "cat", "dog"])):
         annotation = {"segmentation": flat(box(0, 0, 9, 9)), "category_id": used}
         path = tmp_path / "train/_annotations.coco.json"
         dump(path, coco(annotation, categories=categories))

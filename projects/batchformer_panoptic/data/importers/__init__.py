@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 from . import coco, label_images, shapes
-from .source import ImageIndex, Source, malformed
+from .source import ImageIndex, Source, malformed, visible_below
 
 
 class Format(NamedTuple):
@@ -48,9 +48,13 @@ FORMATS = {
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Return the annotation files at a path, by the name of their format."""
+    """Return the annotation files at a path, by the name of their format.
+
+    Raises:
+        UserError: a JSON or XML file is malformed.
+    """
     found: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    for file in visible_below(path) if path.is_dir() else [path]:
         if (name := _format_of(file)) is not None:
             found[name].append(file)
     if path.is_dir() and (files := label_images.cityscapes_files(path)):
@@ -81,8 +85,8 @@ def _format_of(path: Path) -> str | None:
 def _format_of_json(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
     tests = {
         "panoptic": coco.is_panoptic,
         "coco": coco.is_instances,

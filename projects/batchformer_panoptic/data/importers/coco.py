@@ -71,22 +71,22 @@ def read_coco(files: list[Path], index: ImageIndex) -> Source:
 
 def read_roboflow(files: list[Path], index: ImageIndex) -> Source:
     """Read Roboflow's COCO export, in which the first category only groups the others."""
-    contents = {}
-    for path in files:
-        content = read_coco_json(path)
-        raise_first_error(check_lists(content, SECTIONS), str(path))
-        used = {annotation.get("category_id") for annotation in records(content, "annotations")}
-        parents = {category.get("supercategory") for category in records(content, "categories")}
+    contents = {path: read_coco_json(path) for path in files}
+    annotations = (
+        item for content in contents.values() for item in records(content, "annotations")
+    )
+    used = {annotation.get("category_id") for annotation in annotations}
+    for path, content in contents.items():
+        categories = records(content, "categories")
+        parents = {category.get("supercategory") for category in categories}
         classes = [
             category
-            for category in records(content, "categories")
-            if category["id"] in used or category["name"] not in parents
+            for category in categories
+            if category["id"] in used
+            or category["name"] not in parents
+            or category["supercategory"] != "none"
         ]
         contents[path] = {**content, "categories": classes}
-    # A class may have annotations in one split only, and is then kept for all of them.
-    longest = max((content["categories"] for content in contents.values()), key=len)
-    for content in contents.values():
-        content["categories"] = longest
     return _read_instances(contents, index)
 
 

@@ -33,6 +33,7 @@ from .source import (
     ellipse,
     encode,
     images_below,
+    malformed,
     only_file,
     paste,
     polygon,
@@ -126,11 +127,13 @@ def _decode_png(data: bytes) -> npt.NDArray[np.bool_]:
 
 
 def is_cvat(path: Path) -> bool:
-    """Return whether an XML file is CVAT's, of images or of a video."""
-    try:
+    """Return whether an XML file is CVAT's, of images or of a video.
+
+    Raises:
+        UserError: the file is not XML.
+    """
+    with malformed(str(path)):
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError:
-        return False
     return root.tag == "annotations" and root.find("meta") is not None
 
 
@@ -458,7 +461,7 @@ def _yolo_images(data_yaml: Path, prefix: str, entry: str) -> list[Path]:
     if found is None:
         raise UserError(f"{data_yaml}: {entry!r} does not exist below {root}")
     if found.is_dir():
-        return sorted(images_below(found))
+        return list(images_below(found))
     lines = found.read_text(encoding="utf-8").splitlines()
     return [found.parent / line.strip() for line in lines if line.strip()]
 

@@ -223,19 +223,23 @@ class ImageIndex:
         if self._files is None:
             self._files = defaultdict(list)
             for root in self._roots:
-                for path in sorted(images_below(root)):
+                for path in images_below(root):
                     if not any(path.is_relative_to(folder) for folder in self._left_out):
                         self._files[path.name].append(path)
                         self._files[path.stem].append(path)
         return self._files
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Yield the image files in a folder and its subfolders, without hidden ones."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if is_image(path) and not hidden and path.is_file():
+def visible_below(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder in order, without what is hidden by a leading dot."""
+    for path in sorted(folder.rglob("*")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Yield the image files in a folder and its subfolders in order, without hidden ones."""
+    return (path for path in visible_below(folder) if is_image(path) and path.is_file())
 
 
 # ---------------------------------------------------------------------------
