@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from batchformer_panoptic.data.importers import refuse_foreign
+from batchformer_panoptic.data.importers.coco import is_panoptic
 from batchformer_panoptic.data.io import read_coco_json
 from batchformer_panoptic.data.validation import (
     Problem,
@@ -19,7 +21,7 @@ from batchformer_panoptic.data.validation import (
     segments_of,
 )
 from batchformer_panoptic.engine.setup import at_least
-from batchformer_panoptic.errors import command
+from batchformer_panoptic.errors import UserError, command
 
 SEVERITY_ORDER = ("error", "warning", "note")
 
@@ -92,10 +94,22 @@ def format_summary(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def read_panoptic_json(path: Path) -> dict[str, Any]:
+    """Read the annotations; another tool's format is refused with the command that converts it."""
+    try:
+        content = read_coco_json(path)
+    except UserError:
+        refuse_foreign(path)
+        raise
+    if not is_panoptic(content):
+        refuse_foreign(path)
+    return content
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    content = read_coco_json(args.json)
+    content = read_panoptic_json(args.json)
     problems = check_panoptic_content(
         content,
         args.image_root,

@@ -23,6 +23,7 @@ COMMANDS = {
     ],
     "tools/compare_merges.py": CONFIG,
     "tools/convert_checkpoint.py": [f"{ABSENT}.pth", "{tmp}/converted.pth", "--source", "detr"],
+    "tools/convert_dataset.py": [ABSENT, "{tmp}/converted"],
     "tools/export_checkpoint.py": [
         *("src.pth", "{tmp}/exported.pth", "--format", "official"),
         *CONFIG,

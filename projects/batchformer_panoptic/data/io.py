@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError, one_line
 
@@ -126,6 +126,28 @@ def read_segment_map(path: str | Path) -> npt.NDArray[np.int32]:
     if pixels is None:
         raise UserError(str(png_format_fault(path)))
     return np.frombuffer(pixels, dtype="<i4").reshape(height, width) & 0xFFFFFF
+
+
+def read_index_map(path: str | Path) -> npt.NDArray[np.int32]:
+    """Read a label image: the value of a grey image, or the index of a palette.
+
+    Args:
+        path: an image with one channel of up to 16 bits, or of 32 signed bits.
+
+    Returns:
+        (H, W) int32.
+
+    Raises:
+        UserError: the file is missing or damaged, or has several channels.
+    """
+    with _reading(path, "label image"), Image.open(path) as image:
+        mode, pixels = image.mode, np.asarray(image)
+    if pixels.ndim != 2:
+        raise UserError(
+            f"label image {path} is {mode}, and its values are no indices: save it with a palette "
+            "or in grey"
+        )
+    return pixels.astype(np.int32)
 
 
 def png_format_fault(path: str | Path) -> str | None:
@@ -272,12 +294,20 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
         ValueError: the content has a NaN or an infinity, which JSON cannot hold.
         UserError: the file cannot be written.
     """
-    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
-    write_atomically(str(path), lambda name: _write_text(name, text))
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def _write_text(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 as a whole or not at all; missing folders are created.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def save(name: str) -> None:
+        Path(name).write_text(text, encoding="utf-8")
+
+    write_atomically(str(path), save)
 
 
 # ---------------------------------------------------------------------------
@@ -334,6 +364,18 @@ def segment_extents(segment_map: IntArray) -> dict[int, Extent]:
     boxes = np.stack([left, top, right - left, bottom - top], axis=1)
     found = zip(ids.tolist(), areas.tolist(), boxes.tolist(), strict=True)
     return {key: Extent(area, tuple(box)) for key, area, box in found if key != 0}
+
+
+def turn_by_exif(segment_map: npt.NDArray[np.int32], image: str | Path) -> npt.NDArray[np.int32]:
+    """Turn a segment map made for an image as it is stored like `read_image` turns the image.
+
+    Raises:
+        UserError: the image is missing or is not readable.
+    """
+    turned = Image.fromarray(segment_map)
+    with _reading(image, "image"), Image.open(image) as stored:
+        turned.getexif()[_EXIF_ORIENTATION] = stored.getexif().get(_EXIF_ORIENTATION, 1)
+    return np.asarray(ImageOps.exif_transpose(turned))
 
 
 # ---------------------------------------------------------------------------
