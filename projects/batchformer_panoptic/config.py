@@ -327,6 +327,10 @@ def _add_batchformer_keys(cfg: CN) -> None:
     cfg.MODEL.BATCHFORMER.DROPOUT = 0.5
     # One block for all INSERT_LAYERS instead of one for each.
     cfg.MODEL.BATCHFORMER.SHARED = False
+    # Images that a token attends to, at its position. "batch": all images of a process, as
+    # published. "self": its own only, a control without a path between images, which needs no batch
+    # of two. The weights are the same, so a run can change over.
+    cfg.MODEL.BATCHFORMER.ATTEND = "batch"
     # Exclude padded positions of an image from the attention over the batch. Published: False.
     cfg.MODEL.BATCHFORMER.MASK_PADDING = False
     # Factors of the losses of the (original, batchformer) streams. [1.0, 1.0] is the published

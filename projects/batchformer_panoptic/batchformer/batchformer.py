@@ -6,10 +6,11 @@ Shapes: B images, S streams, B' = S * B entries, N tokens of an image, C channel
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # --- streams: the copies of the batch that a tensor holds ----------------------------------------
 
@@ -129,6 +130,11 @@ def sequence_like(sequence: list[Any] | tuple[Any, ...], items: list[Any]) -> An
 
 # --- the block: attention over the images of the batch (section 3.2) -----------------------------
 
+Attend = Literal["batch", "self"]
+"""Images that a token attends to: all of the batch (published), or its own only (a control)."""
+
+ATTENDS: tuple[str, ...] = get_args(Attend)
+
 
 class BatchFormerV2(nn.TransformerEncoderLayer):
     """Lets every token attend to the tokens at the same position of the other images.
@@ -138,16 +144,23 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
     3.2). It has no positional encoding, so permuting the images permutes the output. With one
     token per image (N = 1) it is the image-level BatchFormer (v1).
 
-    Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code.
+    With ``attend="self"``, not published, a token attends to itself only: the block as it acts on a
+    batch of one image, whatever the batch. Nothing passes between images; what remains is a layer
+    with dropout for the second stream. It tells the effect of that layer from the effect of
+    attention over the batch.
+
+    Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code, and
+    the same for all of ``attend``.
 
     Args:
         embed_dim: channels C of a token.
         num_heads: attention heads; must divide ``embed_dim``.
         dim_feedforward: hidden width of the feed-forward layer. None: ``embed_dim``.
         dropout: probability for attention weights, feed-forward and residual branches.
+        attend: one of ``ATTENDS``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``embed_dim``.
+        ValueError: ``num_heads`` does not divide ``embed_dim``, or ``attend`` is unknown.
     """
 
     def __init__(
@@ -157,9 +170,12 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
         num_heads: int = 4,
         dim_feedforward: int | None = None,
         dropout: float = 0.5,
+        attend: Attend = "batch",
     ) -> None:
         if embed_dim % num_heads:
             raise ValueError(f"num_heads ({num_heads}) must divide embed_dim ({embed_dim})")
+        if attend not in ATTENDS:
+            raise ValueError(f"unknown attend {attend!r}; known: {', '.join(ATTENDS)}")
         super().__init__(
             d_model=embed_dim,
             nhead=num_heads,
@@ -167,6 +183,7 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             dropout=dropout,
             batch_first=False,  # dimension 0, which is the batch here, is the sequence
         )
+        self.attend = attend
 
     # The base class names its arguments after sequences; here they are images and tokens.
     def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -176,7 +193,8 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             tokens: (B, N, C).
             key_padding_mask: (B, N) bool, True where a token is padding and must not be attended
                 to, or None as published. A position that is padding in every image keeps its
-                attention (a fully masked softmax is NaN); its output is not used.
+                attention (a fully masked softmax is NaN); its output is not used. A token that
+                attends to itself only has nothing to leave out.
 
         Returns:
             (B, N, C), a new tensor.
@@ -194,7 +212,23 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
                     f"not {tuple(key_padding_mask.shape)}"
                 )
             ignored = (key_padding_mask & ~key_padding_mask.all(dim=0)).transpose(0, 1)
+        if self.attend == "self":
+            x = self.norm1(tokens + self.dropout1(self._attend_to_self(tokens)))
+            hidden = self.dropout(self.activation(self.linear1(x)))
+            return self.norm2(x + self.dropout2(self.linear2(hidden)))
         return super().forward(tokens, src_key_padding_mask=ignored)
+
+    def _attend_to_self(self, tokens: Tensor) -> Tensor:
+        """Attention over a sequence of one token: softmax gives 1, so only values are needed."""
+        attention, width = self.self_attn, self.self_attn.embed_dim
+        bias = attention.in_proj_bias[-width:]
+        values = F.linear(tokens, attention.in_proj_weight[-width:], bias)
+        by_head = values.unflatten(-1, (attention.num_heads, -1))
+        weights = F.dropout(
+            by_head.new_ones(*by_head.shape[:-1], 1), attention.dropout, self.training
+        )
+        projected: Tensor = attention.out_proj((weights * by_head).flatten(-2))
+        return projected
 
 
 # --- the hook: where the block acts in an encoder (section 3.3) ----------------------------------
@@ -228,9 +262,11 @@ class BatchFormerHook(nn.Module):
         shared: use one block for all insertions.
         mask_padding: exclude padding from the batch attention. Published: False, padded positions
             take part.
+        attend: images that a token attends to, see :class:`BatchFormerV2`.
 
     Raises:
-        ValueError: ``insert_layers`` is empty, or has negative or repeated entries.
+        ValueError: ``insert_layers`` is empty, or has negative or repeated entries; or a value that
+            the block refuses.
     """
 
     def __init__(
@@ -243,6 +279,7 @@ class BatchFormerHook(nn.Module):
         dropout: float = 0.5,
         shared: bool = False,
         mask_padding: bool = False,
+        attend: Attend = "batch",
     ) -> None:
         super().__init__()
         layers = sorted(insert_layers)
@@ -254,6 +291,7 @@ class BatchFormerHook(nn.Module):
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
         self.shared = shared
+        self.attend = attend
         self.blocks = nn.ModuleDict(
             {
                 name: BatchFormerV2(
@@ -261,6 +299,7 @@ class BatchFormerHook(nn.Module):
                     num_heads=num_heads,
                     dim_feedforward=dim_feedforward,
                     dropout=dropout,
+                    attend=attend,
                 )
                 for name in (["shared"] if shared else map(str, layers))
             }
@@ -286,10 +325,10 @@ class BatchFormerHook(nn.Module):
             return tokens, streams
         # At the first insertion, the one stream is both the original and the block's input.
         original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)
-        if source.shape[0] == 1:
+        if self.attend == "batch" and source.shape[0] == 1:
             warnings.warn(
                 "BatchFormerV2 got a batch of one image: attention over a single image mixes "
-                "nothing. Use at least two images per process.",
+                "nothing. Use at least two images per process, or attend='self'.",
                 stacklevel=2,
             )
         block = self.blocks["shared" if self.shared else str(index)]

@@ -266,7 +266,8 @@ def _best_metric(cfg: CfgNode) -> str:
 
 def _warn_about_single_images(cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    if cfg.MODEL.BATCHFORMER.ENABLED and images == 1:
+    node = cfg.MODEL.BATCHFORMER
+    if node.ENABLED and node.ATTEND == "batch" and images == 1:
         logger.warning(
             "BatchFormerV2 attends over the images of one process, and each process has ONE image, "
             "so the block has no effect across images. Raise SOLVER.IMS_PER_BATCH to at least "
