@@ -71,8 +71,8 @@ def attach(
         dim_feedforward: hidden width of a block's feed-forward layer. None: ``embed_dim``.
         dropout: dropout of a block.
         shared: use one block for all of ``after``.
-        attend: "batch" as published, or "self": a token attends to itself only, so that a batch of
-            one image is enough (see :class:`BatchFormerV2`). The weights fit both.
+        attend: "batch" as published; "self": a token attends to itself only, so that a batch of
+            one image is enough; or "none" (see :class:`BatchFormerV2`). The weights fit all.
         context: per-image arguments of later modules that must be expanded to both streams, like
             padding masks and positional encodings: {module: {argument: batch dimension}}. A module
             may be a pattern like ``"layers.*"``, which skips the layers up to and including the

@@ -130,8 +130,11 @@ def sequence_like(sequence: list[Any] | tuple[Any, ...], items: list[Any]) -> An
 
 # --- the block: attention over the images of the batch (section 3.2) -----------------------------
 
-Attend = Literal["batch", "self"]
-"""Images that a token attends to: all of the batch (published), or its own only (a control)."""
+Attend = Literal["batch", "self", "none"]
+"""Images that a token attends to: all of the batch (published), its own only, or no layer at all.
+
+The last two are controls.
+"""
 
 ATTENDS: tuple[str, ...] = get_args(Attend)
 
@@ -147,7 +150,9 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
     With ``attend="self"``, not published, a token attends to itself only: the block as it acts on a
     batch of one image, whatever the batch. Nothing passes between images; what remains is a layer
     with dropout for the second stream. It tells the effect of that layer from the effect of
-    attention over the batch.
+    attention over the batch. With ``attend="none"`` the tokens are returned as they are, so that
+    both streams are equal (but for dropout in later layers) and train as one: a check of the code
+    around the block.
 
     Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code, and
     the same for all of ``attend``.
@@ -197,7 +202,7 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
                 attends to itself only has nothing to leave out.
 
         Returns:
-            (B, N, C), a new tensor.
+            (B, N, C).
 
         Raises:
             ValueError: the tokens or the mask have another shape.
@@ -212,6 +217,8 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
                     f"not {tuple(key_padding_mask.shape)}"
                 )
             ignored = (key_padding_mask & ~key_padding_mask.all(dim=0)).transpose(0, 1)
+        if self.attend == "none":
+            return tokens
         if self.attend == "self":
             x = self.norm1(tokens + self.dropout1(self._attend_to_self(tokens)))
             hidden = self.dropout(self.activation(self.linear1(x)))
@@ -251,6 +258,10 @@ class BatchFormerHook(nn.Module):
     batchformer stream. Later insertions send the batchformer stream through their block and leave
     the original stream unchanged. In evaluation mode the hook returns its inputs.
 
+    With ``every`` above 1 (not published) the second stream opens at every so many training steps
+    only, and other steps are those of the plain model. The total of two streams is their mean, as
+    large as the loss of one, so all steps weigh the same.
+
     The blocks are ``blocks.<layer>``, or ``blocks.shared`` when one block serves all insertions.
 
     Args:
@@ -263,10 +274,14 @@ class BatchFormerHook(nn.Module):
         mask_padding: exclude padding from the batch attention. Published: False, padded positions
             take part.
         attend: images that a token attends to, see :class:`BatchFormerV2`.
+        every: the second stream opens when ``step`` is a multiple of it.
+
+    Attributes:
+        step: the training step, set by the training loop; it is needed only with ``every``.
 
     Raises:
-        ValueError: ``insert_layers`` is empty, or has negative or repeated entries; or a value that
-            the block refuses.
+        ValueError: ``insert_layers`` is empty, or has negative or repeated entries; ``every`` is
+            below 1; or a value that the block refuses.
     """
 
     def __init__(
@@ -280,6 +295,7 @@ class BatchFormerHook(nn.Module):
         shared: bool = False,
         mask_padding: bool = False,
         attend: Attend = "batch",
+        every: int = 1,
     ) -> None:
         super().__init__()
         layers = sorted(insert_layers)
@@ -287,6 +303,9 @@ class BatchFormerHook(nn.Module):
             raise ValueError(
                 f"insert_layers must name distinct layers from 0 on, not {list(insert_layers)}"
             )
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        self.step, self.every = 0, every
         self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
@@ -321,7 +340,7 @@ class BatchFormerHook(nn.Module):
             The tokens, and the streams that they have now. If they have changed, the caller
             expands its per-image tensors, as :func:`encode` does.
         """
-        if not self.training or index not in self.insert_layers:
+        if not self.training or index not in self.insert_layers or self.step % self.every:
             return tokens, streams
         # At the first insertion, the one stream is both the original and the block's input.
         original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)

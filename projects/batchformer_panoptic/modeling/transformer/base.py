@@ -226,6 +226,7 @@ def build_hook(
         shared=node.SHARED,
         mask_padding=node.MASK_PADDING,
         attend=node.ATTEND,
+        every=node.EVERY,
     )
 
 
