@@ -266,7 +266,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
-        self._hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
+        self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device.type
         self._amp = amp
@@ -279,7 +279,7 @@ class StreamTrainLoop(SimpleTrainer):
             NonFiniteError: before the step that would spoil the weights.
         """
         self.optimizer.zero_grad()
-        for hook in self._hooks:
+        for hook in self._block_hooks:
             hook.step = self.iter
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
