@@ -305,6 +305,8 @@ def perform(study: Study, run: Run, results: Path, work: Path) -> Path:
     folder, path = work / run.name, results / study.name / f"{run.name}.json"
     settings = study.settings(run)
     with locked(folder) as lock:
+        if path.exists():  # another call of the study has finished it meanwhile
+            return path
         with locked(work):
             weights = initial_weights(study, run.point, run.seed, work)
             data = data_options(study, run.point, run.seed, work)
