@@ -3,9 +3,9 @@
 python tools/study.py benchmarks/studies/shapes_100.yaml --jobs 2   # run what is missing
 python tools/study.py benchmarks/studies/shapes_100.yaml --table    # write it into docs/study.md
 
-Each run is one call of train_net.py with one CPU thread. Its result is one JSON file in
-RESULTS/STUDY; a run that has one is not run again, and a run that was stopped is resumed. Weights
-are deleted when the result is written. Exit status 1: some runs failed.
+Each run is one call of train_net.py with one CPU thread. Its result is one JSON file in RESULTS; a
+run that has one is not run again, not for another study either, and a run that was stopped is
+resumed. Weights are deleted when the result is written. Exit status 1: some runs failed.
 
 The file of a study:
 
@@ -62,7 +62,6 @@ from batchformer_panoptic.evaluation.panoptic_evaluator import RESULTS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "docs" / "results" / "study", ROOT / "docs" / "study.md"
-AXES = ("pictures", "batch", "steps")
 GROUPS = ("all", "things", "stuff")
 PACKAGES = ("torch", "torchvision", "numpy")
 # Of a stopped run, at most this part is run again.
@@ -137,6 +136,8 @@ class Study:
         for number in (*numbers, *self.batch, *self.steps, *self.images, self.seeds):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{number!r} is not a number from 1 on")
+        if any(number % batch for number in self.images for batch in self.batch):
+            raise ValueError("images must be multiples of every batch")
         for pair in self.compare:
             if len(pair) != 2 or not set(pair) <= set(self.arms):
                 raise ValueError(f"compare: {pair!r} does not name two of the arms")
@@ -144,7 +145,7 @@ class Study:
     @property
     def points(self) -> list[Point]:
         return [
-            Point(case, pictures, batch, length if self.steps else max(1, length // batch))
+            Point(case, pictures, batch, length if self.steps else length // batch)
             for case in self.cases
             for pictures in self.pictures
             for batch in self.batch
@@ -302,7 +303,7 @@ def perform(study: Study, run: Run, results: Path, work: Path) -> Path:
     Raises:
         UserError: the run failed; the message has the last line of its output.
     """
-    folder, path = work / run.name, results / study.name / f"{run.name}.json"
+    folder, path = work / run.name, results / f"{run.name}.json"
     settings = study.settings(run)
     with locked(folder) as lock:
         if path.exists():  # another call of the study has finished it meanwhile
@@ -424,7 +425,7 @@ def read_result(study: Study, run: Run, results: Path) -> Result | None:
     Raises:
         UserError: it was made with other settings.
     """
-    path = results / study.name / f"{run.name}.json"
+    path = results / f"{run.name}.json"
     if not path.exists():
         return None
     result: Result = read_json(path)
@@ -432,7 +433,7 @@ def read_result(study: Study, run: Run, results: Path) -> Result | None:
         if result.get(key) != value:
             raise UserError(
                 f"{path} was made with {key} {result.get(key)}, and the study has {value}: "
-                "remove the file, or give the study another name"
+                "remove the file, or give the case or the arm another name"
             )
     return result
 
@@ -565,21 +566,34 @@ def how_taken(study: Study, finished: Sequence[Result]) -> str:
 
 def draw(study: Study, finished: Mapping[Run, Result], path: str) -> None:
     """Draw PQ: each seed of each arm, or its mean along the axis with the most values (SVG)."""
-    axis = max(AXES, key=lambda name: len({getattr(point, name) for point in study.points}))
+    counts = {
+        "pictures": len(study.pictures),
+        "batch": len(study.batch),
+        "steps": len(study.steps or study.images),
+    }
+    axis = max(counts, key=lambda name: counts[name])
     panels: dict[tuple[str, ...], list[Point]] = {}
     for point in study.points:
-        others = [name for name in AXES if name != axis and (axis, name) != ("batch", "steps")]
-        key = (point.case, *(f"{name} {getattr(point, name)}" for name in others))
-        panels.setdefault(key, []).append(point)
+        texts = {
+            "pictures": f"{point.pictures} pictures",
+            "batch": f"batch {point.batch}",
+            "steps": f"{point.steps} steps"
+            if study.steps
+            else f"{point.batch * point.steps} images seen",
+        }
+        if counts[axis] > 1:
+            del texts[axis]
+        panels.setdefault((point.case, *texts.values()), []).append(point)
     # Fixed ids and no date, so that the file changes with its content only.
     with matplotlib.rc_context({"svg.hashsalt": study.name, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+        width = max(4.5, 0.9 * len(study.arms))
+        figure = Figure(figsize=(width * len(panels), 3.2), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (key, points) in zip(grid, panels.items(), strict=True):
             axes.set_title(", ".join(key), fontsize="medium")
             axes.set_ylabel("PQ")
             axes.spines[["top", "right"]].set_visible(False)
-            if len(points) == 1:
+            if counts[axis] == 1:
                 draw_seeds(axes, study, finished, points[0])
             else:
                 draw_curves(axes, study, finished, points, axis)
@@ -589,8 +603,9 @@ def draw(study: Study, finished: Mapping[Run, Result], path: str) -> None:
 def draw_seeds(axes: Any, study: Study, finished: Mapping[Run, Result], point: Point) -> None:
     arms = {arm: of_arm(finished, point, arm) for arm in study.arms}
     for seed in range(study.seeds):
-        found = [(x, arm[seed]["PQ"]["all"]) for x, arm in enumerate(arms.values()) if seed in arm]
-        axes.plot(*zip(*found, strict=True), "o-", color="0.75", markersize=4, linewidth=0.8)
+        found = {x: runs[seed] for x, runs in enumerate(arms.values()) if seed in runs}
+        quality = [one["PQ"]["all"] for one in found.values()]
+        axes.plot([*found], quality, "o-", color="0.75", markersize=4, linewidth=0.8)
     for x, runs in enumerate(arms.values()):
         if runs:
             axes.hlines(statistics.mean(values(runs, "all")), x - 0.25, x + 0.25, linewidth=2.5)
@@ -600,11 +615,12 @@ def draw_seeds(axes: Any, study: Study, finished: Mapping[Run, Result], point: P
 def draw_curves(
     axes: Any, study: Study, finished: Mapping[Run, Result], points: Sequence[Point], axis: str
 ) -> None:
-    for arm in study.arms:
+    for number, arm in enumerate(study.arms):
+        apart = 1.03**number  # so that the bars of several arms can be told apart
         by_point = {point: values(of_arm(finished, point, arm), "all") for point in points}
         known = {point: found for point, found in by_point.items() if found}
         axes.errorbar(
-            [getattr(point, axis) for point in known],
+            [getattr(point, axis) * apart for point in known],
             [statistics.mean(found) for found in known.values()],
             [statistics.stdev(found) if len(found) > 1 else 0.0 for found in known.values()],
             marker="o",
@@ -645,7 +661,7 @@ def main(argv: list[str] | None = None) -> int:
         report(study, args.results, args.document)
         print(args.document)
         return 0
-    failures = run_missing(study, args.results, args.work / study.name, args.jobs)
+    failures = run_missing(study, args.results, args.work, args.jobs)
     if failures:
         sys.stderr.write("".join(f"failed: {line}\n" for line in failures))
     return 1 if failures else 0
