@@ -327,6 +327,15 @@ def _add_batchformer_keys(cfg: CN) -> None:
     cfg.MODEL.BATCHFORMER.DROPOUT = 0.5
     # One block for all INSERT_LAYERS instead of one for each.
     cfg.MODEL.BATCHFORMER.SHARED = False
+    # Images that a token attends to, at its position. "batch": all images of a process, as
+    # published. "self": its own only, a control without a path between images, which needs no batch
+    # of two. "none": there is no layer between the streams, which checks the code. The weights are
+    # the same, so a run can change over.
+    cfg.MODEL.BATCHFORMER.ATTEND = "batch"
+    # The second stream opens at every so many steps only (when the number of the step, from 0, is a
+    # multiple), which costs less. The others are steps of the plain model; as the total of two
+    # streams is their mean, all steps weigh the same. Published: 1.
+    cfg.MODEL.BATCHFORMER.EVERY = 1
     # Exclude padded positions of an image from the attention over the batch. Published: False.
     cfg.MODEL.BATCHFORMER.MASK_PADDING = False
     # Factors of the losses of the (original, batchformer) streams. [1.0, 1.0] is the published

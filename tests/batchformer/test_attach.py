@@ -350,6 +350,7 @@ def test_attached_in_evaluation_mode():
         ({"after": []}, "at least one"),
         ({"after": ["layers.1", "layers.1"]}, "none twice"),
         ({"layout": "bnc"}, "unknown layout 'bnc': give the order of dimensions, one of BNC, NBC"),
+        ({"attend": "all"}, "unknown attend 'all'"),
         ({"num_heads": 3}, "must divide embed_dim"),
         ({"context": {"layers.9": {"bias": 0}}}, "no module 'layers.9'"),
         ({"context": {"layers.1": {"bias": 0}}}, "layers.1 runs before the streams part"),
@@ -450,6 +451,15 @@ def test_wrong_channels_and_wrong_output():
     attach(mapping, after=["0"], layout="BNC", embed_dim=CHANNELS)
     with pytest.raises(TypeError, match="0 returns dict"):
         mapping({"tokens": torch.randn(SHAPES["BNC"])})
+
+
+def test_a_batch_of_one_image_is_enough_to_attend_to_itself():
+    model, handle = make(attend="self", dropout=0.0)
+    x = torch.randn(SHAPES["BNC"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_by_one = torch.cat([handle.split(model(x[i : i + 1]))["batchformer"] for i in range(3)])
+    torch.testing.assert_close(handle.split(model(x))["batchformer"], one_by_one)
 
 
 def test_one_image_warns():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from batchformer_panoptic.batchformer import BatchFormerV2
+from batchformer_panoptic.batchformer.batchformer import ATTENDS
 
 
 def slow_block(block: BatchFormerV2, tokens: torch.Tensor, ignored: torch.Tensor) -> torch.Tensor:
@@ -101,3 +102,53 @@ def test_published_defaults():
     assert block.dropout.p == block.dropout1.p == block.self_attn.dropout == 0.5
     assert block.norm1.eps == 1e-5
     assert not block.norm_first
+    assert block.attend == "batch"
+
+
+def test_attending_to_itself_is_the_block_image_by_image():
+    block, itself = make_block(), make_block(attend="self")
+    itself.load_state_dict(block.state_dict())
+    tokens = torch.randn(3, 5, 16)
+    one_by_one = torch.cat([block(tokens[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(itself(tokens), one_by_one)
+    assert not torch.allclose(itself(tokens), block(tokens), atol=1e-3)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 2:] = True
+    assert torch.equal(itself(tokens, mask), itself(tokens))
+
+
+def test_attending_to_itself_drops_whole_heads():
+    """As dropout of the one attention weight that a head has."""
+    block = make_block(attend="self")
+    block.norm1 = block.norm2 = torch.nn.Identity()
+    torch.nn.init.zeros_(block.linear2.weight)
+    torch.nn.init.zeros_(block.linear2.bias)
+    torch.nn.init.eye_(block.self_attn.out_proj.weight)
+    torch.nn.init.zeros_(block.self_attn.out_proj.bias)
+    tokens = torch.randn(20, 30, 16)
+    values = (block(tokens) - tokens).unflatten(-1, (4, 4))
+    block.self_attn.dropout = 0.5
+    dropped = (block(tokens) - tokens).unflatten(-1, (4, 4))
+    kept = (dropped != 0).any(-1, keepdim=True)
+    torch.testing.assert_close(dropped, torch.where(kept, 2 * values, 0.0))
+    assert 0.4 < kept.float().mean() < 0.6
+    assert kept.float().mean(2).unique().numel() == 5  # heads of a token are independent
+    torch.testing.assert_close(block.eval()(tokens), tokens + values.flatten(-2))
+
+
+def test_no_layer_between_the_streams():
+    tokens = torch.randn(2, 3, 16)
+    assert make_block(attend="none")(tokens) is tokens
+
+
+def test_weights_fit_every_way_to_attend():
+    shapes = [
+        {name: value.shape for name, value in make_block(attend=attend).state_dict().items()}
+        for attend in ATTENDS
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_refuses_an_unknown_way_to_attend():
+    with pytest.raises(ValueError, match="unknown attend 'other'; known: batch, self, none"):
+        make_block(attend="other")

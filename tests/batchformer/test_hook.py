@@ -1,4 +1,5 @@
 import copy
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -75,14 +76,46 @@ def test_a_single_image_is_warned_about():
         run(make_hook(), torch.randn(1, 4, 16))
 
 
+def test_attending_to_itself_needs_no_batch_and_ignores_neighbours():
+    hook, tokens = make_hook(attend="self"), torch.randn(3, 4, 16)
+    _, together = TWO_STREAMS.split(run(hook, tokens)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_by_one = [TWO_STREAMS.split(run(hook, tokens[i : i + 1])[0])[1] for i in range(3)]
+    torch.testing.assert_close(torch.cat(one_by_one), together)
+
+
+def test_the_second_stream_opens_every_so_many_steps():
+    hook, tokens = make_hook(insert_layers=[0, 2], every=3), torch.randn(2, 4, 16)
+    numbers = []
+    for hook.step in range(7):
+        out, streams = run(hook, tokens)
+        numbers.append(streams.num_streams)
+        assert streams == TWO_STREAMS or out is tokens
+    assert numbers == [2, 1, 1, 2, 1, 1, 2]
+
+
+def test_published_hook_opens_the_second_stream_in_every_step():
+    hook = make_hook()
+    assert (hook.attend, hook.every) == ("batch", 1)
+    hook.step = 5
+    assert run(hook, torch.randn(2, 4, 16))[1] == TWO_STREAMS
+
+
+def test_refuses_no_steps():
+    with pytest.raises(ValueError, match="every must be at least 1 step, not 0"):
+        make_hook(every=0)
+
+
 @pytest.mark.parametrize("layers", [[], [-1], [0, 0]])
 def test_refuses_meaningless_layers(layers):
     with pytest.raises(ValueError, match="insert_layers"):
         make_hook(insert_layers=layers)
 
 
-def test_every_parameter_gets_a_gradient_and_copies_are_independent():
-    hook = make_hook(insert_layers=[0, 1])
+@pytest.mark.parametrize("attend", ["batch", "self"])
+def test_every_parameter_gets_a_gradient_and_copies_are_independent(attend):
+    hook = make_hook(insert_layers=[0, 1], attend=attend)
     twin = copy.deepcopy(hook)
     run(hook, torch.randn(3, 4, 16))[0].square().sum().backward()
     for name, parameter in hook.named_parameters():

@@ -29,6 +29,7 @@ COMMANDS = {
         *CONFIG,
     ],
     "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
+    "tools/study.py": [f"{ABSENT}.yaml"],
     "tools/visualize_data.py": [*CONFIG, "--output", "{tmp}"],
     "tools/visualize_predictions.py": [*CONFIG, "--output", "{tmp}"],
 }

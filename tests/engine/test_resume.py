@@ -20,9 +20,10 @@ def _state(trainer: StandInTrainer) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, ema_decay: float) -> None:
+@pytest.mark.parametrize(("ema_decay", "every"), [(0.0, 1), (0.9, 1), (0.0, 2)])
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, ema_decay: float, every: int) -> None:
     opts = ["SOLVER.EMA_DECAY", ema_decay, "SOLVER.CHECKPOINT_PERIOD", 3]
+    opts += ["MODEL.BATCHFORMER.EVERY", every]
     through = trained(stand_in_cfg(tmp_path / "through", *opts))
 
     interrupted = StandInTrainer(stand_in_cfg(tmp_path / "stopped", *opts))

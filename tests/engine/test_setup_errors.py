@@ -53,6 +53,7 @@ def test_config_file(
         (["DATASETS.TRAIN", "('coco_2017_train_panoptik',)"], "coco_2017_train_panoptic"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["MODEL.BATCHFORMER.STREAM_WEIGHTS", "[1.0]"], "one weight per stream"),
+        (["MODEL.BATCHFORMER.EVERY", "0"], "MODEL.BATCHFORMER.EVERY must be at least 1 step"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
         (["SOLVER.GRADIENT_ACCUMULATION", "0"], "SOLVER.GRADIENT_ACCUMULATION"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from batchformer_panoptic.engine.train_loop import combine_streams
+from batchformer_panoptic.engine.train_loop import MetricWindow, combine_streams
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
@@ -77,6 +77,21 @@ def test_metrics_of_first_and_last_iteration_reach_the_file(tmp_path: Path) -> N
         assert streams / 2 == pytest.approx(record["total_loss"], rel=1e-5)
         assert {"grad_norm", "class_error", "original/loss_ce", "lr", "data_time"} <= record.keys()
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_means_are_over_the_iterations_that_have_the_metric() -> None:
+    window = MetricWindow()
+    for one in ({"a": 1.0, "b": 5.0}, {"a": 4.0}, {"a": 2.0, "b": 7.0}, {"a": 5.0}):
+        window.add({name: torch.tensor(value) for name, value in one.items()})
+    assert window.flush() == {"a": 3.0, "b": 6.0}
+    assert window.flush() == {}
+
+
+def test_the_second_stream_rests_between_its_steps(tmp_path: Path) -> None:
+    trainer = trained(stand_in_cfg(tmp_path, "MODEL.BATCHFORMER.EVERY", 4))
+    weight = trainer.model.batchformer.blocks["0"].linear1.weight
+    assert trainer.optimizer.state[weight]["step"] == 2  # of 6: iterations 0 and 4
+    assert trainer.optimizer.state[trainer.model.head.weight]["step"] == 6
 
 
 def test_console_line_shows_progress_and_totals(
@@ -153,9 +168,13 @@ def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
     assert trainer.model.head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("images", "warned"), [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("images", "attend", "warned"),
+    [(1, "batch", True), (2, "batch", False), (1, "self", False)],
+)
 def test_one_image_per_process_is_warned_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, warned: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, attend: str, warned: bool
 ) -> None:
-    StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.IMS_PER_BATCH", images))
+    opts = ["SOLVER.IMS_PER_BATCH", images, "MODEL.BATCHFORMER.ATTEND", attend]
+    StandInTrainer(stand_in_cfg(tmp_path, *opts))
     assert ("ONE image" in caplog.text) == warned

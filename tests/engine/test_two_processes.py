@@ -38,6 +38,12 @@ def _train(output_dir: Path) -> None:
     trainer.train()
     torch.save(trainer.model.module.head.weight, output_dir / f"head_{comm.get_rank()}.pth")
 
+    for number, opts in enumerate((["EVERY", 2], ["ATTEND", "none"])):
+        opts[0] = f"MODEL.BATCHFORMER.{opts[0]}"  # the block has steps without a gradient
+        trainer = SplitTrainer(stand_in_cfg(output_dir / str(number), *opts))
+        trainer.train()
+        assert trainer.iter == trainer.max_iter
+
     trainer = SplitTrainer(stand_in_cfg(output_dir / "poisoned"))
     if comm.get_rank() == 1:  # the first process, which saves, has a finite loss
         trainer.model.module.register_forward_hook(_refuse)

@@ -12,8 +12,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from batchformer_panoptic.batchformer import Losses
+from batchformer_panoptic.batchformer.batchformer import SINGLE
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.engine import PanopticTrainer
+from batchformer_panoptic.modeling.transformer.base import build_hook
 
 DATASET = "stand_in_set"
 CLASSES = ["ball", "grass"]
@@ -26,27 +28,24 @@ class StandIn(nn.Module):
         super().__init__()
         torch.manual_seed(0)  # every stand-in starts alike
         self.backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-        self.batchformer = nn.Linear(8, 8)
+        self.batchformer = build_hook(cfg, embed_dim=8, num_layers=1, layers_are="one layer")
         self.norm = nn.LayerNorm(8)
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(8, 2)
         self.mask_head = nn.Linear(8, 1) if cfg.MODEL.MASK_ON else None
-        self.two_streams = cfg.MODEL.BATCHFORMER.ENABLED
 
     def forward(self, batch: list[dict[str, Any]]) -> Any:
         """Losses in training; the sum of the weights as the only result in evaluation."""
         if not self.training:
             return [{"weights": self.head.weight.sum().item()} for _ in batch]
         features = self.dropout(self.backbone(torch.stack([x["image"] for x in batch])))
-        streams = {"original": features}
-        if self.two_streams:
-            streams["batchformer"] = self.dropout(self.batchformer(features))
+        tokens, streams = self.batchformer.after_layer(0, features[:, None], SINGLE, None)
         losses = {}
-        for name, stream in streams.items():
+        for name, stream in zip(streams.names, streams.split(tokens[:, 0]), strict=True):
             out = self.head(self.norm(stream))
-            suffix = f"/{name}" if self.two_streams else ""
-            losses[f"loss_ce{suffix}"] = out[:, 0].exp().mean() / len(streams)
-            losses[f"loss_bbox{suffix}"] = out[:, 1].square().mean() / len(streams)
+            suffix = "" if streams == SINGLE else f"/{name}"
+            losses[f"loss_ce{suffix}"] = out[:, 0].exp().mean() / streams.num_streams
+            losses[f"loss_bbox{suffix}"] = out[:, 1].square().mean() / streams.num_streams
             if self.mask_head is not None:
                 losses[f"loss_mask{suffix}"] = self.mask_head(stream).square().mean()
         return Losses(losses, {"class_error": out[:, 0].mean()})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 
+from batchformer_panoptic.batchformer import BATCHFORMER, ORIGINAL, BatchFormerHook
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from batchformer_panoptic.modeling import panoptic_detr
 from batchformer_panoptic.modeling.postprocessing import masks
@@ -113,6 +114,34 @@ def test_original_stream_is_the_plain_model_in_training(insert_layers, kind):
     original, other = a.streams.split(a.logits.transpose(0, 1))
     torch.testing.assert_close(original.transpose(0, 1), b.logits)
     assert not torch.allclose(other.transpose(0, 1), b.logits, atol=1e-3)
+
+
+@each_transformer_with_boxes  # Mask2Former draws other points for two streams than for one
+def test_streams_without_a_layer_between_them_train_as_the_plain_model(kind):
+    with_block, plain = pair_of_models(**kind, MODEL__BATCHFORMER__ATTEND="none")
+    objectives = [total(model.train()(random_inputs(SIZES))) for model in (with_block, plain)]
+    torch.testing.assert_close(*objectives)
+    for objective in objectives:
+        objective.backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in with_block.named_parameters():
+        if "batchformer" in name:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@each_transformer
+def test_steps_between_those_with_two_streams_are_the_plain_models(kind):
+    model, plain = pair_of_models(**kind, MODEL__BATCHFORMER__EVERY=2)
+    (hook,) = (part for part in model.train().modules() if isinstance(part, BatchFormerHook))
+    found = []
+    for hook.step, one in ((1, model), (1, plain.train()), (2, model)):
+        torch.manual_seed(0)
+        found.append(dict(one(random_inputs(SIZES))))
+    rest, expected, both = found
+    assert rest == expected
+    assert {name.partition("/")[2] for name in both} >= {ORIGINAL, BATCHFORMER}
 
 
 @each_transformer
@@ -408,6 +437,10 @@ def test_finite_terms_with_an_infinite_sum_are_called_a_sum():
             r"name at least two maps",
         ),
         ({"MODEL__BATCHFORMER__INSERT_LAYERS": [2], **BLOCK}, r"\[2\].*from 0 to 1"),
+        (
+            {"MODEL__BATCHFORMER__ATTEND": "all", **BLOCK},
+            "ATTEND is 'all'; known: batch, self, none",
+        ),
     ],
 )
 def test_wrong_names_in_the_config_are_explained(overrides, message):

@@ -19,6 +19,7 @@ from .batchformer import (
     ORIGINAL,
     SINGLE,
     TWO_STREAMS,
+    Attend,
     BatchFormerHook,
     StreamState,
     map_tensors,
@@ -44,6 +45,7 @@ def attach(
     dim_feedforward: int | None = None,
     dropout: float = 0.5,
     shared: bool = False,
+    attend: Attend = "batch",
     context: Context | None = None,
     name: str = "batchformer",
 ) -> "AttachedBatchFormer":
@@ -69,6 +71,8 @@ def attach(
         dim_feedforward: hidden width of a block's feed-forward layer. None: ``embed_dim``.
         dropout: dropout of a block.
         shared: use one block for all of ``after``.
+        attend: "batch" as published; "self": a token attends to itself only, so that a batch of
+            one image is enough; or "none" (see :class:`BatchFormerV2`). The weights fit all.
         context: per-image arguments of later modules that must be expanded to both streams, like
             padding masks and positional encodings: {module: {argument: batch dimension}}. A module
             may be a pattern like ``"layers.*"``, which skips the layers up to and including the
@@ -81,8 +85,8 @@ def attach(
 
     Raises:
         ValueError: a module that does not exist, a name that is taken, an unknown layout or one
-            that contradicts the module, an argument that a module does not take, or sizes that do
-            not fit.
+            that contradicts the module, an unknown ``attend``, an argument that a module does not
+            take, or sizes that do not fit.
         TypeError: the model is already wrapped or compiled.
     """
     _check_model(model, name)
@@ -104,6 +108,7 @@ def attach(
         dim_feedforward=dim_feedforward,
         dropout=dropout,
         shared=shared,
+        attend=attend,
     )
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:

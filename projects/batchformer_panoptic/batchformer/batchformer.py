@@ -6,10 +6,11 @@ Shapes: B images, S streams, B' = S * B entries, N tokens of an image, C channel
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # --- streams: the copies of the batch that a tensor holds ----------------------------------------
 
@@ -129,6 +130,14 @@ def sequence_like(sequence: list[Any] | tuple[Any, ...], items: list[Any]) -> An
 
 # --- the block: attention over the images of the batch (section 3.2) -----------------------------
 
+Attend = Literal["batch", "self", "none"]
+"""Images that a token attends to: all of the batch (published), its own only, or no layer at all.
+
+The last two are controls.
+"""
+
+ATTENDS: tuple[str, ...] = get_args(Attend)
+
 
 class BatchFormerV2(nn.TransformerEncoderLayer):
     """Lets every token attend to the tokens at the same position of the other images.
@@ -138,16 +147,25 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
     3.2). It has no positional encoding, so permuting the images permutes the output. With one
     token per image (N = 1) it is the image-level BatchFormer (v1).
 
-    Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code.
+    With ``attend="self"``, not published, a token attends to itself only: the block as it acts on a
+    batch of one image, whatever the batch. Nothing passes between images; what remains is a layer
+    with dropout for the second stream. It tells the effect of that layer from the effect of
+    attention over the batch. With ``attend="none"`` the tokens are returned as they are, so that
+    both streams are equal (but for dropout in later layers) and train as one: a check of the code
+    around the block.
+
+    Parameter names are those of ``torch.nn.TransformerEncoderLayer`` and of the public code, and
+    the same for all of ``attend``.
 
     Args:
         embed_dim: channels C of a token.
         num_heads: attention heads; must divide ``embed_dim``.
         dim_feedforward: hidden width of the feed-forward layer. None: ``embed_dim``.
         dropout: probability for attention weights, feed-forward and residual branches.
+        attend: one of ``ATTENDS``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``embed_dim``.
+        ValueError: ``num_heads`` does not divide ``embed_dim``, or ``attend`` is unknown.
     """
 
     def __init__(
@@ -157,9 +175,12 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
         num_heads: int = 4,
         dim_feedforward: int | None = None,
         dropout: float = 0.5,
+        attend: Attend = "batch",
     ) -> None:
         if embed_dim % num_heads:
             raise ValueError(f"num_heads ({num_heads}) must divide embed_dim ({embed_dim})")
+        if attend not in ATTENDS:
+            raise ValueError(f"unknown attend {attend!r}; known: {', '.join(ATTENDS)}")
         super().__init__(
             d_model=embed_dim,
             nhead=num_heads,
@@ -167,6 +188,7 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             dropout=dropout,
             batch_first=False,  # dimension 0, which is the batch here, is the sequence
         )
+        self.attend = attend
 
     # The base class names its arguments after sequences; here they are images and tokens.
     def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -176,10 +198,11 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             tokens: (B, N, C).
             key_padding_mask: (B, N) bool, True where a token is padding and must not be attended
                 to, or None as published. A position that is padding in every image keeps its
-                attention (a fully masked softmax is NaN); its output is not used.
+                attention (a fully masked softmax is NaN); its output is not used. A token that
+                attends to itself only has nothing to leave out.
 
         Returns:
-            (B, N, C), a new tensor.
+            (B, N, C).
 
         Raises:
             ValueError: the tokens or the mask have another shape.
@@ -194,7 +217,25 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
                     f"not {tuple(key_padding_mask.shape)}"
                 )
             ignored = (key_padding_mask & ~key_padding_mask.all(dim=0)).transpose(0, 1)
+        if self.attend == "none":
+            return tokens
+        if self.attend == "self":
+            x = self.norm1(tokens + self.dropout1(self._attend_to_self(tokens)))
+            hidden = self.dropout(self.activation(self.linear1(x)))
+            return self.norm2(x + self.dropout2(self.linear2(hidden)))
         return super().forward(tokens, src_key_padding_mask=ignored)
+
+    def _attend_to_self(self, tokens: Tensor) -> Tensor:
+        """Attention over a sequence of one token: softmax gives 1, so only values are needed."""
+        attention, width = self.self_attn, self.self_attn.embed_dim
+        bias = attention.in_proj_bias[-width:]
+        values = F.linear(tokens, attention.in_proj_weight[-width:], bias)
+        by_head = values.unflatten(-1, (attention.num_heads, -1))
+        weights = F.dropout(
+            by_head.new_ones(*by_head.shape[:-1], 1), attention.dropout, self.training
+        )
+        projected: Tensor = attention.out_proj((weights * by_head).flatten(-2))
+        return projected
 
 
 # --- the hook: where the block acts in an encoder (section 3.3) ----------------------------------
@@ -217,6 +258,10 @@ class BatchFormerHook(nn.Module):
     batchformer stream. Later insertions send the batchformer stream through their block and leave
     the original stream unchanged. In evaluation mode the hook returns its inputs.
 
+    With ``every`` above 1 (not published) the second stream opens at every so many training steps
+    only, and other steps are those of the plain model. The total of two streams is their mean, as
+    large as the loss of one, so all steps weigh the same.
+
     The blocks are ``blocks.<layer>``, or ``blocks.shared`` when one block serves all insertions.
 
     Args:
@@ -228,9 +273,15 @@ class BatchFormerHook(nn.Module):
         shared: use one block for all insertions.
         mask_padding: exclude padding from the batch attention. Published: False, padded positions
             take part.
+        attend: images that a token attends to, see :class:`BatchFormerV2`.
+        every: the second stream opens when ``step`` is a multiple of it.
+
+    Attributes:
+        step: the training step, set by the training loop; it is needed only with ``every``.
 
     Raises:
-        ValueError: ``insert_layers`` is empty, or has negative or repeated entries.
+        ValueError: ``insert_layers`` is empty, or has negative or repeated entries; ``every`` is
+            below 1; or a value that the block refuses.
     """
 
     def __init__(
@@ -243,6 +294,8 @@ class BatchFormerHook(nn.Module):
         dropout: float = 0.5,
         shared: bool = False,
         mask_padding: bool = False,
+        attend: Attend = "batch",
+        every: int = 1,
     ) -> None:
         super().__init__()
         layers = sorted(insert_layers)
@@ -250,10 +303,14 @@ class BatchFormerHook(nn.Module):
             raise ValueError(
                 f"insert_layers must name distinct layers from 0 on, not {list(insert_layers)}"
             )
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        self.step, self.every = 0, every
         self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
         self.shared = shared
+        self.attend = attend
         self.blocks = nn.ModuleDict(
             {
                 name: BatchFormerV2(
@@ -261,6 +318,7 @@ class BatchFormerHook(nn.Module):
                     num_heads=num_heads,
                     dim_feedforward=dim_feedforward,
                     dropout=dropout,
+                    attend=attend,
                 )
                 for name in (["shared"] if shared else map(str, layers))
             }
@@ -282,14 +340,14 @@ class BatchFormerHook(nn.Module):
             The tokens, and the streams that they have now. If they have changed, the caller
             expands its per-image tensors, as :func:`encode` does.
         """
-        if not self.training or index not in self.insert_layers:
+        if not self.training or index not in self.insert_layers or self.step % self.every:
             return tokens, streams
         # At the first insertion, the one stream is both the original and the block's input.
         original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)
-        if source.shape[0] == 1:
+        if self.attend == "batch" and source.shape[0] == 1:
             warnings.warn(
                 "BatchFormerV2 got a batch of one image: attention over a single image mixes "
-                "nothing. Use at least two images per process.",
+                "nothing. Use at least two images per process, or attend='self'.",
                 stacklevel=2,
             )
         block = self.blocks["shared" if self.shared else str(index)]

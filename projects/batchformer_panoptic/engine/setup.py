@@ -272,6 +272,10 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
             "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "
             f"{TWO_STREAMS.names}, not {cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS}"
         )
+    if cfg.MODEL.BATCHFORMER.EVERY < 1:
+        raise UserError(
+            f"MODEL.BATCHFORMER.EVERY must be at least 1 step, not {cfg.MODEL.BATCHFORMER.EVERY}"
+        )
     unknown = set(cfg.MODEL.ACTIVATION_CHECKPOINTING) - set(_CHECKPOINTED_PARTS)
     if unknown:
         raise UserError(

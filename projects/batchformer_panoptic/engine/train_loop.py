@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..batchformer import BatchFormerHook
 from ..errors import NonFiniteError, UserError
 from .solver import GradientClipper
 
@@ -93,36 +94,36 @@ class MetricWindow:
     """Averages 0-d tensors over iterations and processes with one transfer per window.
 
     Between two calls of `flush`, all values stay on the device, and an iteration costs one stack
-    and one addition. The names must be the same within a window and in all processes.
+    and one addition. Iterations may have different names (``MODEL.BATCHFORMER.EVERY``), each set of
+    them with a transfer of its own, but must have the same ones in all processes.
     """
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._sum: Tensor | None = None
-        self._count = 0
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add the values of one iteration; different names start a new window."""
+        """Add the values of one iteration."""
         values = torch.stack([value.detach().float() for value in metrics.values()])
-        names = tuple(metrics)
-        if self._sum is None or names != self._names:
-            self._names, self._sum, self._count = names, values, 1
-        else:
-            self._sum = self._sum + values
-            self._count += 1
+        total, count = self._sums.get(tuple(metrics), (0.0, 0))
+        self._sums[tuple(metrics)] = (total + values, count + 1)
 
     def flush(self) -> dict[str, float]:
-        """Return the means since the last call, and start a new window.
+        """Return the mean of each name since the last call, and start a new window.
 
         A collective operation; only the main process gets the means over all processes.
         """
-        if self._sum is None:
-            return {}
-        mean = self._sum / (self._count * comm.get_world_size())
-        if comm.get_world_size() > 1:
-            torch.distributed.reduce(mean, dst=0)
-        self._sum = None
-        return dict(zip(self._names, mean.tolist(), strict=True))
+        found: dict[str, list[tuple[float, int]]] = {}
+        for names, (total, count) in self._sums.items():
+            mean = total / (count * comm.get_world_size())
+            if comm.get_world_size() > 1:
+                torch.distributed.reduce(mean, dst=0)
+            for name, value in zip(names, mean.tolist(), strict=True):
+                found.setdefault(name, []).append((value, count))
+        self._sums = {}
+        return {
+            name: sum(value * count for value, count in parts) / sum(count for _, count in parts)
+            for name, parts in found.items()
+        }
 
 
 class FiniteCheck:
@@ -265,6 +266,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
+        self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device.type
         self._amp = amp
@@ -277,6 +279,8 @@ class StreamTrainLoop(SimpleTrainer):
             NonFiniteError: before the step that would spoil the weights.
         """
         self.optimizer.zero_grad()
+        for hook in self._block_hooks:
+            hook.step = self.iter
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
         for part in range(self._accumulation):

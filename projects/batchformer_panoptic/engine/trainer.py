@@ -54,7 +54,7 @@ class PanopticTrainer(DefaultTrainer):
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
         self._unwrapped = model
         self._trainer = StreamTrainLoop(
-            _distribute(model),
+            _distribute(model, has_rests=_block_rests(cfg)),
             optimizer,
             clipper=build_gradient_clipper(cfg),
             stream_weights=dict(
@@ -251,10 +251,16 @@ def _classes_of(dataset_name: str) -> ClassTable:
     return ClassTable.from_metadata(MetadataCatalog.get(dataset_name))
 
 
-def _distribute(model: nn.Module) -> nn.Module:
+def _block_rests(cfg: CfgNode) -> bool:
+    """Whether there are steps in which the block's parameters have no gradient."""
+    node = cfg.MODEL.BATCHFORMER
+    return bool(node.ENABLED and (node.EVERY > 1 or node.ATTEND == "none"))
+
+
+def _distribute(model: nn.Module, *, has_rests: bool) -> nn.Module:
     device_ids = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     return create_ddp_model(
-        model, broadcast_buffers=False, find_unused_parameters=False, **device_ids
+        model, broadcast_buffers=False, find_unused_parameters=has_rests, **device_ids
     )
 
 
@@ -266,7 +272,8 @@ def _best_metric(cfg: CfgNode) -> str:
 
 def _warn_about_single_images(cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    if cfg.MODEL.BATCHFORMER.ENABLED and images == 1:
+    node = cfg.MODEL.BATCHFORMER
+    if node.ENABLED and node.ATTEND == "batch" and images == 1:
         logger.warning(
             "BatchFormerV2 attends over the images of one process, and each process has ONE image, "
             "so the block has no effect across images. Raise SOLVER.IMS_PER_BATCH to at least "

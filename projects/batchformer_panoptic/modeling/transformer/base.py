@@ -9,6 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ...batchformer import BatchFormerHook, IdentityHook, StreamState
+from ...batchformer.batchformer import ATTENDS
 from ...errors import UserError
 from .layers import BatchPadding, CheckpointedLayer
 from .mask_pilot import PilotOutput
@@ -207,11 +208,14 @@ def build_hook(
         layers_are: the origin of this number, for messages ("MODEL.DETR.ENC_LAYERS is 6").
 
     Raises:
-        UserError: a block would follow a layer that does not exist.
+        UserError: a block would follow a layer that does not exist, or an unknown value of
+            ``ATTEND``.
     """
     node = cfg.MODEL.BATCHFORMER
     if not node.ENABLED:
         return IdentityHook()
+    if node.ATTEND not in ATTENDS:
+        raise UserError(f"MODEL.BATCHFORMER.ATTEND is {node.ATTEND!r}; known: {', '.join(ATTENDS)}")
     _check_insert_layers(node.INSERT_LAYERS, num_layers, layers_are)
     return BatchFormerHook(
         embed_dim,
@@ -221,6 +225,8 @@ def build_hook(
         dropout=node.DROPOUT,
         shared=node.SHARED,
         mask_padding=node.MASK_PADDING,
+        attend=node.ATTEND,
+        every=node.EVERY,
     )
 
 
