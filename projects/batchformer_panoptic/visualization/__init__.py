@@ -3,6 +3,7 @@
 from ..data.io import read_image, write_image
 from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets
 from .scene import contact_sheet, side_by_side, write_pictures
+from .text import legend, legend_entries
 
 __all__ = [
     "contact_sheet",
@@ -10,6 +11,8 @@ __all__ = [
     "draw_result",
     "draw_scene",
     "draw_targets",
+    "legend",
+    "legend_entries",
     "read_image",
     "side_by_side",
     "write_image",
