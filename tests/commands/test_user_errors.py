@@ -27,6 +27,7 @@ COMMANDS = {
         *("src.pth", "{tmp}/exported.pth", "--format", "official"),
         *CONFIG,
     ],
+    "tools/predict.py": [*CONFIG, "--input", "a.png", "--output", "{tmp}/predictions"],
     "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
     "tools/visualize_data.py": [*CONFIG, "--output", "{tmp}"],
     "tools/visualize_predictions.py": [*CONFIG, "--output", "{tmp}"],

@@ -116,7 +116,7 @@ def draw_scene(
     size = round(factor * image_rgb.shape[0]), round(factor * image_rgb.shape[1])
     regions = [region.resized(size, factor) for region in scene.regions]
     shades = [_bytes(shade) for shade in _shades(regions, table, vary_instances)]
-    owner = _owners(regions, size)
+    owner = owners(regions, size)
     canvas = muted(enlarge(image_rgb, size))
     _paint(canvas, owner, regions, shades, _VOID_STRIPE if scene.is_panoptic else 0.0)
     _outline(canvas, owner)
@@ -175,7 +175,7 @@ def instance_shade(color: Color, index: int) -> Shade:
     return colorsys.hls_to_rgb((hue + hue_step) % 1.0, lightness, saturation)
 
 
-def _owners(regions: list[Region], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+def owners(regions: list[Region], size: tuple[int, int]) -> npt.NDArray[np.int32]:
     """(H, W) index of the region that is painted at each pixel; -1: none."""
     owner = np.full(size, -1, dtype=np.int32)
     for index in sorted(range(len(regions)), key=lambda index: -area_of(regions[index])):

@@ -38,7 +38,7 @@ class SharedSegmentMap:
     def resized(self, size: tuple[int, int]) -> "SharedSegmentMap":
         """Return the map resized to (height, width) by nearest neighbour; cached per size."""
         if size not in self._resized:
-            self._resized[size] = SharedSegmentMap(_nearest(self.ids, size))
+            self._resized[size] = SharedSegmentMap(nearest(self.ids, size))
         return self._resized[size]
 
     @cached_property
@@ -115,7 +115,7 @@ class Region(NamedTuple):
         if isinstance(pixels, Segment):
             pixels = Segment(pixels.map.resized(size), pixels.id)
         elif pixels is not None:
-            pixels = _nearest(pixels.astype(np.uint8), size).astype(bool)
+            pixels = nearest(pixels.astype(np.uint8), size).astype(bool)
         if box is not None:
             x0, y0, x1, y1 = (factor * value for value in box)
             box = (x0, y0, x1, y1)
@@ -219,7 +219,7 @@ def _boxes(boxes: Any) -> list[Box]:
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tensor.tolist()]
 
 
-def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+def nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
     """Resize by nearest neighbour, so that the picture shows every pixel of the original."""
     if values.shape == size:
         return values
