@@ -198,7 +198,7 @@ def find_images(inputs: Sequence[str], *, outside: str | Path | None = None) -> 
     if not found:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"no images in {' '.join(inputs)}: looked for {suffixes}")
-    return list(dict.fromkeys(found))
+    return list({os.path.abspath(name): name for name in reversed(found)}.values())[::-1]
 
 
 def _images_below(folder: str, outside: str | Path | None) -> list[str]:
