@@ -142,6 +142,17 @@ def test_the_truth_predicted_scores_100_with_panopticapi(
         images = [dataset_dict["file_name"] for dataset_dict in dicts]
         folder.finish(images, image_ids_of(str(data.panoptic_json)))
     assert len(json.loads((out / "panoptic.json").read_text())["annotations"]) == len(dicts)
+    things = [
+        segment["category_id"]
+        for dataset_dict in dicts
+        for segment in truth_as_result(dataset_dict)["panoptic_seg"][1]
+        if run.table.is_thing[segment["category_id"]]
+    ]
+    instances = json.loads((out / "instances.json").read_text())
+    assert [a["category_id"] for a in instances["annotations"]] == [
+        run.table.dataset_ids[class_id] for class_id in things
+    ]
+    assert [category["name"] for category in instances["categories"]] == ["box", "disc"]
     found = pq_compute(
         str(data.panoptic_json),
         str(out / "panoptic.json"),

@@ -259,7 +259,7 @@ def _bytes(shade: Shade) -> Color:
 # Font size: at most these pixels in small pictures, and this share of the short side in large ones,
 # so that names are readable when a photograph is shrunk to a screen.
 _TEXT_PIXELS, _TEXT_SHARE = 14, 1 / 45
-_LARGEST_TEXT_SHARE = 1 / 14
+_LARGEST_TEXT_SHARE, _SMALLEST_TEXT = 1 / 14, 6
 # Share of a name that other names may cover; a name without a better place is left out.
 _COVERED = 0.25
 _SEARCHED_PIXELS = 400  # along the short side, when a place for a name is searched
@@ -295,14 +295,15 @@ def place_labels(named: Sequence[Named], size: tuple[int, int]) -> list[Label]:
 
     Names of small things are outside, those of large things inside. Names of stuff are at the
     widest place that the names of things leave. In crowded pictures, names that would cover others
-    are left out.
+    are left out, as are those that are larger than the picture.
 
     Args:
         named: regions with their texts and colours.
         size: (height, width) of the picture.
     """
     short = min(size)
-    pixels = round(max(min(_TEXT_PIXELS, short * _LARGEST_TEXT_SHARE), short * _TEXT_SHARE))
+    usual = max(min(_TEXT_PIXELS, short * _LARGEST_TEXT_SHARE), short * _TEXT_SHARE)
+    pixels = max(_SMALLEST_TEXT, round(usual))
     step = max(1, short // _SEARCHED_PIXELS)
     placed: list[_Rectangle] = []
     labels = []
@@ -312,7 +313,7 @@ def place_labels(named: Sequence[Named], size: tuple[int, int]) -> list[Label]:
             _inside(x, y, width, height, size)
             for x, y in _candidates(item, placed, width, height, step)
         ]
-        if not candidates:
+        if not candidates or width > size[1] or height > size[0]:
             continue
         covered = [sum(map(candidate.overlap, placed)) for candidate in candidates]
         best = candidates[covered.index(min(covered))]

@@ -188,9 +188,7 @@ def test_the_pipeline_finds_the_same_segments(tmp_path: Path) -> None:
         same_class = [mask & covered for name, mask in masks if name == label]
         if not segment["isthing"]:  # the pipeline does not join the queries of a stuff class
             same_class = [torch.stack(same_class).any(0)]
-        overlap = max(
-            float((mine & mask).sum() / (mine | mask).sum()) for mask in same_class
-        )
+        overlap = max(float((mine & mask).sum() / (mine | mask).sum()) for mask in same_class)
         assert overlap > 0.99, label
     assert {name for name, _ in masks} == {f"class {s['category_id']}" for s in segments}
 
