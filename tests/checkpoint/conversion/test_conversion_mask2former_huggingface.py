@@ -172,6 +172,7 @@ def test_panoptic_segments_are_those_of_transformers(seed: int, tmp_path: Path) 
 def test_the_pipeline_finds_the_same_segments(tmp_path: Path) -> None:
     """``pipeline("image-segmentation")`` on the exported folder; rules as in the test above."""
     cfg, ours = confident_model()
+    cfg.INPUT.MIN_SIZE_TEST = 384
     to_huggingface(ours.state_dict(), tmp_path / "exported", cfg=cfg, classes=table())
     torch.manual_seed(0)
     blobs = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6) * 255, size=(384, 384))[0]
