@@ -230,7 +230,7 @@ def nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]
 
 _MARGIN = 8  # pixels
 _BACKGROUND = 255
-_TITLE_SHARE, _SMALLEST_TITLE = 1 / 22, 20  # font size: of the panels' height; in pixels
+_TITLE_SHARE, _SMALLEST_TITLE = 1 / 22, 20  # font size: of the panels' shorter side; in pixels
 _IN_OVERVIEW = 12  # pictures
 
 
@@ -250,12 +250,15 @@ def side_by_side(
         uint8 RGB.
     """
     height = max(panel.shape[0] for panel in panels)
-    pixels = max(_SMALLEST_TITLE, round(_TITLE_SHARE * height))
-    columns = []
-    for panel, title in zip(panels, titles, strict=True):
-        scaled = _scaled(panel, height / panel.shape[0])
-        columns.append(_framed(np.vstack([title_bar(title, scaled.shape[1], pixels), scaled])))
-    row = np.hstack(columns)
+    scaled = [_scaled(panel, height / panel.shape[0]) for panel in panels]
+    short = min(height, *(panel.shape[1] for panel in scaled))
+    pixels = max(_SMALLEST_TITLE, round(_TITLE_SHARE * short))
+    row = np.hstack(
+        [
+            _framed(np.vstack([title_bar(title, panel.shape[1], pixels), panel]))
+            for panel, title in zip(scaled, titles, strict=True)
+        ]
+    )
     return np.vstack([row, legend(entries, row.shape[1], pixels)]) if entries else row
 
 
