@@ -8,7 +8,6 @@ status: 0, 1 if some of the images could not be read, 2 after another mistake.
 """
 
 import argparse
-import glob
 import os
 import sys
 import time
@@ -19,12 +18,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+from batchformer_panoptic.data.io import IMAGE_SUFFIXES, find_images
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
 from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.visualization import draw_result, read_image, write_image
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
 DEFAULT_FPS = 25.0  # for videos without a frame rate
 WINDOW = "panoptic segmentation"
@@ -48,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_output(args)
-    images = find_images(args.input) if args.input else []
+    images = find_images(args.input, outside=args.output) if args.input else []
     cfg = load_config(args.config_file, args.opts)
     configure_for_drawing(cfg, args.confidence_threshold)
     predictor = Predictor(cfg)
@@ -73,22 +72,6 @@ def has_display() -> bool:
     if sys.platform in ("darwin", "win32"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def find_images(inputs: Sequence[str]) -> list[str]:
-    """List the files of all inputs in order; a missing file is kept and reported later by name."""
-    found: list[str] = []
-    for name in inputs:
-        if os.path.isdir(name):
-            files = (os.path.join(name, entry) for entry in sorted(os.listdir(name)))
-            found += [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES]
-        elif glob.has_magic(name) and not os.path.exists(name):
-            found += sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
-        else:
-            found.append(name)
-    if not found:
-        raise UserError(f"no images in {' '.join(inputs)}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return list(dict.fromkeys(found))
 
 
 def output_paths(images: Sequence[str], output: Path) -> list[Path]:

@@ -25,10 +25,12 @@ from batchformer_panoptic.errors import command
 from batchformer_panoptic.visualization import (
     draw_ground_truth,
     draw_targets,
+    legend_entries,
     read_image,
     side_by_side,
     write_pictures,
 )
+from batchformer_panoptic.visualization.scene import scene_of_annotation
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +69,8 @@ def pictures(cfg: CfgNode, name: str, args: argparse.Namespace) -> Iterator[tupl
 def annotated(dataset_dict: dict[str, Any], table: ClassTable) -> Any:
     image = read_image(dataset_dict["file_name"])[:, :, ::-1]
     truth = draw_ground_truth(image, dataset_dict, table)
-    return side_by_side([image, truth], ["image", "annotation"])
+    classes = (region.class_id for region in scene_of_annotation(dataset_dict).regions)
+    return side_by_side([image, truth], ["image", "annotation"], legend_entries(table, classes))
 
 
 def mapped(cfg: CfgNode, dataset_dict: dict[str, Any], table: ClassTable) -> Any:
@@ -75,7 +78,9 @@ def mapped(cfg: CfgNode, dataset_dict: dict[str, Any], table: ClassTable) -> Any
     image = sample["image"].permute(1, 2, 0).numpy()
     image = image[:, :, ::-1] if cfg.INPUT.FORMAT == "BGR" else image
     targets = draw_targets(image, sample, table)
-    return side_by_side([image, targets], ["augmented image", "targets"])
+    titles = ["augmented image", "targets"]
+    classes = sample["instances"].gt_classes.tolist()
+    return side_by_side([image, targets], titles, legend_entries(table, classes))
 
 
 if __name__ == "__main__":

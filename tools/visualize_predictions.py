@@ -1,4 +1,4 @@
-"""Draw input, ground truth and prediction side by side for some images of a data set.
+"""Draw input, ground truth, prediction and errors side by side for some images of a data set.
 
     python tools/visualize_predictions.py --config-file F --num 12 --output DIR \\
         --opts MODEL.WEIGHTS W
@@ -20,14 +20,18 @@ from batchformer_panoptic.engine.setup import (
 )
 from batchformer_panoptic.errors import command
 from batchformer_panoptic.visualization import (
+    ERROR_ENTRIES,
+    draw_errors,
     draw_ground_truth,
     draw_result,
+    legend_entries,
     read_image,
     side_by_side,
     write_pictures,
 )
+from batchformer_panoptic.visualization.scene import scene_of_annotation, scene_of_result
 
-TITLES = ("input", "ground truth", "prediction")
+TITLES = ("input", "ground truth", "prediction", "errors")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     predictor = Predictor(cfg)
     table = predictor.check_classes_of(name)
     pictures = (
-        (dataset_dict["file_name"], triptych(predictor, dataset_dict, table))
+        (dataset_dict["file_name"], panels(predictor, dataset_dict, table))
         for dataset_dict in sample_images(name, args.num, args.seed)
     )
     for line in write_pictures(args.output, pictures):
@@ -54,12 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def triptych(predictor: Predictor, dataset_dict: dict[str, Any], table: ClassTable) -> Any:
+def panels(predictor: Predictor, dataset_dict: dict[str, Any], table: ClassTable) -> Any:
     image_bgr = read_image(dataset_dict["file_name"])
-    image = image_bgr[:, :, ::-1]
+    image, result = image_bgr[:, :, ::-1], predictor(image_bgr)
     truth = draw_ground_truth(image, dataset_dict, table)
-    prediction = draw_result(image, predictor(image_bgr), table)
-    return side_by_side([image, truth, prediction], TITLES)
+    pictures = [image, truth, draw_result(image, result, table)]
+    scenes = scene_of_annotation(dataset_dict), scene_of_result(result)
+    entries = legend_entries(table, (r.class_id for scene in scenes for r in scene.regions))
+    if all(scene.is_panoptic for scene in scenes):
+        pictures.append(draw_errors(image, dataset_dict, result, table))
+        entries += ERROR_ENTRIES
+    return side_by_side(pictures, TITLES[: len(pictures)], entries)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from batchformer_panoptic.visualization import ERROR_ENTRIES
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import MASK2FORMER
@@ -22,9 +23,12 @@ PANEL = (384, 512)  # of an image of 48x64 pixels
 
 
 def panels(path: Path, count: int) -> list[np.ndarray]:
-    """The panels of a row of 48x64 images: 8 pixels on both sides of each, titles of 34 pixels."""
+    """The panels of a row of 48x64 images: 8 pixels on both sides of each, titles of 34 pixels.
+
+    Below them is a legend of one line.
+    """
     row = np.asarray(Image.open(path)).astype(int)
-    assert row.shape == (PANEL[0] + 34 + 8, count * (PANEL[1] + 16), 3)
+    assert row.shape == (PANEL[0] + 34 + 8 + 32, count * (PANEL[1] + 16), 3)
     starts = [8 + index * (PANEL[1] + 16) for index in range(count)]
     return [row[34 : 34 + PANEL[0], start : start + PANEL[1]] for start in starts]
 
@@ -35,7 +39,7 @@ def test_predictions_stand_beside_input_and_ground_truth(
     arguments = ["--config-file", str(run.config_file), "--num", "9", "--output", str(tmp_path)]
     assert visualize_predictions.main([*arguments, *run.opts]) == 0
     assert file_names(tmp_path) == [f"{k:03d}_{k:03d}.png" for k in range(5)] + ["overview.png"]
-    image, truth, prediction = panels(tmp_path / "000_000.png", 3)
+    image, truth, prediction, errors = panels(tmp_path / "000_000.png", 4)
     # Row 3 of the image is sky, far from its label and from the things.
     sky = truth[24:30, 400:440].reshape(-1, 3).mean(0)
     gray = image[24:30, 400:440].reshape(-1, 3).mean()
@@ -43,6 +47,10 @@ def test_predictions_stand_beside_input_and_ground_truth(
     np.testing.assert_allclose(sky, expected, atol=25)
     assert abs(prediction - image).mean() > 5
     assert abs(prediction - truth).mean() > 5
+    colors = np.array([color for _, color in ERROR_ENTRIES])
+    # A random model finds ground only: the sky is a wrong class, and the things are missed.
+    for color in colors[[0, 2]]:
+        assert (abs(errors - image - 0.7 * (color - image)).max(axis=-1) < 40).mean() > 0.01
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"are in {tmp_path}")
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
         *("src.pth", "{tmp}/exported.pth", "--format", "official"),
         *CONFIG,
     ],
+    "tools/predict.py": [*CONFIG, "--input", "a.png", "--output", "{tmp}/predictions"],
     "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
     "tools/study.py": [f"{ABSENT}.yaml"],
     "tools/visualize_data.py": [*CONFIG, "--output", "{tmp}"],

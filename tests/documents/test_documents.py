@@ -98,3 +98,4 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch, capsys):
     assert Path("output/plain/model_final.pth").exists()
     assert len(list(Path("output/quickstart/pictures").glob("*"))) >= 2
     assert list(Path("output/quickstart/demo").glob("*"))
+    assert len(list(Path("output/quickstart/predictions/overlays").glob("*"))) == 4

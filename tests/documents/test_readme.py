@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from batchformer_panoptic.data import load_dataset_dicts
@@ -40,10 +42,26 @@ def test_prediction_runs_as_printed(
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["segment_map"].shape == image.shape[:2]
-    ids = {segment["id"] for segment in names["segments"]}
+    ids = {segment.id for segment in names["segments"]}
     assert ids
-    assert ids == set(names["segment_map"].unique().tolist()) - {0}
-    assert {"category_id", "score"} <= set(names["segments"][0])
+    assert ids == set(np.unique(names["segment_map"]).tolist()) - {0}
+
+
+def test_prediction_of_the_guide_runs_as_printed(
+    tmp_path: Path,
+    tiny_panoptic_dataset: TinyPanopticDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_run(tmp_path / "output" / "quickstart", tiny_panoptic_dataset)
+    shutil.copy(tiny_panoptic_dataset.image_root / "000.png", tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (REPO_ROOT / "GETTING_STARTED.md").read_text(), re.S
+    )
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["prediction"].segments
+    assert names["prediction"].draw().shape == (48, 64, 3)
 
 
 def test_digits_are_those_of_the_benchmark() -> None:

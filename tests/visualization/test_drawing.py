@@ -11,9 +11,15 @@ from PIL import Image
 
 from batchformer_panoptic.data import ClassTable
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.visualization import draw_ground_truth, draw_result, draw_targets
-from batchformer_panoptic.visualization.drawing import instance_shade, place_labels
+from batchformer_panoptic.visualization import (
+    draw_ground_truth,
+    draw_result,
+    draw_targets,
+    drawing,
+)
+from batchformer_panoptic.visualization.drawing import Named, instance_shade, place_labels
 from batchformer_panoptic.visualization.scene import Region
+from batchformer_panoptic.visualization.text import Label
 
 TABLE = ClassTable(
     names=("box", "ground", "disc"),
@@ -176,6 +182,10 @@ def test_targets_are_drawn_with_masks_and_boxes() -> None:
     np.testing.assert_allclose(boxes_only[200, 320], TABLE.colors[2], atol=3)
 
 
+def boxes_of(labels: list[Label]) -> list[tuple[float, float, float, float]]:
+    return [(label.x0, label.y0, label.x1, label.y1) for label in labels]
+
+
 def test_labels_stay_inside_and_apart() -> None:
     size = (384, 384)
     masks = []
@@ -184,18 +194,64 @@ def test_labels_stay_inside_and_apart() -> None:
         mask[0:30, left : left + 50] = True
         masks.append(mask)
     ground = ~np.logical_or.reduce(masks)
-    named = [(Region(0, mask), "a long name", (1, 2, 3)) for mask in masks]
-    named.append((Region(1, ground), "ground", (1, 2, 3)))
-    labels = place_labels(named, [True, True, True, False], size)
+    named = [Named(Region(0, mask), "a long name", (1, 2, 3), True) for mask in masks]
+    named.append(Named(Region(1, ground), "ground", (1, 2, 3), False))
+    labels = place_labels(named, size)
     assert [label.text for label in labels] == ["a long name"] * 3 + ["ground"]
-    pixels = labels[0].points / 0.72
-    assert pixels >= 12
-    boxes = [
-        (label.x, label.y, label.x + pixels * 0.64 * len(label.text), label.y + pixels)
-        for label in labels
-    ]
+    assert labels[0].pixels >= 12
+    boxes = boxes_of(labels)
     for index, (x0, y0, x1, y1) in enumerate(boxes):
         assert 0 <= x0 < x1 <= 384, index
         assert 0 <= y0 < y1 <= 384, index
         for other in boxes[:index]:
             assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0, index
+
+
+def test_names_without_a_place_are_left_out() -> None:
+    size = (200, 200)
+    named = []
+    for row in range(0, 200, 10):
+        for column in range(0, 200, 10):
+            mask = np.zeros(size, dtype=bool)
+            mask[row : row + 10, column : column + 10] = True
+            named.append(Named(Region(0, mask), "window", (1, 2, 3), True))
+    boxes = boxes_of(place_labels(named, size))
+    assert 20 < len(boxes) < len(named)
+    for index, first in enumerate(boxes):
+        area = (first[2] - first[0]) * (first[3] - first[1])
+        for other in boxes[:index]:
+            width = min(first[2], other[2]) - max(first[0], other[0])
+            height = min(first[3], other[3]) - max(first[1], other[1])
+            assert max(0, width) * max(0, height) <= 0.25 * area
+
+
+@pytest.mark.parametrize(("short", "expected"), [(100, 7), (200, 14), (400, 14), (3000, 67)])
+def test_names_grow_with_the_picture(short: int, expected: int) -> None:
+    mask = np.ones((short, 2 * short), dtype=bool)
+    (label,) = place_labels([Named(Region(0, mask), "x", (1, 2, 3), True)], mask.shape)
+    assert label.pixels == expected
+
+
+def test_things_and_stuff_show_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        drawing,
+        "draw_labels",
+        lambda picture, labels: drawn.extend(label.text for label in labels) or picture,
+    )
+    scored = segments(score=0.876)
+    draw_result(gray_image(), {"panoptic_seg": (result()["panoptic_seg"][0], scored)}, TABLE)
+    assert sorted(drawn) == ["box 88%", "box 88%", "ground 88%", "void"]
+
+
+def test_the_smaller_of_two_masks_is_on_top() -> None:
+    instances = Instances((40, 60))
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 10:30, 20:40] = True
+    masks[1] = True
+    instances.pred_boxes = Boxes(torch.tensor([[20.0, 10, 40, 30], [0, 0, 60, 40]]))
+    instances.pred_classes, instances.scores = torch.tensor([2, 0]), torch.tensor([0.9, 0.8])
+    instances.pred_masks = masks
+    picture = draw_result(gray_image(), {"instances": instances}, TABLE, scale=10)
+    np.testing.assert_allclose(patch(picture, 26, 36) - filled(TABLE.colors[2]), 0, atol=3)
+    np.testing.assert_allclose(patch(picture, 36, 50) - filled(TABLE.colors[0]), 0, atol=3)

@@ -4,6 +4,7 @@ H, W: height and width of an image in pixels.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
+from panopticapi.utils import id2rgb
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError, one_line
@@ -30,6 +32,8 @@ IntArray = npt.NDArray[np.integer[Any]]
 # Images and panoptic PNGs
 # ---------------------------------------------------------------------------
 
+# Of the files that count as images when a folder is searched.
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _EXIF_ORIENTATION, _EXIF_SIDEWAYS = 0x0112, (5, 6, 7, 8)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_RGB = 2  # the color type, byte 25 of the header
@@ -183,6 +187,54 @@ def write_image(path: str | Path, image_rgb: ImageArray) -> None:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
     if not written:
         raise UserError(f"{path} cannot be written: is its folder writable?")
+
+
+def write_segment_map(path: str | Path, segment_map: IntArray) -> None:
+    """Write an (H, W) segment map as a panoptic PNG, which `read_segment_map` reads.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_image(path, id2rgb(segment_map))
+
+
+def find_images(inputs: Sequence[str], *, outside: str | Path | None = None) -> list[str]:
+    """List the images of files, folders and globs, each once.
+
+    Args:
+        inputs: a file is kept even if it does not exist, so that reading it names it. Folders are
+            searched recursively, in the order of the names and without hidden files.
+        outside: a folder below an input folder that is left out, such as that of the output.
+
+    Raises:
+        UserError: there is no image.
+    """
+    found: list[str] = []
+    for name in inputs:
+        if os.path.isdir(name):
+            found += _images_below(name, outside)
+        elif glob.has_magic(name) and not os.path.exists(name):
+            found += sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+        else:
+            found.append(name)
+    if not found:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"no images in {' '.join(inputs)}: looked for {suffixes}")
+    return list({os.path.abspath(name): name for name in reversed(found)}.values())[::-1]
+
+
+def _images_below(folder: str, outside: str | Path | None) -> list[str]:
+    left_out = None if outside is None else os.path.realpath(outside)
+    found = []
+    for parent, folders, files in os.walk(folder):
+        paths = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [n for n in folders if not n.startswith(".") and paths[n] != left_out]
+        found += [
+            os.path.join(parent, name)
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(found)
 
 
 # ---------------------------------------------------------------------------

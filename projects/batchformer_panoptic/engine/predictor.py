@@ -1,7 +1,9 @@
 """Predictor: a trained model that maps an image to the result that evaluation scores."""
 
+import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from ..data import ClassTable, PanopticDatasetMapper, class_section, setup_datasets
 from ..data.datasets.setup import class_table_of
-from ..data.io import ImageArray
+from ..data.io import ImageArray, read_image
 from ..errors import UserError, one_line
 from ..modeling.fast_inference import model_for_evaluation
+from .prediction import Prediction
+from .setup import load_config
 
 # Lowest score of a drawn box where there is no panoptic map and no threshold was given.
 _INSTANCE_SCORE = 0.5
+_HASH_DIGITS = 12
 
 
 def configure_for_drawing(cfg: CfgNode, score_threshold: float | None = None) -> None:
@@ -53,6 +58,12 @@ class Predictor:
     evaluation. The classes are read from the checkpoint, so no data set has to be on disk. For a
     checkpoint without classes they come from the data sets of the config.
 
+    Three lines for a program::
+
+        from batchformer_panoptic import Predictor
+        prediction = Predictor.load("output/run/model_final.pth").predict("image.jpg")
+        print(prediction.segments)
+
     Attributes:
         class_table: the classes that the class ids of results refer to.
         model: in evaluation mode on MODEL.DEVICE; the faster copy if TEST.FAST is enabled.
@@ -74,6 +85,7 @@ class Predictor:
                 "draw: evaluate it with train_net.py --eval-only"
             )
         weights = _local_weights(cfg.MODEL.WEIGHTS)
+        self._cfg, self._weights = cfg, weights
         self.class_table = _class_table(cfg, weights)
         if cfg.MODEL.DETR.NUM_CLASSES == 0:
             cfg.MODEL.DETR.NUM_CLASSES = self.class_table.num_classes
@@ -83,6 +95,45 @@ class Predictor:
         PanopticCheckpointer(model, settings=SettingsRecord(cfg)).load(weights)
         self.model = model_for_evaluation(cfg, model)
         self._mapper = PanopticDatasetMapper(cfg, is_train=False)
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | Path,
+        config_file: str | Path | None = None,
+        *,
+        score_threshold: float | None = None,
+        opts: Sequence[str] = (),
+    ) -> "Predictor":
+        """Load a trained model from its files.
+
+        A checkpoint names its classes, but not the whole config.
+
+        Args:
+            weights: a checkpoint.
+            config_file: None: ``config.yaml`` beside the weights, where training writes it.
+            score_threshold: see `configure_for_drawing`.
+            opts: config changes, ``[KEY, VALUE, ...]``, such as ``["MODEL.DEVICE", "cpu"]``.
+
+        Raises:
+            UserError: see `load_config`, `configure_for_drawing` and the class itself.
+        """
+        config = Path(weights).parent / "config.yaml" if config_file is None else config_file
+        cfg = load_config(str(config), [*opts, "MODEL.WEIGHTS", str(weights)])
+        configure_for_drawing(cfg, score_threshold)
+        return cls(cfg)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of the weights and of the settings that predictions depend on."""
+        cfg = self._cfg.clone()
+        cfg.MODEL.WEIGHTS = cfg.MODEL.INIT_FROM = cfg.MODEL.DEVICE = ""
+        text = cfg.MODEL.dump() + cfg.INPUT.dump() + cfg.TEST.FAST.dump()
+        contents = {"weights": Path(self._weights).read_bytes(), "settings": text.encode()}
+        return {
+            key: hashlib.sha256(content).hexdigest()[:_HASH_DIGITS]
+            for key, content in contents.items()
+        }
 
     def check_classes_of(self, dataset: str) -> ClassTable:
         """Return the classes of a registered data set, which must be those of the model.
@@ -107,6 +158,18 @@ class Predictor:
             ``panoptic_seg`` and ``instances`` at (H, W), depending on the config.
         """
         return self.predict_batch([image_bgr])[0]
+
+    def predict(self, image: str | Path | ImageArray) -> Prediction:
+        """Predict one photograph, and return its segments with names, scores, areas and boxes.
+
+        Args:
+            image: a file, or (H, W, 3) uint8 in the order BGR.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        image_bgr = read_image(image) if isinstance(image, str | Path) else image
+        return Prediction(image_bgr, self(image_bgr), self.class_table)
 
     def predict_batch(self, images_bgr: Sequence[ImageArray]) -> list[dict[str, Any]]:
         """Predict several images, which may differ in size; see `__call__`."""

@@ -1,4 +1,4 @@
-"""Draws scenes on images with Detectron2's Visualizer.
+"""Draws scenes on images, at any size and with class names in any script.
 
 Ground truth and predictions are drawn by the same function: the colour depends on the class, and
 further instances of a thing class get other shades of it.
@@ -7,13 +7,12 @@ further instances of a thing class get other shades of it.
 import colorsys
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from detectron2.data.catalog import Metadata
-from detectron2.utils.visualizer import Visualizer
+import numpy.typing as npt
 
 from ..data.class_table import ClassTable, Color
 from ..data.io import ImageArray
@@ -26,17 +25,22 @@ from .scene import (
     scene_of_result,
     scene_of_targets,
 )
+from .text import Label, class_names, draw_labels, label_size
 
 Shade = tuple[float, float, float]  # RGB, 0 to 1
 
 _SHORT_SIDE = 384  # pixels; smaller images are enlarged for readable names
-_FILL, _FILL_STRIPED = 0.5, 0.2  # opacity
+# Opacity of a color: of a region, between the stripes of a crowd and on them, and of void's.
+_FILL, _CROWD, _CROWD_STRIPE, _VOID_STRIPE = 0.5, 0.2, 0.76, 0.7
+_LINE_OPACITY = 0.85
 # Saturation of the image, reduced so that the colours of the classes stand out.
 _IMAGE_COLOR = 0.3
 _VOID_COLOR: Color = (90, 90, 90)
+_VOID_LABEL_COLOR: Color = (200, 200, 200)
 _VOID_LABEL_SHARE = 0.02  # of the image; smaller patches are hatched without a name
 # Lightness and hue of the instances of one class, relative to the class colour.
 _SHADES = ((0.0, 0.0), (0.16, 0.03), (-0.14, -0.03), (0.08, -0.05), (-0.08, 0.05))
+_ROWS_AT_ONCE = 256  # painted in floating point
 
 
 def draw_result(
@@ -98,7 +102,7 @@ def draw_scene(
 
     Args:
         image_rgb: (H, W, 3) uint8; not changed.
-        scene: regions with masks (H, W).
+        scene: regions with masks (H, W). Where masks overlap, the smaller region is on top.
         table: names and colours of the classes.
         scale: size of the picture relative to the image. None: a short side below 384 pixels is
             enlarged to 384.
@@ -111,37 +115,24 @@ def draw_scene(
     factor = automatic_scale(image_rgb) if scale is None else scale
     size = round(factor * image_rgb.shape[0]), round(factor * image_rgb.shape[1])
     regions = [region.resized(size, factor) for region in scene.regions]
-    shades = _shades(regions, table, vary_instances)
-    void = _void(regions, size) if scene.is_panoptic else None
-
-    canvas = _muted(enlarge(image_rgb, size))
-    if void is not None:
-        _hatch(canvas, void, _VOID_COLOR)
+    shades = [_bytes(shade) for shade in _shades(regions, table, vary_instances)]
+    owner = owners(regions, size)
+    canvas = muted(enlarge(image_rgb, size))
+    _paint(canvas, owner, regions, shades, _VOID_STRIPE if scene.is_panoptic else 0.0)
+    _outline(canvas, owner)
     for region, shade in zip(regions, shades, strict=True):
-        if region.crowd and (mask := region.mask) is not None:
-            _hatch(canvas, mask, _bytes(shade))
-    visualizer = Visualizer(canvas, Metadata())
-    # Largest first, so that no region hides another one.
-    order = sorted(range(len(regions)), key=lambda index: -_area(regions[index]))
-    for index in order:
-        _draw_region(visualizer, regions[index], shades[index])
-    _outline(visualizer, (mask for region in regions if (mask := region.mask) is not None), size)
-
-    names = [_text(region, table) for region in regions]
-    named = list(zip(regions, names, [_bytes(shade) for shade in shades], strict=True))
-    if void is not None and void.mean() > _VOID_LABEL_SHARE:
-        named.append((Region(-1, void), "void", (200, 200, 200)))
-    things = [region.class_id >= 0 and table.is_thing[region.class_id] for region, _, _ in named]
-    for label in place_labels(named, things, size):
-        visualizer.draw_text(
-            label.text,
-            (label.x, label.y),
-            color=[channel / 255 for channel in label.color],
-            font_size=label.points,
-            horizontal_alignment="left",
-        )
-    picture: ImageArray = np.ascontiguousarray(visualizer.get_output().get_image())
-    return picture
+        if region.box is not None:
+            x0, y0, x1, y1 = (round(value) for value in region.box)
+            cv2.rectangle(canvas, (x0, y0), (x1, y1), shade, 2 * _thickness(size))
+    names = class_names(table)
+    named = [
+        Named(region, _text(region, names), shade, table.is_thing[region.class_id])
+        for region, shade in zip(regions, shades, strict=True)
+    ]
+    void = owner < 0
+    if scene.is_panoptic and void.mean() > _VOID_LABEL_SHARE:
+        named.append(Named(Region(-1, void), "void", _VOID_LABEL_COLOR, False))
+    return draw_labels(canvas, place_labels(named, size))
 
 
 def automatic_scale(image: ImageArray) -> float:
@@ -158,10 +149,12 @@ def enlarge(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     return np.asarray(cv2.resize(image, size[::-1], interpolation=method), dtype=np.uint8)
 
 
-def _muted(image: ImageArray) -> ImageArray:
-    gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
-    mixed: ImageArray = (_IMAGE_COLOR * image + (1 - _IMAGE_COLOR) * gray).astype(np.uint8)
-    return mixed
+def muted(image: ImageArray) -> ImageArray:
+    """Return an RGB image with less color, so that drawn colors stand out."""
+    image = np.ascontiguousarray(image)
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    mixed = cv2.addWeighted(image, _IMAGE_COLOR, gray, 1 - _IMAGE_COLOR, 0)
+    return np.asarray(mixed, dtype=np.uint8)
 
 
 def _shades(regions: list[Region], table: ClassTable, vary_instances: bool) -> list[Shade]:
@@ -182,58 +175,76 @@ def instance_shade(color: Color, index: int) -> Shade:
     return colorsys.hls_to_rgb((hue + hue_step) % 1.0, lightness, saturation)
 
 
-def _void(regions: list[Region], size: tuple[int, int]) -> BoolMap:
-    void = np.ones(size, dtype=bool)
-    for region in regions:
-        if (mask := region.mask) is not None:
-            void &= ~mask
-    return void
+def owners(regions: list[Region], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+    """(H, W) index of the region that is painted at each pixel; -1: none."""
+    owner = np.full(size, -1, dtype=np.int32)
+    for index in sorted(range(len(regions)), key=lambda index: -area_of(regions[index])):
+        if (window := regions[index].window) is not None:
+            owner[window][regions[index].mask_within(window)] = index
+    return owner
 
 
-def _hatch(canvas: ImageArray, mask: BoolMap, color: Color) -> None:
-    """Draw diagonal stripes on a mask, in place."""
-    rows, columns = np.nonzero(mask)
-    period = max(6, min(canvas.shape[:2]) // 32)
-    striped = (rows + columns) % period < period / 2
-    rows, columns = rows[striped], columns[striped]
-    mixed = 0.3 * canvas[rows, columns] + 0.7 * np.array(color)
-    canvas[rows, columns] = mixed.astype(np.uint8)
+def _paint(
+    canvas: ImageArray,
+    owner: npt.NDArray[np.int32],
+    regions: list[Region],
+    shades: list[Color],
+    void_stripe: float,
+) -> None:
+    """Blend colors into a picture (H, W, 3), in place; the last entry of a table is for void."""
+    palette = np.array([*shades, _VOID_COLOR], dtype=np.float32)
+    crowds = [region.crowd for region in regions]
+    fill = np.array([*np.where(crowds, _CROWD, _FILL), 0.0], dtype=np.float32)
+    stripe = np.array([*np.where(crowds, _CROWD_STRIPE, _FILL), void_stripe], dtype=np.float32)
+    height, width = owner.shape
+    period = max(6, min(height, width) // 32)
+    for top in range(0, height, _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
+        index, part = owner[rows], canvas[rows]
+        diagonal = np.arange(top, top + len(index))[:, None] + np.arange(width)
+        striped = diagonal % period < period / 2
+        alpha = np.where(striped, stripe[index], fill[index])[..., None]
+        part[:] = part + alpha * (palette[index] - part) + 0.5
 
 
-def _draw_region(visualizer: Visualizer, region: Region, shade: Shade) -> None:
-    mask = region.mask
-    if mask is not None and mask.any():
-        alpha = _FILL_STRIPED if region.crowd else _FILL
-        visualizer.draw_binary_mask(mask, color=shade, alpha=alpha, area_threshold=0)
-    if region.box is not None:
-        visualizer.draw_box(region.box, edge_color=shade, alpha=1.0)
+def _outline(canvas: ImageArray, owner: npt.NDArray[np.int32]) -> None:
+    """Draw white lines between neighbouring regions, in place."""
+    lines = np.zeros(owner.shape, dtype=np.uint8)
+    across, down = owner[:, 1:] != owner[:, :-1], owner[1:] != owner[:-1]
+    for part, changes in (
+        (lines[:, 1:], across),
+        (lines[:, :-1], across),
+        (lines[1:], down),
+        (lines[:-1], down),
+    ):
+        part |= changes
+    thickness = _thickness(owner.shape)
+    if thickness > 1:
+        cv2.dilate(lines, np.ones((thickness, thickness), dtype=np.uint8), dst=lines)
+    marked = lines.astype(bool)
+    canvas[marked] = ((1 - _LINE_OPACITY) * canvas[marked] + _LINE_OPACITY * 255).astype(np.uint8)
 
 
-def _outline(visualizer: Visualizer, masks: Iterable[BoolMap], size: tuple[int, int]) -> None:
-    """Draw thin white lines between neighbouring regions."""
-    lines = np.zeros(size, dtype=bool)
-    kernel = np.ones((3, 3), dtype=np.uint8)
-    for mask in masks:
-        lines |= mask & ~cv2.erode(mask.astype(np.uint8), kernel).astype(bool)
-    if lines.any():
-        rgba = np.zeros((*size, 4), dtype=np.float32)
-        rgba[lines] = (1.0, 1.0, 1.0, 0.85)
-        visualizer.output.ax.imshow(rgba, extent=(0, size[1], size[0], 0), zorder=5)
+def _thickness(size: tuple[int, ...]) -> int:
+    """Width of lines in pixels, for a picture that is shrunk to a screen."""
+    return max(1, round(min(size) / 700))
 
 
-def _text(region: Region, table: ClassTable) -> str:
-    text = table.names[region.class_id]
+def _text(region: Region, names: Sequence[str]) -> str:
+    text = names[region.class_id]
     if region.crowd:
         text += " (crowd)"
-    if region.score is not None and table.is_thing[region.class_id]:
+    if region.score is not None:
         text += f" {region.score:.0%}"
     return text
 
 
-def _area(region: Region) -> float:
-    if (mask := region.mask) is not None:
-        return float(mask.sum())
-    assert region.box is not None
+def area_of(region: Region) -> float:
+    """Pixels of the mask, or of the box of a region without one."""
+    if (window := region.window) is not None:
+        return float(np.count_nonzero(region.mask_within(window)))
+    if region.box is None:
+        return 0.0
     x0, y0, x1, y1 = region.box
     return math.prod((x1 - x0, y1 - y0))
 
@@ -245,19 +256,22 @@ def _bytes(shade: Shade) -> Color:
 
 # Placement of the names, so that they do not overlap and stay inside the picture.
 
-_POINTS_PER_PIXEL = 0.72  # the Visualizer draws 100 pixels per inch
-_CHARACTER_WIDTH, _LINE_HEIGHT = 0.64, 1.5  # of the font size, frame included
-_SMALLEST, _LARGEST = 14.0, 22.0  # font size in pixels
+# Font size: at most these pixels in small pictures, and this share of the short side in large ones,
+# so that names are readable when a photograph is shrunk to a screen.
+_TEXT_PIXELS, _TEXT_SHARE = 14, 1 / 45
+_LARGEST_TEXT_SHARE, _SMALLEST_TEXT = 1 / 14, 6
+# Share of a name that other names may cover; a name without a better place is left out.
+_COVERED = 0.25
+_SEARCHED_PIXELS = 400  # along the short side, when a place for a name is searched
 
 
-class Label(NamedTuple):
-    """A text with its colour, top left corner in pixels and size in points."""
+class Named(NamedTuple):
+    """A region with the name and the color that it is drawn with."""
 
+    region: Region
     text: str
     color: Color
-    x: float
-    y: float
-    points: float
+    is_thing: bool
 
 
 class _Rectangle(NamedTuple):
@@ -266,87 +280,110 @@ class _Rectangle(NamedTuple):
     x1: float
     y1: float
 
+    @property
+    def area(self) -> float:
+        return (self.x1 - self.x0) * (self.y1 - self.y0)
+
     def overlap(self, other: "_Rectangle") -> float:
         width = min(self.x1, other.x1) - max(self.x0, other.x0)
         height = min(self.y1, other.y1) - max(self.y0, other.y0)
         return max(0.0, width) * max(0.0, height)
 
 
-def place_labels(
-    named: Sequence[tuple[Region, str, Color]], things: Sequence[bool], size: tuple[int, int]
-) -> list[Label]:
-    """Choose a position for every name.
+def place_labels(named: Sequence[Named], size: tuple[int, int]) -> list[Label]:
+    """Choose a position for the names, large things first.
 
     Names of small things are outside, those of large things inside. Names of stuff are at the
-    widest place that the names of things leave. Names overlap only in crowded pictures.
+    widest place that the names of things leave. In crowded pictures, names that would cover others
+    are left out, as are those that are larger than the picture.
 
     Args:
         named: regions with their texts and colours.
-        things: for each region, whether it is a thing.
         size: (height, width) of the picture.
     """
-    pixels = float(np.clip(min(size) / 30, _SMALLEST, _LARGEST))
+    short = min(size)
+    usual = max(min(_TEXT_PIXELS, short * _LARGEST_TEXT_SHARE), short * _TEXT_SHARE)
+    pixels = max(_SMALLEST_TEXT, round(usual))
+    step = max(1, short // _SEARCHED_PIXELS)
     placed: list[_Rectangle] = []
     labels = []
-    for index in sorted(range(len(named)), key=lambda index: not things[index]):
-        region, text, color = named[index]
-        mask = region.mask
-        if mask is not None and not mask.any():
+    for item in sorted(named, key=lambda item: (not item.is_thing, -area_of(item.region))):
+        width, height = label_size(item.text, pixels)
+        candidates = [
+            _inside(x, y, width, height, size)
+            for x, y in _candidates(item, placed, width, height, step)
+        ]
+        if not candidates or width > size[1] or height > size[0]:
             continue
-        width, height = pixels * (_CHARACTER_WIDTH * len(text) + 0.3), pixels * _LINE_HEIGHT
-        if things[index] or mask is None:
-            candidates = _beside_thing(region.box, mask, width, height)
-        else:
-            candidates = [_widest_place(mask, placed, width, height)]
-        rectangles = [_inside(x, y, width, height, size) for x, y in candidates]
-        best = min(rectangles, key=lambda rectangle: sum(map(rectangle.overlap, placed)))
-        placed.append(best)
-        labels.append(Label(text, color, best.x0, best.y0, pixels * _POINTS_PER_PIXEL))
+        covered = [sum(map(candidate.overlap, placed)) for candidate in candidates]
+        best = candidates[covered.index(min(covered))]
+        if min(covered) <= _COVERED * best.area:
+            placed.append(best)
+            labels.append(Label(item.text, item.color, *best, pixels))
     return labels
 
 
+def _candidates(
+    item: Named, placed: Sequence[_Rectangle], width: float, height: float, step: int
+) -> Iterator[tuple[float, float]]:
+    """Top left corners of a name in order of preference; none for a region without pixels."""
+    window = item.region.window
+    if item.region.box is not None:
+        yield from _beside_box(item.region.box, width, height)
+    elif window is not None:
+        mask = item.region.mask_within(window)
+        x, y = window[1].start, window[0].start
+        if item.is_thing:
+            places = _beside_thing(mask, width, height, step)
+        else:
+            moved = [_Rectangle(r.x0 - x, r.y0 - y, r.x1 - x, r.y1 - y) for r in placed]
+            places = [_widest_place(mask, moved, width, height, step)]
+        yield from ((x + left, y + top) for left, top in places)
+
+
+def _beside_box(box: Box, width: float, height: float) -> list[tuple[float, float]]:
+    x0, y0, x1, y1 = box
+    return [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0), (x1 - width, y1 - height)]
+
+
 def _beside_thing(
-    box: Box | None, mask: BoolMap | None, width: float, height: float
+    mask: BoolMap, width: float, height: float, step: int
 ) -> list[tuple[float, float]]:
-    """Top left corners in order of preference."""
-    if box is not None:
-        x0, y0, x1, y1 = box
-        return [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0), (x1 - width, y1 - height)]
-    assert mask is not None
-    rows, columns = np.nonzero(mask)
-    x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    middle = (x0 + x1 - width) / 2
+    """Places relative to the tight box of a mask."""
+    rows, columns = mask.shape
+    middle = (columns - width) / 2, (rows - height) / 2
     around = [
-        (middle, y0 - height),
-        (middle, y1),
-        (x1, (y0 + y1 - height) / 2),
-        (x0 - width, (y0 + y1 - height) / 2),
+        (middle[0], -height),
+        (middle[0], float(rows)),
+        (float(columns), middle[1]),
+        (-width, middle[1]),
     ]
-    x, y, radius = _widest_point(mask)
+    x, y, radius = _widest_point(mask, step)
     inside = (x - width / 2, y - height / 2)
     # Inside only if most of the thing stays visible.
     return [inside, *around] if radius > 1.5 * height else [*around, inside]
 
 
 def _widest_place(
-    mask: BoolMap, placed: list[_Rectangle], width: float, height: float
+    mask: BoolMap, placed: Sequence[_Rectangle], width: float, height: float, step: int
 ) -> tuple[float, float]:
     # Avoid names that are already placed, unless they cover the whole mask.
     free = mask.copy()
     for other in placed:
-        rows = slice(int(max(0, other.y0)), int(other.y1) + 1)
-        columns = slice(int(max(0, other.x0)), int(other.x1) + 1)
+        rows = slice(int(max(0, other.y0)), max(0, int(other.y1) + 1))
+        columns = slice(int(max(0, other.x0)), max(0, int(other.x1) + 1))
         free[rows, columns] = False
-    x, y, _ = _widest_point(free if free.any() else mask)
+    x, y, _ = _widest_point(free if free.any() else mask, step)
     return x - width / 2, y - height / 2
 
 
-def _widest_point(mask: BoolMap) -> tuple[float, float, float]:
-    """x, y and radius of the largest circle inside a mask and the picture."""
-    # Padding makes the border of the picture count as outside.
-    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
+def _widest_point(mask: BoolMap, step: int) -> tuple[float, float, float]:
+    """x, y and radius of the largest circle inside a mask, searched on every step-th pixel."""
+    coarse = mask[::step, ::step]
+    # Padding makes the border of the mask count as outside.
+    distance = cv2.distanceTransform(np.pad(coarse, 1).astype(np.uint8), cv2.DIST_L2, 5)
     y, x = np.unravel_index(int(distance.argmax()), distance.shape)
-    return float(x) - 1, float(y) - 1, float(distance[y, x])
+    return step * (float(x) - 1), step * (float(y) - 1), step * float(distance[y, x])
 
 
 def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> _Rectangle:

@@ -4,6 +4,7 @@ H, W: size of the image that is drawn on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,13 @@ import numpy.typing as npt
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
 
-from ..data.io import ImageArray, read_segment_map, write_image
+from ..data.class_table import Color
+from ..data.io import ImageArray, read_segment_map, segment_extents, write_image
 from ..errors import UserError
+from .text import legend, title_bar
 
 BoolMap = npt.NDArray[np.bool_]
+Window = tuple[slice, slice]  # rows and columns of an image
 Box = tuple[float, float, float, float]  # xyxy, pixels
 
 
@@ -34,8 +38,15 @@ class SharedSegmentMap:
     def resized(self, size: tuple[int, int]) -> "SharedSegmentMap":
         """Return the map resized to (height, width) by nearest neighbour; cached per size."""
         if size not in self._resized:
-            self._resized[size] = SharedSegmentMap(_nearest(self.ids, size))
+            self._resized[size] = SharedSegmentMap(nearest(self.ids, size))
         return self._resized[size]
+
+    @cached_property
+    def windows(self) -> dict[int, Window]:
+        """The tight box of every id from 0 on."""
+        # `segment_extents` leaves out 0, which is the id of the first training target.
+        boxes = {key - 1: extent.bbox_xywh for key, extent in segment_extents(self.ids + 1).items()}
+        return {key: (slice(y, y + h), slice(x, x + w)) for key, (x, y, w, h) in boxes.items()}
 
 
 class Segment(NamedTuple):
@@ -75,6 +86,24 @@ class Region(NamedTuple):
             return mask
         return self.pixels
 
+    @property
+    def window(self) -> Window | None:
+        """The tight box of the mask, or None: it has no pixels."""
+        if isinstance(self.pixels, Segment):
+            return self.pixels.map.windows.get(self.pixels.id)
+        if self.pixels is None or not self.pixels.any():
+            return None
+        x, y, width, height = cv2.boundingRect(self.pixels.astype(np.uint8))
+        return slice(y, y + height), slice(x, x + width)
+
+    def mask_within(self, window: Window) -> BoolMap:
+        """The part of the mask in a window; only for a region with pixels."""
+        if isinstance(self.pixels, Segment):
+            part: BoolMap = self.pixels.map.ids[window] == self.pixels.id
+            return part
+        assert self.pixels is not None
+        return self.pixels[window]
+
     def resized(self, size: tuple[int, int], factor: float) -> "Region":
         """Return the region resized to a picture of (height, width) ``size``.
 
@@ -86,7 +115,7 @@ class Region(NamedTuple):
         if isinstance(pixels, Segment):
             pixels = Segment(pixels.map.resized(size), pixels.id)
         elif pixels is not None:
-            pixels = _nearest(pixels.astype(np.uint8), size).astype(bool)
+            pixels = nearest(pixels.astype(np.uint8), size).astype(bool)
         if box is not None:
             x0, y0, x1, y1 = (factor * value for value in box)
             box = (x0, y0, x1, y1)
@@ -190,7 +219,7 @@ def _boxes(boxes: Any) -> list[Box]:
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tensor.tolist()]
 
 
-def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+def nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
     """Resize by nearest neighbour, so that the picture shows every pixel of the original."""
     if values.shape == size:
         return values
@@ -199,29 +228,38 @@ def _nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any
 
 # Panels.
 
-_MARGIN, _TITLE_HEIGHT = 8, 34  # pixels
-_BACKGROUND, _INK = 255, (40, 40, 40)
+_MARGIN = 8  # pixels
+_BACKGROUND = 255
+_TITLE_SHARE, _SMALLEST_TITLE = 1 / 22, 20  # font size: of the panels' shorter side; in pixels
 _IN_OVERVIEW = 12  # pictures
 
 
-def side_by_side(panels: Sequence[ImageArray], titles: Sequence[str]) -> ImageArray:
-    """Arrange pictures in one row on white, each below its title.
+def side_by_side(
+    panels: Sequence[ImageArray],
+    titles: Sequence[str],
+    entries: Sequence[tuple[str, Color]] = (),
+) -> ImageArray:
+    """Arrange pictures in one row on white, each below its title, with a legend below them.
 
     Args:
         panels: RGB pictures (H_i, W_i, 3); all are enlarged to the largest height.
-        titles: one for each picture, ASCII.
+        titles: one for each picture.
+        entries: texts and colors of the legend.
 
     Returns:
         uint8 RGB.
     """
     height = max(panel.shape[0] for panel in panels)
-    columns = []
-    for panel, title in zip(panels, titles, strict=True):
-        scaled = _scaled(panel, height / panel.shape[0])
-        bar = np.full((_TITLE_HEIGHT, scaled.shape[1], 3), _BACKGROUND, dtype=np.uint8)
-        cv2.putText(bar, title, (2, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, _INK, 1, cv2.LINE_AA)
-        columns.append(_framed(np.vstack([bar, scaled])))
-    return np.hstack(columns)
+    scaled = [_scaled(panel, height / panel.shape[0]) for panel in panels]
+    short = min(height, *(panel.shape[1] for panel in scaled))
+    pixels = max(_SMALLEST_TITLE, round(_TITLE_SHARE * short))
+    row = np.hstack(
+        [
+            _framed(np.vstack([title_bar(title, panel.shape[1], pixels), panel]))
+            for panel, title in zip(scaled, titles, strict=True)
+        ]
+    )
+    return np.vstack([row, legend(entries, row.shape[1], pixels)]) if entries else row
 
 
 def contact_sheet(

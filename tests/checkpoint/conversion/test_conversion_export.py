@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from PIL import Image
 from torch import Tensor
 
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
@@ -87,6 +90,47 @@ def test_the_image_processor_prepares_images_alike(tmp_path: Path) -> None:
     statistics = (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
     torch.testing.assert_close(pixels, (image - mean) / std, atol=1e-5, rtol=0)
+
+
+def test_the_pipeline_finds_the_segments_of_our_predictions(tmp_path: Path) -> None:
+    """Our logits and masks under the merge of transformers, against the whole pipeline."""
+    transformers = pytest.importorskip("transformers")
+    state, settings = converted(official_panoptic(depths=R50_DEPTHS))
+    ours = our_model(settings, state)
+    pixels = torch.nn.functional.interpolate(255 * torch.rand(1, 3, 5, 6), size=(128, 160)).byte()
+    images = (pixels - ours.pixel_mean) / ours.pixel_std
+    head = ours.box_head.class_embed
+    with torch.no_grad():  # random queries agree on "no object": remove what they have in common
+        ours.transformer.query_embed.weight.mul_(30)
+        features = ours.predict(ours.backbone(images), [(128, 160)], (128, 160))
+        common = features.transformer.hidden_states[-1, 0].mean(0)
+        head.bias.copy_(-head.weight @ common)
+        for parameter in (head.weight, head.bias):
+            parameter.mul_(160)
+        head.weight[-1], head.bias[-1] = 0, -50
+        ours.mask_head.predictor.weight.mul_(100)
+    folder = tmp_path / "exported"
+    cfg = config(settings, "INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 160)
+    to_huggingface(ours.state_dict(), folder, cfg=cfg, classes=table(7))
+    rules = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.01}
+    predicted = run_ours(ours, images, [(128, 160)])
+    processor = transformers.DetrImageProcessor.from_pretrained(folder)
+    (expected,) = processor.post_process_panoptic_segmentation(
+        SimpleNamespace(logits=predicted.logits, pred_masks=predicted.masks),
+        target_sizes=[(128, 160)],
+        **rules,
+    )
+    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    found = transformers.pipeline("image-segmentation", model=str(folder))(picture, **rules)
+    assert len({item["label"] for item in found}) > 2
+    assert len(found) == len(expected["segments_info"])
+    for item, segment in zip(found, expected["segments_info"], strict=True):
+        assert item["label"] == f"class {segment['label_id']}"
+        assert item["score"] == pytest.approx(segment["score"], abs=1e-3)
+        wrong = (torch.from_numpy(np.array(item["mask"])) > 0) != (
+            expected["segmentation"] == segment["id"]
+        )
+        assert wrong.float().mean() < 1e-3
 
 
 def test_blocks_may_be_left_out() -> None:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -165,6 +167,31 @@ def test_panoptic_segments_are_those_of_transformers(seed: int, tmp_path: Path) 
     theirs_map = result["segmentation"].clone().apply_(lambda old: new_id[int(old)])
     # A pixel on the border of two segments may go to either by rounding.
     assert (segment_map != theirs_map)[covered].float().mean() < 1e-4
+
+
+def test_the_pipeline_finds_the_same_segments(tmp_path: Path) -> None:
+    """``pipeline("image-segmentation")`` on the exported folder; rules as in the test above."""
+    cfg, ours = confident_model()
+    cfg.INPUT.MIN_SIZE_TEST = 384
+    to_huggingface(ours.state_dict(), tmp_path / "exported", cfg=cfg, classes=table())
+    torch.manual_seed(0)
+    blobs = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6) * 255, size=(384, 384))[0]
+    image = blobs.byte()
+    segment_map, segments = ours([{"image": image}])[0]["panoptic_seg"]
+    pipeline = transformers.pipeline("image-segmentation", model=str(tmp_path / "exported"))
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    found = pipeline(picture, threshold=0.8, overlap_mask_area_threshold=0.1)
+    masks = [(item["label"], torch.from_numpy(np.array(item["mask"])) > 0) for item in found]
+    covered = segment_map > 0
+    assert len(segments) > 2
+    for segment in segments:
+        label, mine = f"class {segment['category_id']}", segment_map == segment["id"]
+        same_class = [mask & covered for name, mask in masks if name == label]
+        if not segment["isthing"]:  # the pipeline does not join the queries of a stuff class
+            same_class = [torch.stack(same_class).any(0)]
+        overlap = max(float((mine & mask).sum() / (mine | mask).sum()) for mask in same_class)
+        assert overlap > 0.99, label
+    assert {name for name, _ in masks} == {f"class {s['category_id']}" for s in segments}
 
 
 def test_the_image_processor_prepares_images_alike(tmp_path: Path) -> None:
