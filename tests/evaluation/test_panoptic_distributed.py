@@ -58,7 +58,7 @@ def test_two_processes_give_panopticapi_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("has_folder", [False, True])
-def test_results_and_examples_are_the_only_files_and_need_a_folder(tmp_path, monkeypatch, has_folder):
+def test_nothing_but_results_and_examples_is_written(tmp_path, monkeypatch, has_folder):
     truths, predictions = random_set(21, num_images=2)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "out"
@@ -70,8 +70,9 @@ def test_results_and_examples_are_the_only_files_and_need_a_folder(tmp_path, mon
         assert evaluator.evaluate()
         written = set(tmp_path.rglob("*")) - before
     names = {path.relative_to(folder).as_posix() for path in written - {folder}}
-    roles = {f"examples/{role}_{number}.png" for role in ("first", "best") for number in (0, 1)}
-    assert names == ({"panoptic_results.json", "examples"} | roles if has_folder else set())
+    roles = enumerate(("first", "first", "best", "best"))
+    pictures = {f"examples/{number:02d}_{role}.png" for number, role in roles}
+    assert names == ({"panoptic_results.json", "examples"} | pictures if has_folder else set())
 
 
 def test_an_area_that_gives_panopticapi_an_iou_above_1_is_refused(tmp_path):

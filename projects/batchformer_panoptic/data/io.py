@@ -272,11 +272,19 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
         ValueError: the content has a NaN or an infinity, which JSON cannot hold.
         UserError: the file cannot be written.
     """
-    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
-    write_atomically(str(path), lambda name: _write_text(name, text))
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def _write_text(path: str, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 as a whole or not at all; missing folders are created.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(str(path), lambda name: _write_utf8(name, text))
+
+
+def _write_utf8(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 

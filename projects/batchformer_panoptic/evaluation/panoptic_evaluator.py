@@ -3,7 +3,6 @@
 import bisect
 import itertools
 import logging
-import os
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ class _Example(NamedTuple):
     image_id: int | str
     pq: float | None  # of the image, 0 to 1; None without any segment that counts
     segment_map: np.ndarray  # (h, w) integers
-    segments_info: list[dict[str, Any]]  # id, category_id (of the data set)
+    segments_info: list[dict[str, Any]]  # id, category_id (of the data set), score or None
 
 
 class _Examples:
@@ -203,7 +202,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 "and label_divisor are not supported; use Detectron2's COCOPanopticEvaluator"
             )
         converted = [
-            {"id": int(segment["id"]), "category_id": self._dataset_id(image_id, segment)}
+            {
+                "id": int(segment["id"]),
+                "category_id": self._dataset_id(image_id, segment),
+                "score": segment.get("score"),
+            }
             for segment in segments_info
         ]
         return segment_map.cpu().numpy(), converted
@@ -278,12 +281,12 @@ class PanopticEvaluator(DatasetEvaluator):
         examples: _Examples,
     ) -> None:
         """Write the predictions of the examples, and a JSON with everything that was measured."""
-        rows = []
-        for role, example in examples.roles():
-            name = f"examples/{role}_{len([row for row in rows if row['role'] == role])}.png"
+        rows: list[dict[str, Any]] = []
+        for number, (role, example) in enumerate(examples.roles()):
+            name = f"examples/{number:02d}_{role}.png"
             write_image(folder / name, id2rgb(example.segment_map))
-            rows.append({"role": role, "image_id": example.image_id, "pq": example.pq})
-            rows[-1].update(png=name, segments_info=example.segments_info)
+            row = {"role": role, "image_id": example.image_id, "pq": example.pq, "png": name}
+            rows.append({**row, "segments_info": example.segments_info})
         errors = sorted(counts.errors.items(), key=lambda item: (-item[1], str(item[0])))
         content = {
             "dataset": self._truth.name,
