@@ -173,10 +173,10 @@ class PanopticTrainer(DefaultTrainer):
             return "interrupted in a step, without saving: --resume continues the last checkpoint"
         name = f"model_{self.iter:07d}"
         self.checkpointer.save(name, iteration=self.iter)
-        report = _report(self.cfg, self._last_eval_results, f"{name}.pth")
+        _write_report(self.cfg, self._last_eval_results, f"{name}.pth")
         return (
-            f"interrupted after iteration {self.iter + 1} of {self.max_iter}: continue from "
-            f"{folder}/{name}.pth with --resume{report and f'; report: {report}'}"
+            f"interrupted after iteration {self.iter + 1} of {self.max_iter}: --resume continues "
+            f"from {folder}/{name}.pth"
         )
 
     def after_step(self) -> None:
@@ -195,14 +195,13 @@ class PanopticTrainer(DefaultTrainer):
             weights = folder / "model_best.pth"
             metric = f"{record['metric']} {record['value']:.2f}"
             logger.info(f"best: {weights}, {metric} after iteration {record['iteration'] + 1}")
-            per_class = record["per_class"]
+            per_class = record.get("per_class", {})  # written by older versions without it
         else:
             weights = folder / "model_final.pth"
             logger.info(f"last weights: {weights}")
             per_class = per_class_values(self.cfg, self._last_eval_results or {})
         _log_per_class(self.cfg, per_class)
-        if report := _report(self.cfg, self._last_eval_results, "model_final.pth"):
-            logger.info(f"report: {report}")
+        _write_report(self.cfg, self._last_eval_results, "model_final.pth")
         if len(self.cfg.DATASETS.TEST) and not classifies(self.cfg):
             words = ["--config-file", str(folder / "config.yaml")]
             words += ["--output", str(folder / "pictures"), "--opts", "MODEL.WEIGHTS", str(weights)]
@@ -236,7 +235,8 @@ class PanopticTrainer(DefaultTrainer):
             self._is_evaluating = True
             self._last_eval_results = self.test(cfg, model)
             if main:
-                self._store_pictures()
+                with _warning_of_failure("drawing predictions"):
+                    self._store_pictures(_by_dataset(cfg, self._last_eval_results))
             self._is_evaluating = False
             return self._last_eval_results
 
@@ -260,13 +260,10 @@ class PanopticTrainer(DefaultTrainer):
             built.append(LogWriter(self.build_writers(), LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
         return built
 
-    def _store_pictures(self) -> None:
+    def _store_pictures(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Give TensorBoard the first images of each panoptic data set, truth beside prediction."""
-        for name in self.cfg.DATASETS.TEST:
-            folder = _inference_dir(self.cfg, name)
-            if not (folder / "panoptic_results.json").is_file():
-                continue
-            for pictures in example_pictures(folder, ["first"]):
+        for name in (name for name in results if "panoptic_seg" in results[name]):
+            for pictures in example_pictures(_inference_dir(self.cfg, name), ["first"]):
                 picture = side_by_side(
                     [pictures.truth, pictures.prediction], ["ground truth", "prediction"]
                 )
@@ -356,8 +353,7 @@ class PanopticTrainer(DefaultTrainer):
         if not comm.is_main_process():
             return results
         weights = cfg.MODEL.WEIGHTS or "last checkpoint"
-        if report := _report(cfg, results, weights, trained=False):
-            logger.info(f"report: {report}")
+        _write_report(cfg, results, weights, trained=False)
         if cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
         return results
@@ -404,17 +400,22 @@ def _log_per_class(cfg: CfgNode, values: Mapping[str, float]) -> None:
             logger.info(line)
 
 
-def _report(
-    cfg: CfgNode, results: dict[str, Any] | None, weights: str, *, trained: bool = True
-) -> Path | None:
-    """Write the report and return its path; None, with a warning, where that fails."""
+@contextlib.contextmanager
+def _warning_of_failure(action: str) -> Iterator[None]:
+    """Log an error as a warning: a run is worth more than what describes it."""
     try:
+        yield
+    except Exception as error:
+        logger.warning(f"{action} failed: {type(error).__name__}: {one_line(error)}")
+        logger.debug(f"{action} failed", exc_info=True)
+
+
+def _write_report(
+    cfg: CfgNode, results: dict[str, Any] | None, weights: str, *, trained: bool = True
+) -> None:
+    with _warning_of_failure("the report"):
         by_dataset = _by_dataset(cfg, results) if results else None
-        return write_report(cfg, by_dataset, weights=weights, trained=trained)
-    except Exception as error:  # the results of a run are worth more than their report
-        logger.warning(f"the report cannot be written: {type(error).__name__}: {one_line(error)}")
-        logger.debug("the report cannot be written", exc_info=True)
-        return None
+        logger.info(f"report: {write_report(cfg, by_dataset, weights=weights, trained=trained)}")
 
 
 def _best_metric(cfg: CfgNode) -> str:

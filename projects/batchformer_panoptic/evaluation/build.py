@@ -11,10 +11,11 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..data.io import read_json
 from ..errors import UserError
-from . import panoptic_evaluator, top_k
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
+from .panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
 from .panoptic_evaluator import PanopticEvaluator
 from .semantic_evaluator import SemanticEvaluator
+from .top_k import RESULTS_NAME as TOP_K_RESULTS
 from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ def per_class_values(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, floa
     if metric == "AP":
         of_task = results.get(name, results).get(task, {})
         return {k.removeprefix("AP-"): v for k, v in of_task.items() if k.startswith("AP-")}
-    module = panoptic_evaluator if metric == "PQ" else top_k
-    path = folder / module.RESULTS_NAME
+    path = folder / (PANOPTIC_RESULTS if metric == "PQ" else TOP_K_RESULTS)
     rows = read_json(path)["per_class"] if path.is_file() else []
     if metric == "PQ":
         return {row["name"]: 100 * row["pq"] for row in rows if row["pq"] is not None}

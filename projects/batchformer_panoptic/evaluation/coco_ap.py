@@ -34,7 +34,7 @@ TASKS = ("bbox", "segm")
 
 
 class _COCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator. What pycocotools prints goes to the log, at level DEBUG."""
+    """Detectron2's evaluator; the tables that pycocotools prints go to the log, at level DEBUG."""
 
     def evaluate(self, img_ids: Sequence[int | str] | None = None) -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -34,7 +34,7 @@ _MATCH_IOU = 0.5  # an IoU above one half makes the match unique
 _IGNORED_SHARE = 0.5  # predictions with a larger share of void and crowd do not count
 _OVERLAP_IOU = 0.1  # less is no attempt at the same segment (TIDE, arXiv 2008.08115, section 2.2)
 
-# What is wrong, for the false negatives and false positives of a panoptic quality:
+# Kinds of errors, for the false negatives and false positives of a panoptic quality:
 #   confused   a false negative and a false positive of different classes with an IoU above 0.5
 #   poor_mask  of the others: a false negative and a false positive of the same class with an IoU
 #              from 0.1 to 0.5, one to one, the largest IoU first

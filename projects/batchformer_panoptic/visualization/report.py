@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 
 from ..data.class_table import ClassTable
 from ..data.io import ImageArray, read_image, read_json, read_segment_map, write_text
+from ..evaluation.panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
+from ..evaluation.top_k import RESULTS_NAME as TOP_K_RESULTS
 from .drawing import automatic_scale, draw_scene, enlarge
 from .scene import Region, Scene, Segment, SharedSegmentMap, scene_of_annotation
 
@@ -91,7 +93,7 @@ def example_pictures(folder: Path, roles: Sequence[str]) -> Iterator[ExamplePict
         folder: ``OUTPUT_DIR/inference/<data set>``, where the evaluator has written them.
         roles: "first", "worst", "best": which of them, in this order.
     """
-    content = read_json(folder / "panoptic_results.json")
+    content = read_json(folder / PANOPTIC_RESULTS)
     table = ClassTable.from_metadata(MetadataCatalog.get(content["dataset"]))
     wanted = [row for role in roles for row in content["examples"] if row["role"] == role]
     ids = {row["image_id"] for row in wanted}
@@ -181,7 +183,7 @@ def _evaluation(name: str, results: Mapping[str, Any], folder: Path, budget: int
     )
     parts = [f'<div class="cards">{cards}</div>']
     if "panoptic_seg" in results:
-        content = read_json(folder / "panoptic_results.json")
+        content = read_json(folder / PANOPTIC_RESULTS)
         colors = ClassTable.from_metadata(MetadataCatalog.get(name))
         parts += [
             _quality_per_class(content, colors),
@@ -190,7 +192,7 @@ def _evaluation(name: str, results: Mapping[str, Any], folder: Path, budget: int
             _pictures(folder, budget),
         ]
     elif "classification" in results:
-        parts.append(_accuracy_per_class(read_json(folder / "classification_results.json")))
+        parts.append(_accuracy_per_class(read_json(folder / TOP_K_RESULTS)))
     parts += [_ap_per_class(task, results[task]) for task in ("bbox", "segm") if task in results]
     return _section(f"Evaluation on {name}", "".join(parts))
 
