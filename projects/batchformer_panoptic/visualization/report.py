@@ -23,6 +23,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 
+from ..config import classifies
 from ..data.class_table import ClassTable
 from ..data.io import ImageArray, read_image, read_json, read_segment_map, write_text
 from ..evaluation.panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
@@ -73,7 +74,7 @@ def write_report(
     """
     folder = Path(cfg.OUTPUT_DIR)
     names = [*(cfg.DATASETS.TRAIN if trained else ()), *cfg.DATASETS.TEST]
-    parts = [_heading(folder, weights), _curves(folder / "metrics.json")]
+    parts = [_heading(cfg, weights), _curves(folder / "metrics.json")]
     budget = _MAX_PICTURE_BYTES
     for name in cfg.DATASETS.TEST if results else ():
         assert results is not None
@@ -124,9 +125,16 @@ def example_pictures(folder: Path, roles: Sequence[str]) -> Iterator[ExamplePict
 # Sections.
 
 
-def _heading(folder: Path, weights: str) -> str:
-    about = f"Weights: {weights}. Written {datetime.now():%Y-%m-%d %H:%M}."
-    return f"<h1>Report of {escape(folder.name)}</h1>{_note(about)}"
+def _heading(cfg: CfgNode, weights: str) -> str:
+    model = cfg.MODEL.META_ARCHITECTURE
+    if not classifies(cfg):
+        model += f", transformer {cfg.MODEL.DETR.TRANSFORMER_NAME}"
+    block = "with" if cfg.MODEL.BATCHFORMER.ENABLED else "without"
+    about = (
+        f"Model: {model}, {block} BatchFormerV2. Weights: {weights}. "
+        f"Written on {datetime.now():%Y-%m-%d at %H:%M}."
+    )
+    return f"<h1>Report of {escape(Path(cfg.OUTPUT_DIR).name)}</h1>{_note(about)}"
 
 
 def _curves(path: Path) -> str:
@@ -290,19 +298,17 @@ def _pictures(folder: Path, budget: int) -> str:
     for pictures in example_pictures(folder, list(figures)):
         pq = "n/a" if pictures.pq is None else f"{100 * pictures.pq:.1f}"
         images = "".join(
-            f'<img alt="{alt}" src="data:image/jpeg;base64,{_jpeg(picture)}">'
-            for alt, picture in (("truth", pictures.truth), ("prediction", pictures.prediction))
+            f'<div><img alt="" src="data:image/jpeg;base64,{_jpeg(picture)}">{label}</div>'
+            for label, picture in (("Truth", pictures.truth), ("Prediction", pictures.prediction))
         )
-        caption = escape(f"{pictures.file_name}: PQ {pq}. Truth, then prediction.")
-        figure = f"<figure><div>{images}</div><figcaption>{caption}</figcaption></figure>"
+        caption = escape(f"{pictures.file_name}: PQ {pq}")
+        figure = f"<figure><figcaption>{caption}</figcaption>{images}</figure>"
         budget -= len(figure)
         if budget < 0:
             break
         figures[pictures.role] += figure
     return "".join(
-        _titled(f"{role.capitalize()} images", f'<div class="figures">{html}</div>')
-        for role, html in figures.items()
-        if html
+        _titled(f"{role.capitalize()} images", html) for role, html in figures.items() if html
     )
 
 
@@ -367,7 +373,7 @@ def _setting(cfg: CfgNode) -> str:
         except PackageNotFoundError:
             continue
     config = f"<details><summary>Configuration</summary><pre>{escape(cfg.dump())}</pre></details>"
-    return _section("Setting", _table(["", ""], rows) + config)
+    return _section("Setting", _table(["", "value"], rows) + config)
 
 
 # Parts of sections.
@@ -395,17 +401,30 @@ def _note(text: str) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[_Row]) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    """A table; columns of numbers are aligned to the right."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(headers)
+    kinds = ["n" if all(map(_is_number, column)) else "t" for column in columns]
+    head = "".join(
+        f'<th class="{kind}">{escape(header)}</th>'
+        for kind, header in zip(kinds, headers, strict=True)
+    )
+    lines = (
+        "".join(
+            f'<td class="{kind}">{_text(cell)}</td>' for kind, cell in zip(kinds, row, strict=True)
+        )
+        for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, int):
-        return f'<td class="n">{value}</td>'
-    text = value if isinstance(value, Html) else escape(str(value))
-    number = re.fullmatch(r"[\d.]+( %)?|n/a", text) is not None
-    return f'<td class="n">{text}</td>' if number else f"<td>{text}</td>"
+def _text(value: object) -> str:
+    return value if isinstance(value, Html) else escape(str(value))
+
+
+def _is_number(value: object) -> bool:
+    text = re.sub("<[^>]*>", "", value) if isinstance(value, Html) else str(value)
+    return re.fullmatch(r"([\d.]+( %)?|n/a)?", text) is not None
 
 
 def _percent(value: float | None) -> str:
@@ -467,9 +486,11 @@ h1 { font-size: 1.7rem; margin: 0; }
 h2 { font-size: 1.3rem; margin: 2.2rem 0 .8rem; border-bottom: 2px solid #ddd; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .87rem; }
-th { text-align: left; font-weight: 600; background: #f4f4f4; vertical-align: bottom; }
+th { font-weight: 600; background: #f4f4f4; vertical-align: bottom; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.t { text-align: left; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+td:first-child { white-space: nowrap; }
 td i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px; }
 .wide { overflow-x: auto; }
 .note { color: #555; font-size: .87rem; margin: .5rem 0; }
@@ -484,13 +505,11 @@ td i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; bor
 .cell { text-align: right; background: rgb(76 120 168 / calc(var(--a) * .6)); padding: 0 .3rem; }
 .stack { display: flex; height: 1.3rem; margin-bottom: .6rem; border-radius: 4px;
   overflow: hidden; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-figure { margin: 0; break-inside: avoid; }
-figure div { display: flex; gap: 4px; }
-figure img { width: calc(50% - 2px); height: auto; object-fit: contain; align-self: start; }
-figcaption { color: #555; font-size: .82rem; overflow-wrap: anywhere; }
+figure { margin: 0 0 1rem; display: grid; grid-template-columns: 1fr 1fr; gap: 0 .6rem;
+  max-width: 900px; color: #555; font-size: .82rem; break-inside: avoid; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { grid-column: 1 / 3; overflow-wrap: anywhere; color: #222; font-weight: 600; }
 pre { font-size: .78rem; background: #f7f7f7; padding: .8rem; overflow-x: auto; }
-@media (max-width: 800px) { .figures { grid-template-columns: 1fr; } }
 @media print { body { margin: 0; } * { print-color-adjust: exact; } }
 </style></head><body>
 BODY
