@@ -70,7 +70,7 @@ def test_nothing_but_results_and_examples_is_written(tmp_path, monkeypatch, has_
         assert evaluator.evaluate()
         written = set(tmp_path.rglob("*")) - before
     names = {path.relative_to(folder).as_posix() for path in written - {folder}}
-    roles = enumerate(("first", "first", "best", "best"))
+    roles = enumerate(("first", "first", "worst", "worst"))
     pictures = {f"examples/{number:02d}_{role}.png" for number, role in roles}
     assert names == ({"panoptic_results.json", "examples"} | pictures if has_folder else set())
 

@@ -126,7 +126,7 @@ def test_the_page_needs_no_other_file(page: str) -> None:
     assert re.findall(r'src="(?!data:image/jpeg;base64,)', page) == []
     assert "<b>box" not in page
     assert page.count("<svg") == 3
-    # Five images, of which the last has no segment: four are the best, and none is left.
+    # Five images, of which the last has no segment: four are the worst, and none is left.
     assert page.count("data:image/jpeg") == 8
     assert len(page) < 3_000_000
 

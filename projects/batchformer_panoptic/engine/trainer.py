@@ -193,8 +193,10 @@ class PanopticTrainer(DefaultTrainer):
         if best.is_file():
             record = read_json(best)
             weights = folder / "model_best.pth"
+            # The last evaluation is logged as one iteration after the last step.
+            iteration = min(record["iteration"] + 1, self.max_iter)
             metric = f"{record['metric']} {record['value']:.2f}"
-            logger.info(f"best: {weights}, {metric} after iteration {record['iteration'] + 1}")
+            logger.info(f"best: {weights}, {metric} after iteration {iteration}")
             per_class = record.get("per_class", {})  # written by older versions without it
         else:
             weights = folder / "model_final.pth"

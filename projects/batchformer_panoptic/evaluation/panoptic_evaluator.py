@@ -82,11 +82,11 @@ class _Examples:
                     self._insert(role, example)
 
     def roles(self) -> Iterator[tuple[str, _Example]]:
-        """Yield role and example; of few images, the best are not repeated as the worst ones."""
-        best = {example.image_id for example in self._of_role["best"]}
+        """Yield role and example; of few images, the worst are not repeated as the best ones."""
+        worst = {example.image_id for example in self._of_role["worst"]}
         for role, examples in self._of_role.items():
             for example in examples:
-                if role != "worst" or example.image_id not in best:
+                if role != "best" or example.image_id not in worst:
                     yield role, example
 
     def _is_wanted(self, role: str, rank: tuple[float, str]) -> bool:

@@ -141,11 +141,14 @@ def _curves(path: Path) -> str:
     """Charts of the metrics over the iterations; "" without a training."""
     if not path.is_file():
         return ""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = max((r["iteration"] + 1 for r in records if "total_loss" in r), default=0)
     series: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records:
+        # The last evaluation is logged as one iteration after the last step.
+        iteration = min(record["iteration"] + 1, steps)
         for name, value in record.items():
-            series.setdefault(name, {})[record["iteration"] + 1] = value
+            series.setdefault(name, {})[iteration] = value
     quality = r"(.*/)?(PQ|PQ_th|PQ_st|AP|mIoU|top1|top5)"
     charts = [
         _chart(title, {name: series[name] for name in series if re.fullmatch(pattern, name)})
@@ -170,7 +173,8 @@ def _chart(title: str, series: Mapping[str, Mapping[int, float]]) -> str:
         marker = "o" if len(shown) <= 20 else ""
         axes.plot(*zip(*shown, strict=True), label=name, marker=marker, markersize=3)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", frameon=False)
+    if len(series) > 1:
+        axes.legend(fontsize="x-small", frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     buffer = io.StringIO()
