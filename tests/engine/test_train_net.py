@@ -206,33 +206,37 @@ def test_a_lost_report_is_a_warning(
     assert (tmp_path / "output" / "model_final.pth").exists()
 
 
+@pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_ctrl_c_saves_and_leaves_in_one_line(
     tmp_path: Path,
     config_file: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
-    base = ["--config-file", config_file, "DATALOADER.NUM_WORKERS", "1"]
+    base = ["--config-file", config_file, "DATALOADER.NUM_WORKERS", "1", "TEST.EVAL_PERIOD", "3"]
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     assert _run(*base, "OUTPUT_DIR", str(through)) == 0
-    run_step = trainer.PanopticTrainer.run_step
+    name = {"step": "run_step", "evaluation": "test"}[place]
+    method, handler = getattr(trainer.PanopticTrainer, name), signal.getsignal(signal.SIGINT)
 
-    def interrupted_step(self: trainer.PanopticTrainer) -> None:
-        if self.iter == 2:
+    def interrupted(*args: Any) -> Any:
+        if place == "evaluation" or args[0].iter == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        run_step(self)
+        return method(*args)
 
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.PanopticTrainer, "run_step", interrupted_step)
+        patched.setattr(trainer.PanopticTrainer, name, interrupted)
         assert _run(*base, "OUTPUT_DIR", str(stopped)) == 130
     shown = capsys.readouterr()
     assert [line for line in shown.err.splitlines() if line.strip()] == [
         f"interrupted after iteration 3 of 4: --resume continues from {stopped}/model_0000002.pth"
     ]
-    assert (stopped / "report.html").exists()
     assert "Traceback" not in shown.out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "iter: 3/4" in shown.out.splitlines()[-1]
+    assert (stopped / "report.html").exists()
+    assert signal.getsignal(signal.SIGINT) is handler
     assert _run(*base, "--resume", "OUTPUT_DIR", str(stopped)) == 0
     models = [
         torch.load(folder / "model_final.pth", weights_only=True)["model"]

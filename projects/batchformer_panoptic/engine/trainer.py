@@ -160,8 +160,10 @@ class PanopticTrainer(DefaultTrainer):
             yield
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment
+            logging.disable(logging.INFO)  # the user gets one line
             raise KeyboardInterrupt(self._save_interrupted()) from None
         finally:
+            logging.disable(logging.NOTSET)
             signal.signal(signal.SIGINT, before)
 
     def _save_interrupted(self) -> str:
@@ -173,7 +175,8 @@ class PanopticTrainer(DefaultTrainer):
             return "interrupted in a step, without saving: --resume continues the last checkpoint"
         name = f"model_{self.iter:07d}"
         self.checkpointer.save(name, iteration=self.iter)
-        _write_report(self.cfg, self._last_eval_results, f"{name}.pth")
+        older = ", but the evaluation is of earlier ones" if self._last_eval_results else ""
+        _write_report(self.cfg, self._last_eval_results, f"{name}.pth{older}")
         return (
             f"interrupted after iteration {self.iter + 1} of {self.max_iter}: --resume continues "
             f"from {folder}/{name}.pth"
@@ -201,7 +204,8 @@ class PanopticTrainer(DefaultTrainer):
         else:
             weights = folder / "model_final.pth"
             logger.info(f"last weights: {weights}")
-            per_class = per_class_values(self.cfg, self._last_eval_results or {})
+            results = self._last_eval_results
+            per_class = per_class_values(self.cfg, results) if results else {}
         _log_per_class(self.cfg, per_class)
         _write_report(self.cfg, self._last_eval_results, "model_final.pth")
         if len(self.cfg.DATASETS.TEST) and not classifies(self.cfg):

@@ -32,7 +32,7 @@ from ..errors import UserError
 
 _MATCH_IOU = 0.5  # an IoU above one half makes the match unique
 _IGNORED_SHARE = 0.5  # predictions with a larger share of void and crowd do not count
-_OVERLAP_IOU = 0.1  # less is no attempt at the same segment (TIDE, arXiv 2008.08115, section 2.2)
+_OVERLAP_IOU = 0.1  # less is no attempt at the same segment (as in TIDE, arXiv 2008.08115)
 
 # Kinds of errors, for the false negatives and false positives of a panoptic quality:
 #   confused   a false negative and a false positive of different classes with an IoU above 0.5
