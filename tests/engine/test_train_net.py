@@ -237,7 +237,7 @@ def test_ctrl_c_saves_and_leaves_in_one_line(
     assert "iter: 3/4" in shown.out.splitlines()[-1]
     assert (stopped / "report.html").exists()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert _run(*base, "--resume", "OUTPUT_DIR", str(stopped)) == 0
+    assert _run("--resume", *base, "OUTPUT_DIR", str(stopped)) == 0
     models = [
         torch.load(folder / "model_final.pth", weights_only=True)["model"]
         for folder in (through, stopped)
