@@ -43,7 +43,7 @@ $(READY): constraints.txt setup.cfg pyproject.toml tools/setup_env.py
 demo: $(READY) ## create data, train a small model for some minutes, evaluate PQ, draw predictions
 	$(PY) datasets/prepare_shapes_panoptic.py --output $(DEMO_DATA) \
 	  --num-train 4000 --num-val 200 --seed 0
-	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
+	$(PY) train_net.py --config-file $(DEMO_CONFIG) --overwrite OUTPUT_DIR $(DEMO_OUTPUT)
 	$(PY) tools/visualize_predictions.py --config-file $(DEMO_CONFIG) --num 12 \
 	  --output $(DEMO_OUTPUT)/pictures --opts MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 

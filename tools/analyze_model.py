@@ -16,6 +16,9 @@ import time
 from collections import Counter
 from typing import Any
 
+import batchformer_panoptic  # noqa: F401  before Detectron2, whose import would warn
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import batchformer_panoptic  # noqa: F401  before Detectron2, whose import would warn
+
+# isort: split
 import torch
 from detectron2.data.datasets.builtin_meta import (
     ADE20K_SEM_SEG_CATEGORIES,

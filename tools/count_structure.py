@@ -18,13 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import batchformer_panoptic  # before Detectron2, whose import would warn
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-import batchformer_panoptic
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.solver import build_optimizer
 from batchformer_panoptic.errors import command

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import batchformer_panoptic  # noqa: F401  before Detectron2, whose import would warn
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 

@@ -5,6 +5,7 @@ since the subpackage ``batchformer`` needs only torch.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ _HOME_OF_NAME = {
     "register_instances_dataset": ".data",
     "register_panoptic_dataset": ".data",
 }
+
+
+# Detectron2 compiles two functions with TorchScript when it is imported.
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is", FutureWarning, r"torch\.jit\.")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ _P = ParamSpec("_P")
 
 # The exit status of every command after a user's mistake; argparse uses the same one.
 USER_ERROR_STATUS = 2
+# The one that shells give to a program that Ctrl-C has ended.
+INTERRUPTED_STATUS = 130
 
 
 class UserError(ValueError):
@@ -55,7 +57,8 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
     """Decorate the ``main`` of a command: report a `UserError` in one line instead of a traceback.
 
     The line goes to standard error as ``error: MESSAGE``, and the exit status is 2, as for the
-    mistakes that argparse finds. Every other exception passes.
+    mistakes that argparse finds. Ctrl-C is one line, too, with status 130. Every other exception
+    passes.
     """
 
     @functools.wraps(main)
@@ -65,5 +68,8 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             return USER_ERROR_STATUS
+        except KeyboardInterrupt as interrupt:
+            sys.stderr.write(f"{str(interrupt) or 'interrupted'}\n")
+            return INTERRUPTED_STATUS
 
     return report

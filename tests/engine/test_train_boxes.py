@@ -69,6 +69,7 @@ def test_train_evaluate_and_draw(
     metrics = {k: v for line in records for k, v in json.loads(line).items()}
     assert {"bbox/AP", "bbox/AP-cat", "bbox/AP-dog"} <= set(metrics)
     assert not [key for key in metrics if key.startswith(("panoptic_seg/", "segm/"))]
+    assert "AP of boxes per class" in (tmp_path / "output" / "report.html").read_text()
 
     weights = tmp_path / "output" / "model_final.pth"
     checkpoint = torch.load(weights, weights_only=True)

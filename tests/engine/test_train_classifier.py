@@ -69,6 +69,8 @@ def test_train_resume_and_evaluate(tmp_path: Path, config_file: str, block: bool
     assert any("batchformer" in name for name in checkpoint["model"]) == block
     best = json.loads((through / "model_best.json").read_text())
     assert best["metric"] == "classification/top1"
+    assert list(best["per_class"]) == ["ant", "bee", "cat"]
+    assert "Accuracy per class" in (through / "report.html").read_text()
     logged = [json.loads(line) for line in (through / "metrics.json").read_text().splitlines()]
     assert any("classification/top1" in record for record in logged)
     assert any("batchformer/loss_class" in record for record in logged) == block

@@ -1,13 +1,17 @@
 """``train_net.py`` on real files with the real model, tiny."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from batchformer_panoptic.engine import trainer
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset
 
@@ -115,3 +119,127 @@ def test_error_of_a_launched_process_is_one_line(
     assert _run(*argv) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [e for e in errors if e.startswith("error: SOLVER.IMS_PER_BATCH is 3")] == errors[-1:]
+
+
+FAST = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1")
+
+
+def test_the_console_shows_lines_and_the_log_everything(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--config-file", config_file, *FAST) == 0
+    output = tmp_path / "output"
+    lines = capsys.readouterr().out.splitlines()
+    first_step = next(number for number, line in enumerate(lines) if "iter: 1/2" in line)
+    assert first_step <= 30
+    assert all(line.startswith("[") for line in lines)  # no second lines, and no prints
+    assert sum(": panoptic_seg PQ " in line for line in lines) == 2  # evaluations
+
+    best = json.loads((output / "model_best.json").read_text())
+    per_class = ", ".join(f"{name} {value:.1f}" for name, value in best["per_class"].items())
+    last = [line.partition("]: ")[2] for line in lines[-4:]]
+    assert last == [
+        f"best: {output}/model_best.pth, panoptic_seg/PQ {best['value']:.2f} after iteration "
+        f"{min(best['iteration'] + 1, 2)}",
+        f"PQ per class: {per_class}",
+        f"report: {output}/report.html",
+        "look at predictions: python tools/visualize_predictions.py --config-file "
+        f"{output}/config.yaml --output {output}/pictures --opts MODEL.WEIGHTS "
+        f"{output}/model_best.pth",
+    ]
+    script, *arguments = last[-1].partition("python ")[2].split()
+    assert load_script(script).main(arguments) == 0
+
+    log = (output / "log.txt").read_text()
+    for expected in ("OUTPUT_DIR:", "PyTorch", "(mask_head): ", "| ground", "Average Precision"):
+        assert expected in log
+    assert "\x1b" not in log
+    assert "<h2>Evaluation on" in (output / "report.html").read_text()
+
+
+def test_tensorboard_shows_predictions(tmp_path: Path, config_file: str) -> None:
+    assert _run("--config-file", config_file, *FAST) == 0
+    events = EventAccumulator(str(tmp_path / "output"), size_guidance={"images": 0}).Reload()
+    names = {tag.rpartition("/")[2] for tag in events.Tags()["images"]}
+    assert names == {"000.png", "001.jpg", "002.png", "003.jpg"}
+    assert [image.step for image in events.Images(events.Tags()["images"][0])] == [0, 2]
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--config-file", config_file]
+    output = tmp_path / "output"
+    assert _run(*base, "SOLVER.MAX_ITER", "1") == 0
+    before = (output / "metrics.json").read_text()
+    assert _run(*base, "SOLVER.MAX_ITER", "2") == 2
+    assert "has an earlier run: continue it with --resume" in capsys.readouterr().err
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
+    assert _run(*base, "--overwrite", *weights) == 2
+    assert "would delete" in capsys.readouterr().err
+    assert _run(*base, "--overwrite", "--resume") == 2
+    assert (output / "metrics.json").read_text() == before
+
+    config = (output / "config.yaml").read_text()
+    assert _run(*base, "--eval-only", *weights, "TEST.IMS_PER_BATCH", "2") == 0
+    assert (output / "config.yaml").read_text() == config
+    (output / "mine.txt").write_text("not of the run")
+    assert _run(*base, "--overwrite", "SOLVER.MAX_ITER", "2") == 0
+    records = (output / "metrics.json").read_text().splitlines()
+    assert [json.loads(record)["iteration"] for record in records].count(0) == 1
+    assert not (output / "model_0000000.pth").exists()
+    assert (output / "mine.txt").exists()
+
+
+def test_a_lost_report_is_a_warning(
+    tmp_path: Path,
+    config_file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setattr(trainer, "write_report", fail)
+    assert _run("--config-file", config_file, "SOLVER.MAX_ITER", "1") == 0
+    assert "the report failed: RuntimeError: no memory" in capsys.readouterr().out
+    assert (tmp_path / "output" / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_ctrl_c_saves_and_leaves_in_one_line(
+    tmp_path: Path,
+    config_file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    base = ["--config-file", config_file, "DATALOADER.NUM_WORKERS", "1", "TEST.EVAL_PERIOD", "3"]
+    through, stopped = tmp_path / "through", tmp_path / "stopped"
+    assert _run(*base, "OUTPUT_DIR", str(through)) == 0
+    name = {"step": "run_step", "evaluation": "test"}[place]
+    method, handler = getattr(trainer.PanopticTrainer, name), signal.getsignal(signal.SIGINT)
+
+    def interrupted(*args: Any) -> Any:
+        if place == "evaluation" or args[0].iter == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(*args)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.PanopticTrainer, name, interrupted)
+        assert _run(*base, "OUTPUT_DIR", str(stopped)) == 130
+    shown = capsys.readouterr()
+    assert [line for line in shown.err.splitlines() if line.strip()] == [
+        f"interrupted after iteration 3 of 4: --resume continues from {stopped}/model_0000002.pth"
+    ]
+    assert "Traceback" not in shown.out
+    assert "iter: 3/4" in shown.out.splitlines()[-1]
+    assert (stopped / "report.html").exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert _run("--resume", *base, "OUTPUT_DIR", str(stopped)) == 0
+    models = [
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (through, stopped)
+    ]
+    assert all(torch.equal(models[1][name], value) for name, value in models[0].items())

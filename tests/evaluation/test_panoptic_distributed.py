@@ -58,7 +58,7 @@ def test_two_processes_give_panopticapi_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("has_folder", [False, True])
-def test_the_results_are_the_only_file_and_need_a_folder(tmp_path, monkeypatch, has_folder):
+def test_nothing_but_results_and_examples_is_written(tmp_path, monkeypatch, has_folder):
     truths, predictions = random_set(21, num_images=2)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "out"
@@ -69,7 +69,10 @@ def test_the_results_are_the_only_file_and_need_a_folder(tmp_path, monkeypatch, 
         evaluator.process(model_inputs(2), outputs)
         assert evaluator.evaluate()
         written = set(tmp_path.rglob("*")) - before
-    assert written == ({folder, folder / "panoptic_results.json"} if has_folder else set())
+    names = {path.relative_to(folder).as_posix() for path in written - {folder}}
+    roles = enumerate(("first", "first", "worst", "worst"))
+    pictures = {f"examples/{number:02d}_{role}.png" for number, role in roles}
+    assert names == ({"panoptic_results.json", "examples"} | pictures if has_folder else set())
 
 
 def test_an_area_that_gives_panopticapi_an_iou_above_1_is_refused(tmp_path):

@@ -18,9 +18,11 @@ from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset, p
 from detectron2.utils.events import EventStorage
 from panopticapi.evaluation import pq_compute
 
+from batchformer_panoptic.data.io import read_segment_map
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation import PanopticEvaluator, PanopticQuality
+from batchformer_panoptic.evaluation import PanopticEvaluator, PanopticQuality, Segments
 from batchformer_panoptic.evaluation import panoptic_evaluator as module
+from batchformer_panoptic.evaluation.panoptic_quality import count_image
 from helpers.panoptic_sets import (
     CATEGORIES,
     PanopticImage,
@@ -32,6 +34,8 @@ from helpers.panoptic_sets import (
     without_crowd,
     write_panoptic,
 )
+
+ROLES = ("first", "worst", "best")
 
 
 def _evaluate(evaluator, inputs, outputs):
@@ -142,7 +146,7 @@ def test_model_output_is_not_modified(tmp_path):
         assert output["panoptic_seg"][1] == copied["panoptic_seg"][1]
 
 
-def _evaluate_in_processes(monkeypatch, name, shares, predictions):
+def _evaluate_in_processes(monkeypatch, name, shares, predictions, output_dir=None):
     """Gather the parts of several processes, each with its share of image numbers."""
     gathered = []
 
@@ -155,7 +159,7 @@ def _evaluate_in_processes(monkeypatch, name, shares, predictions):
     for rank, share in enumerate(shares):
         is_last = rank == len(shares) - 1
         monkeypatch.setattr(module.comm, "is_main_process", lambda is_last=is_last: is_last)
-        evaluator = PanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name, output_dir)
         evaluator.process([inputs[i] for i in share], [outputs[i] for i in share])
         results = evaluator.evaluate()
         assert bool(results) == is_last
@@ -178,6 +182,38 @@ def test_processes_together_equal_one(tmp_path, monkeypatch, shares, num_recent)
         expected = _evaluate(PanopticEvaluator(name), model_inputs(5), _outputs(predictions))
         together = _evaluate_in_processes(monkeypatch, name, shares, predictions)
     assert together["panoptic_seg"] == pytest.approx(expected["panoptic_seg"], abs=1e-10)
+
+
+@pytest.mark.parametrize("shares", [[range(12)], [range(0, 12, 2), [*range(1, 12, 2), 0]]])
+def test_examples_are_the_first_worst_and_best_images(tmp_path, monkeypatch, shares):
+    truths, predictions = random_set(20, num_images=12)
+    with registered("pq_set", tmp_path / "truth", truths) as name:
+        _evaluate_in_processes(monkeypatch, name, shares, predictions, str(tmp_path / "out"))
+    pqs = {
+        100 + index: count_image(
+            prediction.segment_map,
+            Segments.from_segments_info(prediction.segments_info),
+            truth.segment_map,
+            Segments.from_segments_info(truth.segments_info),
+            image_name="",
+        ).mean_pq()
+        for index, (truth, prediction) in enumerate(zip(truths, predictions, strict=True))
+    }
+    order = sorted(pqs, key=pqs.__getitem__)
+    rows = json.loads((tmp_path / "out/panoptic_results.json").read_text())["examples"]
+    found = {role: [row["image_id"] for row in rows if row["role"] == role] for role in ROLES}
+    assert found == {
+        "first": [100, 101, 102, 103],
+        "worst": order[:4],
+        "best": order[:-5:-1],
+    }
+    for row in rows:
+        assert row["pq"] == pqs[row["image_id"]]
+        prediction = predictions[row["image_id"] - 100]
+        written = read_segment_map(tmp_path / "out" / row["png"])
+        assert (written == prediction.segment_map).all()
+        classes = {info["id"]: info["category_id"] for info in row["segments_info"]}
+        assert classes == {info["id"]: info["category_id"] for info in prediction.segments_info}
 
 
 def test_processes_that_evaluate_the_same_images_are_refused(tmp_path, monkeypatch):

@@ -2,13 +2,19 @@
 
 import contextlib
 import io
+from collections import Counter
 
 import numpy as np
 import pytest
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.evaluation.panoptic_quality import Segments, image_pq_counts
+from batchformer_panoptic.evaluation.panoptic_quality import (
+    PanopticError,
+    Segments,
+    count_image,
+    image_pq_counts,
+)
 from helpers.panoptic_sets import (
     CATEGORIES,
     MAX_ID,
@@ -230,3 +236,54 @@ def test_a_map_that_is_a_view_is_read_in_its_own_order():
     turned = PanopticImage(prediction.segment_map.T.copy().T, prediction.segments_info)
     assert not turned.segment_map.flags.c_contiguous
     assert _as_rows(_counts(truth, turned)) == _as_rows(_counts(truth, prediction))
+
+
+def _errors(truth: PanopticImage, prediction: PanopticImage) -> Counter[PanopticError]:
+    return count_image(
+        prediction.segment_map,
+        Segments.from_segments_info(prediction.segments_info),
+        truth.segment_map,
+        Segments.from_segments_info(truth.segments_info),
+        image_name="street.png",
+    ).errors
+
+
+@pytest.mark.parametrize(
+    ("predicted", "segments", "expected"),
+    [
+        (["1111", "0000"], [(1, 3, 0)], [("missed", 7, None)]),
+        (["1111", "2222"], [(1, 3, 0), (2, 90, 0)], [("confused", 7, 90)]),
+        # IoU 1/4: the same class is a poor mask, another class two errors.
+        (["1111", "2000"], [(1, 3, 0), (2, 7, 0)], [("poor_mask", 7, 7)]),
+        (
+            ["1111", "2000"],
+            [(1, 3, 0), (2, 90, 0)],
+            [("missed", 7, None), ("invented", None, 90)],
+        ),
+        # Two parts of one segment: the larger one is its poor mask.
+        (
+            ["1111", "2233"],
+            [(1, 3, 0), (2, 7, 0), (3, 7, 0)],
+            [("poor_mask", 7, 7), ("invented", None, 7)],
+        ),
+    ],
+)
+def test_kinds_of_errors(predicted, segments, expected):
+    truth = _image(["1111", "2222"], (1, 3, 0), (2, 7, 0))
+    errors = _errors(truth, _image(predicted, *segments))
+    assert errors == Counter(PanopticError(*error) for error in expected)
+
+
+def test_a_mask_below_a_tenth_is_missed_and_invented():
+    truth = _image(["1" * 20], (1, 3, 0))
+    errors = _errors(truth, _image(["2" + "0" * 19], (2, 3, 0)))
+    assert errors == Counter([PanopticError("missed", 3, None), PanopticError("invented", None, 3)])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_errors_add_up_to_the_counts(seed):
+    truths, predictions = random_set(seed, num_images=1)
+    counts, errors = _counts(truths[0], predictions[0]), _errors(truths[0], predictions[0])
+    for key, value in counts.pq_per_cat.items():
+        assert value.fn == sum(n for error, n in errors.items() if error.true_class == key)
+        assert value.fp == sum(n for error, n in errors.items() if error.predicted_class == key)

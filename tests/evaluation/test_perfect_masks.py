@@ -47,7 +47,7 @@ def score(
     counts = evaluator._counts
     for _, recent in evaluator._recent:
         counts += recent
-    quality = PanopticQuality.from_counts(counts, {row["id"]: row for row in CATEGORIES})
+    quality = PanopticQuality.from_counts(counts.pq, {row["id"]: row for row in CATEGORIES})
     rows = [(row.tp, row.fp, row.fn) for row in quality.per_class]
     return Score(results["panoptic_seg"]["PQ"], rows)
 

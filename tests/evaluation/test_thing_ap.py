@@ -270,7 +270,7 @@ def test_a_coco_instance_set_gets_detectron2s_evaluator(tmp_path):
         evaluator = build_evaluator(_config(False), "instance_set", str(tmp_path))
     finally:
         MetadataCatalog.pop("instance_set")
-    assert type(evaluator) is COCOEvaluator
+    assert isinstance(evaluator, COCOEvaluator)
     assert evaluator._tasks == ("bbox",)
 
 

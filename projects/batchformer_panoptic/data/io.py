@@ -355,11 +355,11 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    write_atomically(str(path), lambda name: _write_utf8(name, text))
 
-    def save(name: str) -> None:
-        Path(name).write_text(text, encoding="utf-8")
 
-    write_atomically(str(path), save)
+def _write_utf8(path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------

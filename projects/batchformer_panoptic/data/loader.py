@@ -8,6 +8,7 @@ can be resumed anywhere, with any number of workers.
 import contextlib
 import logging
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
         ),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=limit_worker_threads,
+        worker_init_fn=prepare_worker,
         # The base seed of workers is drawn from this generator; the global one is the model's.
         generator=torch.Generator(),
     )
@@ -108,7 +109,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "CheckedLoader":
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    loader.worker_init_fn = limit_worker_threads
+    loader.worker_init_fn = prepare_worker
     # An evaluation during training must not change the random numbers of the training.
     loader.generator = torch.Generator()
     return CheckedLoader(loader)
@@ -407,8 +408,12 @@ class CheckedLoader:
             yield batch
 
 
-def limit_worker_threads(_worker_id: int) -> None:
-    """Limit a worker process to one thread, so that workers do not compete with each other."""
+def prepare_worker(_worker_id: int) -> None:
+    """Limit a worker process to one thread, and leave Ctrl-C to the main process.
+
+    Workers would compete with each other; and the main process still needs them for its last step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)

@@ -336,8 +336,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     Then all images are resized (MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING) and
     flipped (RANDOM_FLIP). These are the two branches of DETR's recipe, which both end in that
     resize. DETR flips first, which gives the same distribution. INPUT.LARGE_SCALE_JITTER replaces
-    resizing and cropping, after the flip, and INPUT.COLOR_JITTER comes first. Detectron2's INPUT.CROP is applied
-    before everything else.
+    resizing and cropping, after the flip, and INPUT.COLOR_JITTER comes first. Detectron2's
+    INPUT.CROP is applied before everything else.
 
     Evaluation: the resize of MIN_SIZE_TEST and MAX_SIZE_TEST; a MIN_SIZE_TEST of 0 keeps the size.
 

@@ -102,7 +102,7 @@ def _run_and_close_groups(
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return a parser of Detectron2's usual arguments and ``--init-from``.
+    """Return a parser of Detectron2's usual arguments, ``--init-from`` and ``--overwrite``.
 
     Without ``--dist-url``, the processes of one machine meet at a free port.
     """
@@ -114,6 +114,11 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="start training from a trained model of other classes: all but the class head is "
         "loaded, instead of MODEL.WEIGHTS (sets MODEL.INIT_FROM)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete the earlier run in OUTPUT_DIR (weights, logs, results) and train anew",
     )
     return parser
 

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import re
+import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_setup
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 
 from ..batchformer.batchformer import TWO_STREAMS
 from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
 from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
+from ..visualization.report import REPORT_NAME
+from .writers import start_logging
 
 logger = logging.getLogger(__name__)
 
@@ -167,16 +170,63 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     if cfg.SEED < 0:
         cfg.SEED = int(comm.shared_random_seed())
     cfg.freeze()
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created: {error.strerror}"
-        ) from None
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="batchformer_panoptic")
-    default_setup(cfg, args)
+    if comm.is_main_process():
+        _prepare_output_dir(cfg, args)
+    comm.synchronize()
+    start_logging(cfg.OUTPUT_DIR, with_tables=args.eval_only)
+    logger.debug(f"Environment:\n{collect_env_info()}")
+    logger.debug(f"Arguments: {args}")
+    logger.debug(f"Config:\n{cfg.dump()}")
+    logger.info(f"environment, config, model and all results: {cfg.OUTPUT_DIR}/log.txt")
     logger.info(f"SEED is {cfg.SEED}")
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     return cfg
+
+
+# Files that a training leaves in OUTPUT_DIR, besides the folder of its evaluations.
+_RUN_FILES = (
+    "model_[0-9]*.pth",
+    *("model_final.pth", "model_best.pth", "model_best.json", "model_nonfinite.pth"),
+    *("last_checkpoint", "metrics.json", "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+)
+
+
+def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Create the folder and write ``config.yaml``; delete an earlier run with ``--overwrite``.
+
+    An evaluation leaves the ``config.yaml`` of a training as it is.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if args.overwrite and (args.resume or args.eval_only):
+        raise UserError("--overwrite starts a training anew: leave out --resume and --eval-only")
+    files = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
+    # A training that has made a step has metrics; weights may also come from elsewhere.
+    metrics = folder / "metrics.json"
+    is_used = (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        path.suffix == ".pth" for path in files
+    )
+    if is_used and not (args.overwrite or args.resume or args.eval_only):
+        raise UserError(
+            f"OUTPUT_DIR {folder} has an earlier run: continue it with --resume, delete it with "
+            "--overwrite, or name another OUTPUT_DIR"
+        )
+    for weights in filter(None, (cfg.MODEL.WEIGHTS, cfg.MODEL.INIT_FROM)):
+        if args.overwrite and Path(weights).resolve() in [path.resolve() for path in files]:
+            raise UserError(
+                f"--overwrite would delete {weights}, from which the training starts: name "
+                "another OUTPUT_DIR"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for path in files:
+                path.unlink()
+            shutil.rmtree(folder / "inference", ignore_errors=True)
+        if not (args.eval_only and (folder / "config.yaml").exists()):
+            (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {folder} cannot be used: {error.strerror}") from None
 
 
 def _set_start(cfg: CfgNode, args: argparse.Namespace) -> None:

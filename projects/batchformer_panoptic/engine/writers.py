@@ -1,19 +1,51 @@
-"""Output of a training run: console line, periodic writing, and the best checkpoint."""
+"""Output of a run: log, console line, periodic writing, best checkpoint, and the last lines."""
 
 import datetime
 import json
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.engine.hooks import BestCheckpointer as Detectron2BestCheckpointer
 from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.logger import setup_logger
 
 from ..data.io import write_json
 
 logger = logging.getLogger(__name__)
+
+
+def start_logging(output_dir: str, *, with_tables: bool) -> None:
+    """Log everything to ``log.txt``, and what helps to follow the run to the console.
+
+    Args:
+        output_dir: the folder of ``log.txt``.
+        with_tables: show messages of several lines on the console, too.
+    """
+    for name in ("detectron2", "fvcore", "batchformer_panoptic"):
+        log = setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+        for handler in log.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.addFilter(_is_for_console)
+                if not with_tables:
+                    handler.addFilter(_is_one_line)
+
+
+def _is_for_console(record: logging.LogRecord) -> bool:
+    if record.levelno != logging.INFO:
+        return record.levelno > logging.INFO
+    if record.name == "detectron2.evaluation.evaluator":
+        return record.getMessage().startswith("Inference done")
+    return record.name.startswith(("batchformer_panoptic", "fvcore.common.checkpoint"))
+
+
+def _is_one_line(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or "\n" not in record.getMessage()
 
 
 class LogWriter(PeriodicWriter):
@@ -91,14 +123,30 @@ class ConsoleWriter(EventWriter):
 class BestCheckpointer(Detectron2BestCheckpointer):
     """Detectron2's best checkpointer; a resumed run continues with the best value so far.
 
-    Writes ``model_best.pth``, and ``model_best.json`` with metric, value and iteration.
+    Writes ``model_best.pth``, and ``model_best.json`` with metric, value, iteration and the values
+    per class.
+
+    Args:
+        eval_period: iterations between two evaluations.
+        checkpointer: writes the file.
+        metric: "task/metric"; higher is better.
+        output_dir: the folder of ``model_best.json``.
+        per_class: returns the values of the last evaluation, in percent.
     """
 
-    def __init__(self, eval_period: int, checkpointer: Any, metric: str, output_dir: str) -> None:
+    def __init__(
+        self,
+        eval_period: int,
+        checkpointer: Any,
+        metric: str,
+        output_dir: str,
+        per_class: Callable[[], dict[str, float]],
+    ) -> None:
         super().__init__(eval_period, checkpointer, metric)
+        self._per_class = per_class
         self._metric = metric
         self._record = Path(output_dir) / "model_best.json"
-        self._written: dict[str, Any] | None = None
+        self._written: int | None = None  # the iteration
 
     def before_train(self) -> None:
         """Read the best value of a resumed run."""
@@ -106,6 +154,7 @@ class BestCheckpointer(Detectron2BestCheckpointer):
             record = json.loads(self._record.read_text())
             if record["metric"] == self._metric and record["iteration"] < self.trainer.start_iter:
                 self.best_metric, self.best_iter = record["value"], record["iteration"]
+                self._written = self.best_iter
 
     def after_step(self) -> None:
         """Save if the evaluation of this iteration is the best so far."""
@@ -118,13 +167,13 @@ class BestCheckpointer(Detectron2BestCheckpointer):
         self._write_record()
 
     def _write_record(self) -> None:
-        if self.best_metric is None:
+        if self.best_metric is None or self.best_iter == self._written:
             return
         record = {
             "metric": self._metric,
             "value": self.best_metric,
             "iteration": self.best_iter,
+            "per_class": self._per_class(),
         }
-        if record != self._written:
-            write_json(self._record, record, indent=2)
-            self._written = record
+        write_json(self._record, record, indent=2)
+        self._written = self.best_iter

@@ -1,6 +1,6 @@
 """Panoptic quality, average precision, mean IoU, and the accuracy of classification."""
 
-from .build import EVALUATOR_FACTORIES, build_evaluator, main_metric
+from .build import EVALUATOR_FACTORIES, build_evaluator, main_metric, per_class_values
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
 from .panoptic_evaluator import (
     ClassQuality,
@@ -26,4 +26,5 @@ __all__ = [
     "build_evaluator",
     "image_pq_counts",
     "main_metric",
+    "per_class_values",
 ]

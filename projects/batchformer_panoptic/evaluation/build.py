@@ -1,16 +1,21 @@
 """Builds the evaluators for the format of a data set."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from ..data.io import read_json
 from ..errors import UserError
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
+from .panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
 from .panoptic_evaluator import PanopticEvaluator
 from .semantic_evaluator import SemanticEvaluator
+from .top_k import RESULTS_NAME as TOP_K_RESULTS
 from .top_k import TopKEvaluator
 
 logger = logging.getLogger(__name__)
@@ -46,6 +51,29 @@ def main_metric(cfg: CfgNode, dataset_name: str) -> str:
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification":
         return "classification/top1"
     return "panoptic_seg/PQ" if cfg.MODEL.MASK_ON else "bbox/AP"
+
+
+def per_class_values(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the main metric of each class in percent, on the first data set of DATASETS.TEST.
+
+    Args:
+        cfg: of a run that has just evaluated.
+        results: of this evaluation, as Detectron2's trainer returns them. AP is read from them, the
+            other metrics from the result files.
+    """
+    name = cfg.DATASETS.TEST[0]
+    task, _, metric = main_metric(cfg, name).partition("/")
+    folder = Path(cfg.OUTPUT_DIR) / "inference" / name
+    if metric == "AP":
+        of_task = results.get(name, results).get(task, {})
+        return {k.removeprefix("AP-"): v for k, v in of_task.items() if k.startswith("AP-")}
+    path = folder / (PANOPTIC_RESULTS if metric == "PQ" else TOP_K_RESULTS)
+    rows = read_json(path)["per_class"] if path.is_file() else []
+    if metric == "PQ":
+        return {row["name"]: 100 * row["pq"] for row in rows if row["pq"] is not None}
+    return {
+        row["name"]: 100 * row["num_top1"] / row["num_images"] for row in rows if row["num_images"]
+    }
 
 
 def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:

@@ -3,7 +3,9 @@
 The ground truth is an instances JSON, or the things of a panoptic data set converted to one.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -31,6 +33,16 @@ logger = logging.getLogger(__name__)
 TASKS = ("bbox", "segm")
 
 
+class _COCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator; the tables that pycocotools prints go to the log, at level DEBUG."""
+
+    def evaluate(self, img_ids: Sequence[int | str] | None = None) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            results = super().evaluate(img_ids)
+        logger.debug("pycocotools:\n%s", printed.getvalue())
+        return results
+
+
 def _coco_evaluator(
     name: str, metadata: Mapping[str, Any], tasks: Sequence[str], output_dir: str
 ) -> COCOEvaluator:
@@ -44,7 +56,7 @@ def _coco_evaluator(
     """
     MetadataCatalog.get(name).set(**{**metadata, "name": name})
     try:
-        return COCOEvaluator(
+        return _COCOEvaluator(
             name,
             tasks=tuple(tasks),
             distributed=True,

@@ -1,24 +1,28 @@
 """Evaluator of panoptic quality that keeps counts instead of predictions."""
 
+import bisect
+import itertools
 import logging
-import os
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from panopticapi.evaluation import PQStat
+from panopticapi.utils import id2rgb
 from tabulate import tabulate
 
-from ..data.io import write_json
+from ..data.io import write_image, write_json
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth
-from .panoptic_quality import Segments, image_pq_counts
+from .panoptic_quality import PanopticCounts, Segments, count_image
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +32,93 @@ RESULTS_NAME = "panoptic_results.json"
 # as its last one. The counts of this many last images are kept separate to remove repetitions.
 _NUM_RECENT = 16
 
+# Predictions to look at: number of images in each role, and their longest side in pixels.
+_NUM_EXAMPLES, _EXAMPLE_SIDE = 4, 512
+
+
+class _Example(NamedTuple):
+    """A prediction to look at, at most 512 pixels high and wide."""
+
+    rank: tuple[float, str]  # the lowest ranks are kept
+    image_id: int | str
+    pq: float | None  # of the image, 0 to 1; None without any segment that counts
+    segment_map: np.ndarray  # (h, w) integers
+    segments_info: list[dict[str, Any]]  # id, category_id (of the data set), score or None
+
+
+class _Examples:
+    """A few predictions to look at: of the first images, and of the worst and best ones.
+
+    Args:
+        first_ids: ids of the first images. They are the same in every evaluation.
+    """
+
+    def __init__(self, first_ids: Iterable[int | str]) -> None:
+        self._first_ids = list(first_ids)
+        self._of_role: dict[str, list[_Example]] = {"first": [], "worst": [], "best": []}
+
+    def offer(
+        self,
+        image_id: int | str,
+        pq: float | None,
+        segment_map: np.ndarray,
+        segments_info: list[dict[str, Any]],
+    ) -> None:
+        """Keep a copy of a prediction, reduced in size, in each role that it has so far."""
+        values: dict[str, float] = {} if pq is None else {"worst": pq, "best": -pq}
+        if image_id in self._first_ids:
+            values["first"] = self._first_ids.index(image_id)
+        for role, value in values.items():
+            rank = (value, str(image_id))
+            if self._is_wanted(role, rank):
+                small, segments = _reduced(segment_map, segments_info)
+                self._insert(role, _Example(rank, image_id, pq, small, segments))
+
+    def merge(self, other: "_Examples") -> None:
+        """Add the examples of another process."""
+        for role, examples in other._of_role.items():
+            for example in examples:
+                if self._is_wanted(role, example.rank):
+                    self._insert(role, example)
+
+    def roles(self) -> Iterator[tuple[str, _Example]]:
+        """Yield role and example; of few images, the worst are not repeated as the best ones."""
+        worst = {example.image_id for example in self._of_role["worst"]}
+        for role, examples in self._of_role.items():
+            for example in examples:
+                if role != "best" or example.image_id not in worst:
+                    yield role, example
+
+    def _is_wanted(self, role: str, rank: tuple[float, str]) -> bool:
+        kept = [example.rank for example in self._of_role[role]]
+        return rank not in kept and (len(kept) < _NUM_EXAMPLES or rank < kept[-1])
+
+    def _insert(self, role: str, example: _Example) -> None:
+        kept = self._of_role[role]
+        bisect.insort(kept, example, key=lambda other: other.rank)
+        del kept[_NUM_EXAMPLES:]
+
+
+def _reduced(
+    segment_map: np.ndarray, segments_info: list[dict[str, Any]]
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Return a smaller copy of a map, and the segments that are left in it."""
+    factor = min(1.0, _EXAMPLE_SIDE / max(segment_map.shape))
+    height, width = (max(1, round(factor * side)) for side in segment_map.shape)
+    small = cv2.resize(
+        segment_map.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST
+    )
+    left = set(np.unique(small).tolist())
+    return small, [info for info in segments_info if info["id"] in left]
+
 
 class _ProcessCounts(NamedTuple):
-    """Counts per class of one process, and the images they belong to."""
+    """Counts of one process, the images they belong to, and its examples."""
 
-    counts: PQStat  # of the images in ``settled``
+    counts: PanopticCounts  # of the images in ``settled``
     settled: set[int | str]  # image ids
-    recent: list[tuple[int | str, PQStat]]
+    recent: list[tuple[int | str, PanopticCounts]]
+    examples: _Examples
 
 
 class PanopticEvaluator(DatasetEvaluator):
@@ -57,7 +141,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
         Args:
             dataset_name: a registered panoptic data set with one id space for things and stuff.
-            output_dir: for ``panoptic_results.json``; None: no file is written.
+            output_dir: for ``panoptic_results.json`` and the predictions in ``examples``; None: no
+                file is written.
             allow_subset: accept that images of the data set are not evaluated.
         """
         self._truth = PanopticGroundTruth(MetadataCatalog.get(dataset_name))
@@ -67,9 +152,10 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all images."""
-        self._counts = PQStat()
+        self._counts = PanopticCounts()
         self._settled: set[int | str] = set()
-        self._recent: deque[tuple[int | str, PQStat]] = deque()
+        self._recent: deque[tuple[int | str, PanopticCounts]] = deque()
+        self._examples = _Examples(itertools.islice(self._truth.images, _NUM_EXAMPLES))
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
@@ -85,11 +171,14 @@ class PanopticEvaluator(DatasetEvaluator):
             if image_id in self._settled or any(image_id == recent for recent, _ in self._recent):
                 continue
             segment_map, segments_info = self._read_output(image_id, output)
-            self._recent.append((image_id, self._count(image_id, segment_map, segments_info)))
+            counts = self._count(image_id, segment_map, segments_info)
+            self._recent.append((image_id, counts))
+            if self._output_dir is not None:
+                self._examples.offer(image_id, counts.mean_pq(), segment_map, segments_info)
             if len(self._recent) > _NUM_RECENT:
-                settled_id, counts = self._recent.popleft()
+                settled_id, settled = self._recent.popleft()
                 self._settled.add(settled_id)
-                self._counts += counts
+                self._counts += settled
 
     def _read_output(
         self, image_id: int | str, output: Mapping[str, Any]
@@ -113,7 +202,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 "and label_divisor are not supported; use Detectron2's COCOPanopticEvaluator"
             )
         converted = [
-            {"id": int(segment["id"]), "category_id": self._dataset_id(image_id, segment)}
+            {
+                "id": int(segment["id"]),
+                "category_id": self._dataset_id(image_id, segment),
+                "score": segment.get("score"),
+            }
             for segment in segments_info
         ]
         return segment_map.cpu().numpy(), converted
@@ -131,9 +224,9 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _count(
         self, image_id: int | str, segment_map: np.ndarray, segments_info: list[dict[str, Any]]
-    ) -> PQStat:
+    ) -> PanopticCounts:
         image = self._truth.images[image_id]
-        return image_pq_counts(
+        return count_image(
             segment_map,
             Segments.from_segments_info(segments_info),
             self._truth.read_segment_map(image),
@@ -153,15 +246,18 @@ class PanopticEvaluator(DatasetEvaluator):
                 the same images.
         """
         comm.synchronize()
-        parts = comm.gather(_ProcessCounts(self._counts, self._settled, list(self._recent)))
+        parts = comm.gather(
+            _ProcessCounts(self._counts, self._settled, list(self._recent), self._examples)
+        )
         if not comm.is_main_process():
             return OrderedDict()
-        counts, evaluated = _merge(parts)
+        counts, evaluated, examples = _merge(parts)
         self._check_complete(evaluated)
-        quality = PanopticQuality.from_counts(counts, self._truth.categories)
+        quality = PanopticQuality.from_counts(counts.pq, self._truth.categories)
         logger.info("Panoptic quality on %d images:\n%s", len(evaluated), quality.group_table())
         logger.info("Panoptic quality per class:\n%s", quality.class_table())
-        self._write_results(quality, len(evaluated))
+        if self._output_dir is not None:
+            self._write_results(Path(self._output_dir), quality, counts, len(evaluated), examples)
         return OrderedDict(panoptic_seg=quality.to_metrics())
 
     def _check_complete(self, evaluated: set[int | str]) -> None:
@@ -176,21 +272,38 @@ class PanopticEvaluator(DatasetEvaluator):
             raise UserError(f"{message}; run the model on the whole data set or allow a subset")
         logger.warning("%s: the panoptic quality is that of a subset", message)
 
-    def _write_results(self, quality: "PanopticQuality", num_images: int) -> None:
-        if self._output_dir is None:
-            return
+    def _write_results(
+        self,
+        folder: Path,
+        quality: "PanopticQuality",
+        counts: PanopticCounts,
+        num_images: int,
+        examples: _Examples,
+    ) -> None:
+        """Write the predictions of the examples, and a JSON with everything that was measured."""
+        rows: list[dict[str, Any]] = []
+        for number, (role, example) in enumerate(examples.roles()):
+            name = f"examples/{number:02d}_{role}.png"
+            write_image(folder / name, id2rgb(example.segment_map))
+            row = {"role": role, "image_id": example.image_id, "pq": example.pq, "png": name}
+            rows.append({**row, "segments_info": example.segments_info})
+        errors = sorted(counts.errors.items(), key=lambda item: (-item[1], str(item[0])))
         content = {
             "dataset": self._truth.name,
             "num_images": num_images,
             "num_images_of_dataset": len(self._truth.images),
             **quality.to_json(),
+            "errors": [{**error._asdict(), "count": count} for error, count in errors],
+            "examples": rows,
         }
-        write_json(os.path.join(self._output_dir, RESULTS_NAME), content, indent=1)
+        write_json(folder / RESULTS_NAME, content, indent=1)
 
 
-def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
-    """Add up the counts of all processes, every image once; also return the image ids."""
-    total = PQStat()
+def _merge(
+    parts: Sequence[_ProcessCounts],
+) -> tuple[PanopticCounts, set[int | str], _Examples]:
+    """Add up the counts of all processes, every image once; also return ids and examples."""
+    total = PanopticCounts()
     evaluated: set[int | str] = set()
     for part in parts:
         repeated = evaluated & part.settled
@@ -207,7 +320,8 @@ def _merge(parts: Sequence[_ProcessCounts]) -> tuple[PQStat, set[int | str]]:
             if image_id not in evaluated:
                 evaluated.add(image_id)
                 total += counts
-    return total, evaluated
+        parts[0].examples.merge(part.examples)
+    return total, evaluated, parts[0].examples
 
 
 # ---------------------------------------------------------------------------

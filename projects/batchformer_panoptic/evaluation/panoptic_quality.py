@@ -6,12 +6,17 @@ and crowds follow ``pq_compute_single_core`` of panopticapi. Counts are collecte
 ground-truth segment is counted in the map and not read (an annotated area that is too small gives
 an IoU above 1), and inconsistent annotations are refused.
 
+Every false negative and false positive also gets a kind (see `ErrorKind`), which explains a quality
+without changing it.
+
 Shapes: H, W image size; S segments of one map; P pairs of segments that share pixels; R runs.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from panopticapi.evaluation import VOID, PQStat
@@ -27,6 +32,51 @@ from ..errors import UserError
 
 _MATCH_IOU = 0.5  # an IoU above one half makes the match unique
 _IGNORED_SHARE = 0.5  # predictions with a larger share of void and crowd do not count
+_OVERLAP_IOU = 0.1  # less is no attempt at the same segment (as in TIDE, arXiv 2008.08115)
+
+# Kinds of errors, for the false negatives and false positives of a panoptic quality:
+#   confused   a false negative and a false positive of different classes with an IoU above 0.5
+#   poor_mask  of the others: a false negative and a false positive of the same class with an IoU
+#              from 0.1 to 0.5, one to one, the largest IoU first
+#   missed     every other false negative
+#   invented   every other false positive
+ErrorKind = Literal["confused", "poor_mask", "missed", "invented"]
+
+
+class PanopticError(NamedTuple):
+    """One kind of error between two classes (data set category ids).
+
+    Attributes:
+        kind: see `ErrorKind`.
+        true_class: of the false negative, or None.
+        predicted_class: of the false positive, or None.
+    """
+
+    kind: ErrorKind
+    true_class: int | None
+    predicted_class: int | None
+
+
+@dataclass
+class PanopticCounts:
+    """Contributions of images: panopticapi's counts per category, and the kinds of errors."""
+
+    pq: PQStat = field(default_factory=PQStat)
+    errors: Counter[PanopticError] = field(default_factory=Counter)
+
+    def __iadd__(self, other: "PanopticCounts") -> "PanopticCounts":
+        self.pq += other.pq
+        self.errors.update(other.errors)
+        return self
+
+    def mean_pq(self) -> float | None:
+        """Panoptic quality of these images, 0 to 1; None without any segment that counts."""
+        values = [
+            count.iou / (count.tp + count.fp / 2 + count.fn / 2)
+            for count in self.pq.pq_per_cat.values()
+            if count.tp + count.fp + count.fn
+        ]
+        return sum(values) / len(values) if values else None
 
 
 class Segments(NamedTuple):
@@ -66,7 +116,19 @@ def image_pq_counts(
     *,
     image_name: str,
 ) -> PQStat:
-    """Count the matches of one image per category.
+    """Count the matches of one image per category; see `count_image`."""
+    return count_image(pred_map, pred_segments, gt_map, gt_segments, image_name=image_name).pq
+
+
+def count_image(
+    pred_map: np.ndarray,
+    pred_segments: Segments,
+    gt_map: np.ndarray,
+    gt_segments: Segments,
+    *,
+    image_name: str,
+) -> PanopticCounts:
+    """Count the matches and the errors of one image.
 
     A prediction and a ground-truth segment of the same category match if their IoU, without the
     prediction's pixels on void, is above 0.5. Crowd segments neither match nor count as missed. A
@@ -82,7 +144,7 @@ def image_pq_counts(
         image_name: names the image in errors.
 
     Returns:
-        Counts of the categories (data set ids) that have any.
+        Counts of the categories (data set ids) that have any, and the errors behind them.
 
     Raises:
         UserError: the ground truth is inconsistent: a segment whose area differs from the
@@ -107,19 +169,70 @@ def image_pq_counts(
         overlaps.pixels,
         len(pred_segments.ids),
     )
-    matches, ious = _match(overlaps, gt_segments, pred_segments, gt_areas, pred_areas - void_pixels)
+    pairs = _pairs(overlaps, gt_areas, pred_areas - void_pixels)
+    same_class = (
+        gt_segments.category_ids[pairs.gt_index] == pred_segments.category_ids[pairs.pred_index]
+    )
+    matches = pairs.only(
+        same_class & ~gt_segments.is_crowd[pairs.gt_index] & (pairs.iou > _MATCH_IOU)
+    )
     missed = ~gt_segments.is_crowd
     missed[matches.gt_index] = False
     crowd_pixels = _pixels_on_own_crowd(overlaps, gt_segments, pred_segments)
     spurious = ~((void_pixels + crowd_pixels) / pred_areas > _IGNORED_SHARE)
     spurious[matches.pred_index] = False
 
-    return _counts_by_category(
+    counts = _counts_by_category(
         gt_segments.category_ids[matches.gt_index],
-        ious,
+        matches.iou,
         gt_segments.category_ids[missed],
         pred_segments.category_ids[spurious],
     )
+    errors = _errors(pairs, same_class, missed, spurious, gt_segments, pred_segments)
+    return PanopticCounts(counts, errors)
+
+
+def _errors(
+    pairs: "_Pairs",
+    same_class: np.ndarray,
+    missed: np.ndarray,
+    spurious: np.ndarray,
+    gt_segments: Segments,
+    pred_segments: Segments,
+) -> Counter[PanopticError]:
+    """Give every missed and every spurious segment its kind of error.
+
+    Args:
+        pairs: of P segments.
+        same_class: (P,) bool.
+        missed: (S,) bool, the false negatives.
+        spurious: (S,) bool, the false positives.
+        gt_segments: the true segments.
+        pred_segments: the predicted segments.
+    """
+    true_classes = gt_segments.category_ids.tolist()
+    predicted_classes = pred_segments.category_ids.tolist()
+    # With an IoU above one half a pair of different classes comes before every other pair of its
+    # two segments: the IoUs of these are below one half.
+    related = np.where(same_class, pairs.iou >= _OVERLAP_IOU, pairs.iou > _MATCH_IOU)
+    related &= missed[pairs.gt_index] & spurious[pairs.pred_index]
+    candidates = pairs.only(related)
+    errors: Counter[PanopticError] = Counter()
+    lost, extra = set(np.flatnonzero(missed).tolist()), set(np.flatnonzero(spurious).tolist())
+    for position in np.argsort(-candidates.iou, kind="stable").tolist():
+        true, predicted = int(candidates.gt_index[position]), int(candidates.pred_index[position])
+        if true not in lost or predicted not in extra:
+            continue
+        lost.remove(true)
+        extra.remove(predicted)
+        true_class, predicted_class = true_classes[true], predicted_classes[predicted]
+        kind: ErrorKind = "poor_mask" if true_class == predicted_class else "confused"
+        errors[PanopticError(kind, true_class, predicted_class)] += 1
+    for true in lost:
+        errors[PanopticError("missed", true_classes[true], None)] += 1
+    for predicted in extra:
+        errors[PanopticError("invented", None, predicted_classes[predicted])] += 1
+    return errors
 
 
 def _counts_by_category(
@@ -208,24 +321,23 @@ def _check_ground_truth_areas(segments: Segments, areas: np.ndarray, image_name:
         raise_first_error(check_area(segment_id, stated, int(areas[position]), image_name))
 
 
-def _match(
-    overlaps: _Overlaps,
-    gt_segments: Segments,
-    pred_segments: Segments,
-    gt_areas: np.ndarray,
-    pred_areas_off_void: np.ndarray,
-) -> tuple[_Overlaps, np.ndarray]:
-    """Select the pairs that match; also returns their IoU (float64)."""
+class _Pairs(NamedTuple):
+    """A true and a predicted segment that share pixels, by position; (P,) each."""
+
+    gt_index: np.ndarray  # int64
+    pred_index: np.ndarray  # int64
+    iou: np.ndarray  # float64, without the prediction's pixels on void
+
+    def only(self, chosen: np.ndarray) -> "_Pairs":
+        """Return the pairs where ``chosen`` (P,) is True."""
+        return _Pairs(*(column[chosen] for column in self))
+
+
+def _pairs(overlaps: _Overlaps, gt_areas: np.ndarray, pred_areas_off_void: np.ndarray) -> _Pairs:
     both = (overlaps.gt_index >= 0) & (overlaps.pred_index >= 0)
     gt_index, pred_index, pixels = (column[both] for column in overlaps)
     unions = pred_areas_off_void[pred_index] + gt_areas[gt_index] - pixels
-    ious = pixels / unions
-    matched = (
-        (gt_segments.category_ids[gt_index] == pred_segments.category_ids[pred_index])
-        & ~gt_segments.is_crowd[gt_index]
-        & (ious > _MATCH_IOU)
-    )
-    return _Overlaps(gt_index[matched], pred_index[matched], pixels[matched]), ious[matched]
+    return _Pairs(gt_index, pred_index, pixels / unions)
 
 
 def _pixels_on_own_crowd(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 # Multiply-adds of a matrix product that take as long as one bilinear sample, on a CPU: 160 to 400.
 _SAMPLE_COST = 200
 
