@@ -61,25 +61,26 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status of the subcommand.
     """
+    words = sys.argv[1:] if argv is None else argv
     known = scripts()
     listed = "\n".join(f"  {name:<24}{script.summary}" for name, script in known.items())
     parser = argparse.ArgumentParser(
         prog=NAME,
+        usage=f"{NAME} [-h] COMMAND [ARGUMENTS]",
         description=_DESCRIPTION.format(NAME=NAME, commands=listed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=known, metavar="COMMAND", help="one of those above")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of it")
-    args = parser.parse_args(argv)
-    script = known[args.command]
+    command = parser.parse_args(words[:1]).command
+    script = known[command]
     spec = importlib.util.spec_from_file_location(script.path.stem, script.path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.path.stem] = module
     spec.loader.exec_module(module)
-    sys.argv[0] = f"{NAME} {args.command}"  # for usage messages
-    status: int = module.main([*script.arguments, *args.arguments])
+    sys.argv[0] = f"{NAME} {command}"  # for usage messages
+    status: int = module.main([*script.arguments, *words[1:]])
     return status
 
 

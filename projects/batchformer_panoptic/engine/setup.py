@@ -226,7 +226,10 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     except KeyError as error:
         raise UserError(f"{config_file}: {_explain_key(cfg, error.args[0])}") from None
     except FileNotFoundError as error:
-        raise UserError(f"{config_file}: its _BASE_ {error.filename} does not exist") from None
+        raise UserError(
+            f"{config_file}: its _BASE_ {error.filename} does not exist; the configs of this "
+            f"project are in {ROOT / 'configs'}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} is not a readable YAML file: {one_line(error)}") from None
     except (AssertionError, ValueError) as error:
