@@ -97,7 +97,7 @@ def test_help_explains_the_command_with_an_example(
     for script, module in commands_with_help(monkeypatch):
         text = help_of(module, capsys)
         assert module.__doc__.strip() in text, script
-        assert f"    python {script}" in text, script
+        assert f"python {script}" in text, script
 
 
 def test_a_command_with_a_config_has_options(

@@ -74,7 +74,8 @@ def test_one_data_set_needs_no_tuple() -> None:
     cfg = load_config("", [*CPU, *opts])
     assert cfg.DATASETS.TRAIN == ("mine_train",)
     assert cfg.DATASETS.TEST == ("mine_val", "mine_test")
-    assert load_config("", [*CPU, "DATASETS.TEST", "['mine_val']"]).DATASETS.TEST == ("mine_val",)
+    for written in ("['mine-val.2']", "'mine-val.2',", "mine-val.2"):
+        assert load_config("", [*CPU, "DATASETS.TEST", written]).DATASETS.TEST == ("mine-val.2",)
     assert load_config("", [*CPU, "DATASETS.TRAIN", "2024"]).DATASETS.TRAIN == ("2024",)
 
 

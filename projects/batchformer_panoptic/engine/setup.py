@@ -27,6 +27,7 @@ from ..modeling.fast_inference import check_fast
 
 logger = logging.getLogger(__name__)
 
+_ONE_NAME = re.compile(r"[^\s,()\[\]'\"]+")  # not a list or tuple
 _CHECKPOINTED_PARTS = ("backbone", "encoder", "decoder", "mask_head")
 
 
@@ -242,7 +243,7 @@ def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
     if len(opts) % 2:
         raise UserError(f"options are pairs KEY VALUE; got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        is_one_name = key in ("DATASETS.TRAIN", "DATASETS.TEST") and value[:1] not in ("(", "[")
+        is_one_name = key in ("DATASETS.TRAIN", "DATASETS.TEST") and _ONE_NAME.fullmatch(value)
         try:
             cfg.merge_from_list([key, (value,) if is_one_name else value])
         except (AssertionError, KeyError, TypeError) as error:
