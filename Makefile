@@ -16,7 +16,7 @@ ENV_ARGS := --venv "$(VENV)"
 endif
 # One stamp per checkout, so that a moved clone or a second one is installed again.
 READY := $(ENV_DIR)/.batchformer-panoptic-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
-SOURCES := $(wildcard projects tests tools demo datasets benchmarks train_net.py)
+SOURCES := $(wildcard projects tests tools demo datasets benchmarks train_net.py setup.py)
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 
 DEMO_CONFIG := configs/quickstart/batchformer_conditional_detr_shapes.yaml

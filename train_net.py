@@ -1,4 +1,13 @@
-"""Train or evaluate a model: ``python train_net.py --config-file FILE [KEY VALUE ...]``."""
+"""Train a model, or evaluate one, as a config file describes.
+
+    python train_net.py --config-file FILE                              train
+    python train_net.py --config-file FILE SOLVER.BASE_LR 0.0001        ... with another setting
+    python train_net.py --config-file FILE --resume                     continue after a stop
+    python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS W  evaluate
+
+Settings after the options replace those of the file. Weights, logs and results are written to
+OUTPUT_DIR. Exit status: 0, or 2 after a mistake in the arguments, the config or the data.
+"""
 
 import sys
 
@@ -8,8 +17,7 @@ from batchformer_panoptic.errors import command
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run with Detectron2's usual arguments; return 0, or 2 after a user's mistake."""
-    run(argument_parser().parse_args(argv))
+    run(argument_parser(__doc__).parse_args(argv))
     return 0
 
 

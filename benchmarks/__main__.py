@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from batchformer_panoptic.data.io import read_json, write_atomically, write_json
+from batchformer_panoptic.engine.setup import at_least
 from batchformer_panoptic.errors import UserError, command, one_line
 
 from . import (
@@ -57,8 +58,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--render", action="store_true", help="only update the tables")
     chosen = parser.add_subparsers(dest="name", metavar="NAME")
     for name, module in BENCHMARKS.items():
-        one = chosen.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
-        one.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+        one = chosen.add_parser(
+            name,
+            help=(module.__doc__ or "").splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("--rounds", type=at_least(1), default=7, help="default: %(default)s")
         module.add_arguments(one)
     args = parser.parse_args(argv)
     if not args.render and args.name is None:

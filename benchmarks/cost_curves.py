@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from batchformer_panoptic.data import PanopticDatasetMapper, register_panoptic_dataset
 from batchformer_panoptic.data.loader import build_test_loader
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.setup import at_least
 from batchformer_panoptic.evaluation import build_evaluator
 from helpers.tiny_model import random_inputs
 
@@ -56,7 +57,9 @@ class Curve(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
-    parser.add_argument("--points", type=int, default=9, help="largest number of steps of a curve")
+    parser.add_argument(
+        "--points", type=at_least(1), default=9, help="largest number of steps of a curve"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import prepare_digits
 import torch
 from tabulate import tabulate
 
+from batchformer_panoptic.engine.setup import add_opts_argument, at_least
+
 from . import ROOT
 
 CONFIGS = ROOT / "configs" / "classification"
@@ -51,12 +53,16 @@ class Job(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=SEEDS)
     parser.add_argument(
-        "--labels", type=int, nargs="+", default=list(LABELS), help="of each class, in training"
+        "--labels",
+        type=at_least(1),
+        nargs="+",
+        default=list(LABELS),
+        help="of each class, in training",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (%(default)s)"
+        "--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at a time (%(default)s)"
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    add_opts_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

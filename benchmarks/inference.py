@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from batchformer_panoptic import PanopticDETR, prepare_for_inference
 from batchformer_panoptic.checkpoint.conversion import Request, source_named
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.setup import at_least
 from helpers.official_detr import official_weights
 
 from . import ROOT
@@ -44,9 +45,9 @@ OTHERS = [name for name in NAMES if name != FAST]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[800, 1066], metavar=("HEIGHT", "WIDTH")
+        "--size", type=at_least(1), nargs=2, default=[800, 1066], metavar=("HEIGHT", "WIDTH")
     )
-    parser.add_argument("--kept", type=int, default=12, help="queries that become segments")
+    parser.add_argument("--kept", type=at_least(1), default=12, help="queries that become segments")
     parser.add_argument(
         "--against",
         nargs="+",

@@ -25,6 +25,7 @@ from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
+from batchformer_panoptic.engine.setup import add_opts_argument, at_least
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
 
 from . import ROOT
@@ -47,11 +48,13 @@ LOSS_TOLERANCE, PREDICTION_TOLERANCE = 1e-3, 1e-6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
+        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
     )
-    parser.add_argument("--images", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--objects", type=int, default=12, help="of an image; default: %(default)s")
-    parser.add_argument("--opts", nargs="+", default=[], help="config changes, KEY VALUE ...")
+    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
+    )
+    add_opts_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
 from panopticapi.evaluation import pq_compute
 from tabulate import tabulate
 
+from batchformer_panoptic.engine.setup import at_least
 from batchformer_panoptic.evaluation import PanopticEvaluator
 
 from .measure import in_turns, median_ratio
@@ -42,12 +43,14 @@ Metrics = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
-    parser.add_argument("--segments", type=int, default=14, help="of an image, besides void")
-    parser.add_argument("--images", type=int, default=50, help="evaluated in one round")
+    parser.add_argument("--size", type=at_least(1), nargs=2, default=[480, 640], metavar=("H", "W"))
+    parser.add_argument(
+        "--segments", type=at_least(1), default=14, help="of an image, besides void"
+    )
+    parser.add_argument("--images", type=at_least(1), default=50, help="evaluated in one round")
     parser.add_argument(
         "--memory-images",
-        type=int,
+        type=at_least(1),
         nargs=2,
         default=[50, 500],
         metavar=("FEW", "MANY"),

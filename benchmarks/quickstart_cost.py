@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.setup import at_least
 from helpers.tiny_model import NUM_CLASSES, NUM_THINGS, random_inputs
 
 from . import ROOT
@@ -21,7 +22,9 @@ TRANSFORMERS = ("detr", "conditional", "smca", "deformable")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=16, help="default: %(default)s, as trained")
+    parser.add_argument(
+        "--images", type=at_least(1), default=16, help="default: %(default)s, as trained"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine.setup import add_opts_argument, at_least
 
 from . import ROOT
 from .measure import in_turns, median_ratio
@@ -34,10 +35,10 @@ NUM_CLASSES, EVALUATION_SIZE, OBJECTS = 80, (480, 640), 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[256, 320], metavar=("HEIGHT", "WIDTH")
+        "--size", type=at_least(1), nargs=2, default=[256, 320], metavar=("HEIGHT", "WIDTH")
     )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--opts", nargs="+", default=[], help="config changes, KEY VALUE ...")
+    add_opts_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
+from batchformer_panoptic.engine.setup import add_opts_argument, at_least
 
 from . import ROOT
 from .measure import in_turns, median_ratio
@@ -36,13 +37,15 @@ TASKS = {"boxes": False, "panoptic": True}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
+        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
     )
-    parser.add_argument("--images", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--objects", type=int, default=12, help="of an image; default: %(default)s")
+    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
+    )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--opts", nargs="+", default=[], help="config changes, KEY VALUE ...")
+    add_opts_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

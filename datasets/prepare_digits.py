@@ -1,5 +1,7 @@
 """Write scikit-learn's handwritten digits as an image folder with few labels per class.
 
+    python datasets/prepare_digits.py --output datasets/digits --labels-per-class 10
+
 The 1797 images of 8 x 8 pixels with 17 grey levels (UCI, "Optical Recognition of Handwritten
 Digits", test part) come with scikit-learn: nothing is downloaded.
 
@@ -100,7 +102,9 @@ def prepare(output: Path, per_class: int, seed: int, overwrite: bool) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write, created if needed"
     )

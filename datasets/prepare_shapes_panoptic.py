@@ -1,5 +1,7 @@
 """Write the built-in default data set: seeded synthetic images in COCO's panoptic layout.
 
+    python datasets/prepare_shapes_panoptic.py --output datasets/shapes_panoptic
+
 Stuff (brick, grass, water) differs by texture and things (disc, square, triangle, star) by shape.
 Every class has a typical hue, as grass and water have in reality, but only about half of its
 segments use it, and things share their hues with stuff. Color is a cue but does not determine the
@@ -409,14 +411,18 @@ def prepare(output: Path, counts: dict[str, int], seed: int, size: int, overwrit
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     positive = integer_between(1, 999_999)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write, created if needed"
     )
     parser.add_argument("--num-train", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument("--num-val", type=positive, default=100, help="default: %(default)s")
-    parser.add_argument("--seed", type=integer_between(0, 2**32 - 1), default=0)
+    parser.add_argument(
+        "--seed", type=integer_between(0, 2**32 - 1), default=0, help="default: %(default)s"
+    )
     parser.add_argument(
         "--size", type=integer_between(64, 2048), default=96, help="side in pixels (%(default)s)"
     )

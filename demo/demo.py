@@ -3,7 +3,8 @@
     python demo/demo.py --config-file F --input IMAGES, FOLDERS, "GLOBS" --output DIR \\
         --opts MODEL.WEIGHTS W
 
-Without --output, results are shown in a window (Escape or q quits, any other key continues). Exit
+Without --output, results are shown in a window (Escape or q quits, any other key continues). The
+last lines say how many images were drawn, and which files of the folders were passed over. Exit
 status: 0, 1 if some of the images could not be read, 2 after another mistake.
 """
 
@@ -26,6 +27,7 @@ from batchformer_panoptic.visualization import draw_result, read_image, write_im
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
 DEFAULT_FPS = 25.0  # for videos without a frame rate
+SHOWN_FILES = 5  # names of files that were passed over
 WINDOW = "panoptic segmentation"
 ESCAPE_KEYS = (27, ord("q"))
 
@@ -55,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         return show_webcam(predictor)
     if args.video_input:
         return draw_video(predictor, args.video_input, args.output)
-    return draw_images(predictor, images, args.output)
+    others = list(passed_over(args.input, images, args.output))
+    status = draw_images(predictor, images, args.output)
+    if others:
+        shown = ", ".join(others[:SHOWN_FILES]) + (", ..." if len(others) > SHOWN_FILES else "")
+        print(f"{counted(len(others), 'other file')} passed over: {shown}")
+    return status
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -72,6 +79,26 @@ def has_display() -> bool:
     if sys.platform in ("darwin", "win32"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def passed_over(inputs: Sequence[str], images: Sequence[str], output: Path | None) -> Iterator[str]:
+    """Yield the files below the input folders that are not drawn, without hidden ones and output.
+
+    Args:
+        inputs: files, folders and globs.
+        images: what `find_images` has found in them.
+        output: see ``--output``.
+    """
+    drawn = set(images)
+    written = None if output is None else output.resolve()
+    for parent, folders, files in (found for name in inputs for found in os.walk(name)):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and Path(parent, name).resolve() != written
+        )
+        paths = [os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")]
+        yield from (path for path in paths if path not in drawn)
 
 
 def output_paths(images: Sequence[str], output: Path) -> list[Path]:
@@ -96,7 +123,7 @@ def output_paths(images: Sequence[str], output: Path) -> list[Path]:
 
 def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None) -> int:
     paths = [None] * len(images) if output is None else output_paths(images, output)
-    failed = 0
+    drawn = failed = 0
     for name, path in zip(images, paths, strict=True):
         try:
             image = read_image(name)
@@ -110,10 +137,12 @@ def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None
         picture = draw_result(image[:, :, ::-1], result, predictor.class_table)
         where = "" if path is None else f" -> {path}"
         print(f"{name}: {count(result)}, {seconds:.2f} s{where}", flush=True)
+        drawn += 1
         if path is not None:
             write_image(path, picture)
         elif show(picture, wait=0):
             break
+    print(f"{counted(drawn, 'image')} drawn")
     if failed:
         print(f"error: {failed} of {len(images)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
@@ -121,9 +150,11 @@ def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None
 
 def count(result: dict[str, Any]) -> str:
     if "panoptic_seg" in result:
-        number, noun = len(result["panoptic_seg"][1]), "segment"
-    else:
-        number, noun = len(result["instances"]), "object"
+        return counted(len(result["panoptic_seg"][1]), "segment")
+    return counted(len(result["instances"]), "object")
+
+
+def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -1,5 +1,7 @@
 """Check a data set in COCO's panoptic layout and list its problems.
 
+    python tools/check_dataset.py --json J --image-root I --panoptic-root P
+
 Exit status: 0 if the data set can be used (warnings and notes are allowed), 1 if it has errors, 2
 if the check itself cannot run, for example for a missing file.
 """

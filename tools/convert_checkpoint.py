@@ -1,6 +1,9 @@
 """Convert weights of another project into a checkpoint of this one.
 
-Code that may be hidden in the source file is not run, unless --allow-pickle is given.
+    python tools/convert_checkpoint.py SRC DST --source detr --classes coco_panoptic
+
+The result is for MODEL.WEIGHTS or --init-from. Code that may be hidden in the source file is not
+run, unless --allow-pickle is given.
 """
 
 import argparse

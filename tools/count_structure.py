@@ -1,6 +1,6 @@
 """Counts of the package's structure: files, their lengths, comments, files entered by one step.
 
-python tools/count_structure.py
+    python tools/count_structure.py
 
 The last count traces one training step of the quickstart model (forward, backward, optimiser) on
 random images. A file counts as entered if at least one of its functions is called.

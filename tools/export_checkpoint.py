@@ -1,4 +1,7 @@
-"""Write a trained model for its public repository (DETR, Mask2Former) or Hugging Face."""
+"""Write a trained model for its public repository (DETR, Mask2Former) or Hugging Face.
+
+python tools/export_checkpoint.py SRC DST --format huggingface --config-file F
+"""
 
 import argparse
 import sys

@@ -1,6 +1,6 @@
 """Write MODEL_ZOO.md from the result files in docs/results.
 
-python tools/make_model_zoo.py
+    python tools/make_model_zoo.py
 
 One JSON file for each trained model; its "kind" is "panoptic" or "classification". A file of kind
 "converted" lists weights of other code bases, one of kind "published" holds numbers of papers.

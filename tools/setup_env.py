@@ -1,5 +1,7 @@
 """Build or complete the Python environment of the Makefile targets; run by ``make env``.
 
+    python tools/setup_env.py --venv .venv --stamp .venv/ready
+
 venv creates the environment and pip fills it. This script adds what they do not do:
 
 * Detectron2 comes from a wheel that is tagged for Python 3.10 but is plain Python.
@@ -192,7 +194,9 @@ def set_up(venv: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--venv", type=Path, help="virtual environment to create or to complete")
     where.add_argument("--system", action="store_true", help="complete this Python's environment")

@@ -1,5 +1,7 @@
 """Every configuration key that this project adds to Detectron2's defaults."""
 
+import functools
+
 import torch
 from detectron2.config import CfgNode as CN
 
@@ -28,6 +30,24 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
 def classifies(cfg: CN) -> bool:
     """Whether the config describes an image classifier, not a detector."""
     return bool(cfg.MODEL.META_ARCHITECTURE == "ImageClassifier")
+
+
+# Settings that need masks, and their values without.
+_BOXES_ONLY = {
+    "MODEL.MASK_HEAD.FREEZE_DETR": False,
+    "MODEL.SEMANTIC_AUX.ENABLED": False,
+    "MODEL.PANOPTIC.SEMANTIC_TEST": False,
+    "MODEL.PANOPTIC.INSTANCE_SCORING_TEST": "detr",
+}
+
+
+def boxes_only_changes(cfg: CN) -> list[str]:
+    """Return ``KEY VALUE`` for each setting that has to change with ``MODEL.MASK_ON False``."""
+    return [
+        f"{key} {value}"
+        for key, value in _BOXES_ONLY.items()
+        if functools.reduce(getattr, key.split("."), cfg) != value
+    ]
 
 
 def _add_data_keys(cfg: CN) -> None:

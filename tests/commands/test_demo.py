@@ -55,7 +55,9 @@ def test_a_folder_is_drawn(
     assert drawn.shape == (384, 512, 3)
     original = np.asarray(Image.open(images / "000.png").resize((512, 384)))
     assert abs(drawn.astype(int) - original).mean() > 5
-    lines = capsys.readouterr().out.splitlines()
+    *lines, drawn, others = capsys.readouterr().out.splitlines()
+    assert drawn == "5 images drawn"
+    assert others == f"1 other file passed over: {images / 'notes.txt'}"
     assert len(lines) == 5
     for line in lines:
         assert "segment" in line
@@ -108,6 +110,28 @@ def test_unreadable_images_are_named_and_the_others_drawn(
     assert "absent.png does not exist" in errors[0]
     assert "001.jpg cannot be read" in errors[1]
     assert "2 of 3 images could not be read" in errors[2]
+
+
+def test_files_that_are_passed_over_are_counted(
+    run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (".hidden", ".git/config", "drawn/000.png", "list.csv", "a/b.gif", "c/d", "e/f"):
+        path = images / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (images / "001.jpg").write_bytes(b"damaged")
+    before = images / "002.png"
+    assert call(run, "--input", images, before, "--output", images / "drawn") == 1
+    captured = capsys.readouterr()
+    *_, drawn, others = captured.out.splitlines()
+    assert drawn == "4 images drawn"
+    names = [images / name for name in ("list.csv", "notes.txt", "a/b.gif", "c/d", "e/f")]
+    assert others == f"5 other files passed over: {', '.join(map(str, names))}"
+    (images / "z").touch()
+    assert call(run, "--input", images, "--output", images / "drawn") == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("6 other files passed over: ")
+    assert call(run, "--input", before, "--output", images / "drawn") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 image drawn"
 
 
 def test_the_threshold_decides_what_is_drawn(

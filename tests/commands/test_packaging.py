@@ -1,4 +1,4 @@
-"""The installed package: bare imports, declared and pinned dependencies, set-up."""
+"""The installed package: imports, dependencies and pins, set-up, contents of the wheel."""
 
 import ast
 import configparser
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -362,3 +363,87 @@ def test_a_failed_set_up_is_one_line_and_status_2(
     assert setup_env.main(["--system", "--stamp", str(stamp)]) == 2
     assert capfd.readouterr().err.startswith("error: work: failed (see above)")
     assert not stamp.exists()
+
+
+# Builds what `pip install` and `python -m build` build, without an environment of its own.
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+def build(hook: str, source: Path, output: Path) -> Path:
+    """Call a hook of the build backend and return the file that it wrote."""
+    output.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, hook, str(output)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    return output / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, since the backend writes into it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    files = ["setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+    for name in [*files, "constraints.txt", "train_net.py"]:
+        shutil.copy(REPO_ROOT / name, folder)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("projects", "configs", "demo", "tools"):
+        shutil.copytree(REPO_ROOT / name, folder / name, ignore=ignored)
+    (folder / "datasets").mkdir()
+    for path in (REPO_ROOT / "datasets").glob("*.py"):
+        shutil.copy(path, folder / "datasets")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is built from the source distribution."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.unpack_archive(build("build_sdist", checkout, folder), folder)
+    (source,) = [path for path in folder.iterdir() if path.is_dir()]
+    return build("build_wheel", source, folder)
+
+
+def test_the_wheel_contains_modules_configs_and_commands(wheel: Path, checkout: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith(f"{PACKAGE.name}/")}
+        entry_points = archive.read(
+            next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        )
+    expected = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    for pattern in (
+        "train_net.py",
+        "demo/*.py",
+        "tools/*.py",
+        "datasets/*.py",
+        "configs/**/*.yaml",
+    ):
+        found = {path.relative_to(checkout).as_posix() for path in checkout.glob(pattern)}
+        assert found, pattern
+        expected |= found
+    # These work on the checkout itself.
+    expected -= {f"tools/{name}.py" for name in ("count_structure", "make_model_zoo", "setup_env")}
+    assert names == {f"{PACKAGE.name}/{name}" for name in expected}
+    assert b"batchformer-panoptic = batchformer_panoptic.command_line:main" in entry_points
+
+
+def test_an_editable_installation_uses_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("build_editable", checkout, tmp_path)) as archive:
+        (link,) = [name for name in archive.namelist() if "dist-info" not in name]
+        assert archive.read(link).decode().strip() == str(checkout / "projects")
+
+
+@pytest.mark.slow
+def test_the_wheel_works_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    shutil.unpack_archive(wheel, site, "zip")
+    empty.mkdir()
+    command = [sys.executable, "-W", "ignore", "-m", "batchformer_panoptic.command_line"]
+    command += ["analyze-model", "--config-file", "configs/quickstart/mask2former_shapes.yaml"]
+    command += ["--tasks", "parameter", "--opts", "MODEL.DETR.NUM_CLASSES", "7"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "million parameters" in done.stdout

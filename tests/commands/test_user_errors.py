@@ -4,7 +4,9 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -73,6 +75,55 @@ def test_every_command_is_checked() -> None:
         p for name in ("demo", "datasets", "tools") for p in (REPO_ROOT / name).glob("*.py")
     ]
     assert {str(path.relative_to(REPO_ROOT)) for path in scripts} == {*COMMANDS, *NOT_HERE}
+
+
+def commands_with_help(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ModuleType]]:
+    add_benchmarks_to_path(monkeypatch)
+    for script in (*COMMANDS, *NOT_HERE):
+        is_package = script == "benchmarks/run.py"
+        yield (
+            script,
+            importlib.import_module("benchmarks.__main__") if is_package else load_script(script),
+        )
+
+
+def help_of(module: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        module.main([*arguments, "--help"])
+    assert error.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_explains_the_command_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for script, module in commands_with_help(monkeypatch):
+        text = help_of(module, capsys)
+        assert module.__doc__.strip() in text, script
+        assert f"python {script}" in text, script
+
+
+def test_a_command_with_a_config_has_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_config = []
+    for script, module in commands_with_help(monkeypatch):
+        text = help_of(module, capsys)
+        assert ("--opts" in text) == ("--config-file" in text), script
+        with_config += [script] * ("--config-file" in text)
+    assert {"train_net.py", "demo/demo.py", "tools/analyze_model.py"} <= set(with_config)
+
+
+def test_the_help_of_a_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_benchmarks_to_path(monkeypatch)
+    run = importlib.import_module("benchmarks.__main__")
+    for name, module in run.BENCHMARKS.items():
+        assert module.__doc__.strip() in help_of(run, capsys, name)
+    with pytest.raises(SystemExit) as error:
+        run.main(["quickstart", "--rounds", "0"])
+    assert error.value.code == 2
 
 
 def test_the_status_reaches_the_shell() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchformer_panoptic.engine import load_config
+from batchformer_panoptic.engine import argument_parser, load_config
 from batchformer_panoptic.errors import UserError
 from helpers.commands import load_script
 
@@ -68,6 +68,39 @@ def test_options(capsys: pytest.CaptureFixture[str], opts: list[str], words: str
     base = ["DATASETS.TRAIN", "('coco_2017_train_panoptic',)", "DATASETS.TEST", "()"]
     base += ["MODEL.META_ARCHITECTURE", "PanopticDETR"]
     assert words in _error(capsys, *CPU, *base, *opts)
+
+
+def test_one_data_set_needs_no_tuple() -> None:
+    opts = ["DATASETS.TRAIN", "mine_train", "DATASETS.TEST", "('mine_val', 'mine_test')"]
+    cfg = load_config("", [*CPU, *opts])
+    assert cfg.DATASETS.TRAIN == ("mine_train",)
+    assert cfg.DATASETS.TEST == ("mine_val", "mine_test")
+    for written in ("['mine-val.2']", "'mine-val.2',", "mine-val.2"):
+        assert load_config("", [*CPU, "DATASETS.TEST", written]).DATASETS.TEST == ("mine-val.2",)
+    assert load_config("", [*CPU, "DATASETS.TRAIN", "2024"]).DATASETS.TRAIN == ("2024",)
+
+
+@pytest.mark.parametrize("argv", [["--opts", "KEY", "1"], ["KEY", "1"]])
+def test_options_follow_a_flag_or_come_last(argv: list[str]) -> None:
+    args = argument_parser().parse_args(["--config-file", "a.yaml", "--resume", *argv])
+    assert (args.config_file, args.resume, args.opts) == ("a.yaml", True, ["KEY", "1"])
+
+
+def test_without_options() -> None:
+    args = argument_parser().parse_args(["--num-gpus", "0"])
+    assert (args.config_file, args.opts, args.num_gpus, args.dist_url) == ("", [], 0, None)
+
+
+def test_a_config_is_found_in_the_checkout_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "configs/quickstart/mask2former_shapes.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name, CPU).MODEL.DETR.TRANSFORMER_NAME == "mask2former"
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("MODEL: {DETR: {TRANSFORMER_NAME: smca}}")
+    assert load_config(name, CPU).MODEL.DETR.TRANSFORMER_NAME == "smca"
 
 
 def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.events import EventStorage
 from panopticapi.evaluation import pq_compute
+from PIL import Image
 
 from batchformer_panoptic.data.io import read_segment_map
 from batchformer_panoptic.errors import UserError
@@ -76,6 +77,17 @@ def test_results_equal_panopticapi_on_files(tmp_path, seed):
         assert row.sq == pytest.approx(expected["per_class"][row.category_id]["sq"], abs=1e-12)
     assert quality.per_class[-1].name == "never seen"
     assert quality.per_class[-1].pq is None
+
+
+def test_a_png_of_another_size_than_the_image_is_one_line(tmp_path):
+    truths, predictions = random_set(0, num_images=1)
+    with registered("pq_set", tmp_path / "truth", truths) as name:
+        path = tmp_path / "truth" / "000100.png"
+        Image.open(path).resize((5, 7), Image.Resampling.NEAREST).save(path)
+        height, width = predictions[0].segment_map.shape
+        expected = rf"truth\.json: .*000100\.png is 5x7, but its image is {width}x{height}$"
+        with pytest.raises(UserError, match=expected):
+            PanopticEvaluator(name).process(model_inputs(1), _outputs(predictions))
 
 
 def test_results_equal_detectron2_evaluator(tmp_path):

@@ -1,6 +1,7 @@
 """The whole model: streams, batch invariants, gradients, learning."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -524,8 +525,8 @@ def test_semantic_head_helps_training_and_is_absent_from_evaluation():
         ),
         ({"MODEL__PANOPTIC__INSTANCE_SCORING_TEST": "coco"}, r"'coco'; known: detr, mask2former"),
         (
-            {"MODEL__PANOPTIC__SEMANTIC_TEST": True, "MODEL__MASK_ON": False},
-            r"SEMANTIC_TEST is True, which needs masks: set it to False, or MODEL\.MASK_ON True",
+            {"MODEL__PANOPTIC__INSTANCE_SCORING_TEST": "mask2former", "MODEL__MASK_ON": False},
+            r"is False, .*set MODEL\.PANOPTIC\.INSTANCE_SCORING_TEST detr, or MODEL\.MASK_ON True",
         ),
     ],
 )
@@ -534,6 +535,16 @@ def test_settings_that_contradict_each_other_are_explained(overrides, message):
         tiny_model(**overrides)
 
 
-def test_semantic_head_needs_masks():
-    with pytest.raises(UserError, match=r"set MODEL\.MASK_ON"):
-        tiny_model(MODEL__SEMANTIC_AUX__ENABLED=True, MODEL__MASK_ON=False)
+def test_all_settings_that_need_masks_are_named_at_once():
+    settings = {
+        "MODEL__SEMANTIC_AUX__ENABLED": True,
+        "MODEL__PANOPTIC__SEMANTIC_TEST": True,
+        "MODEL__MASK_HEAD__FREEZE_DETR": True,
+    }
+    with pytest.raises(UserError, match="MASK_ON is False") as error:
+        tiny_model(**settings, MODEL__MASK_ON=False)
+    words = re.search("set (.*), or MODEL.MASK_ON True", str(error.value))[1].split()
+    assert words[1::2] == ["False"] * 3
+    changes = {key.replace(".", "__"): False for key in words[::2]}
+    assert changes.keys() == settings.keys()
+    assert tiny_model(**changes, MODEL__MASK_ON=False).mask_head is None

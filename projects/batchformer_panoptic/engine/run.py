@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import USER_ERROR_STATUS, UserError
-from .setup import setup_cfg
+from .setup import at_least, command_parser, setup_cfg
 from .trainer import PanopticTrainer
 
 # Parameters of glibc's mallopt (malloc.h), and the upper limit of its adaptive mmap threshold.
@@ -101,13 +101,52 @@ def _run_and_close_groups(
         dist.destroy_process_group()
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of Detectron2's usual arguments, ``--init-from`` and ``--overwrite``.
 
     Without ``--dist-url``, the processes of one machine meet at a free port.
+
+    Args:
+        description: for ``--help``, shown with its line breaks.
     """
-    parser = default_argument_parser()
-    parser.set_defaults(dist_url=None)
+    parser = command_parser(description, config_required=False)
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in OUTPUT_DIR, if there is one",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="processes on this machine, one for each GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--num-machines", type=at_least(1), default=1, metavar="N", help="default: 1"
+    )
+    parser.add_argument(
+        "--machine-rank",
+        type=at_least(0),
+        default=0,
+        metavar="I",
+        help="number of this machine, from 0 (default: 0)",
+    )
+    parser.add_argument(
+        "--dist-url",
+        metavar="URL",
+        help="where several machines meet: tcp://HOST:PORT, with the host of machine 0",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        action="extend",
+        metavar="KEY VALUE",
+        help="config changes, as after --opts",
+    )
     parser.add_argument(
         "--init-from",
         default="",

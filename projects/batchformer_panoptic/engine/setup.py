@@ -20,6 +20,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
 from ..batchformer.batchformer import TWO_STREAMS
+from ..command_line import ROOT
 from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
 from ..errors import UserError, did_you_mean, one_line
@@ -29,32 +30,45 @@ from .writers import start_logging
 
 logger = logging.getLogger(__name__)
 
+_ONE_NAME = re.compile(r"[^\s,()\[\]'\"]+")  # not a list or tuple
 _CHECKPOINTED_PARTS = ("backbone", "encoder", "decoder", "mask_head")
 
 
 # Arguments that the commands share.
 
 
-def command_parser(description: str | None, *, config_of: str = "the model") -> ArgumentParser:
+def command_parser(
+    description: str | None, *, config_of: str = "the model", config_required: bool = True
+) -> ArgumentParser:
     """Return a parser with ``--config-file`` and ``--opts``, the arguments of `load_config`.
 
     Args:
         description: the docstring of the command, shown by ``--help`` with its line breaks.
         config_of: what the config describes, for the help text.
+        config_required: False: without the argument, it is "", and all settings are options.
     """
     parser = ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help=f"YAML config of {config_of}"
+        "--config-file",
+        required=config_required,
+        default="",
+        metavar="FILE",
+        help=f"YAML config of {config_of}; configs/... is also found where the package is",
     )
+    add_opts_argument(parser)
+    return parser
+
+
+def add_opts_argument(parser: ArgumentParser) -> None:
+    """Add ``--opts``, an argument of `load_config`."""
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
         help="config changes, KEY VALUE ...; must come last",
     )
-    return parser
 
 
 def add_threshold_argument(parser: ArgumentParser) -> None:
@@ -146,7 +160,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
     if config_file:
-        _merge_file(cfg, config_file)
+        _merge_file(cfg, find_config(config_file))
     _merge_options(cfg, opts)
     _check_device(cfg.MODEL.DEVICE)
     _check_names(cfg)
@@ -162,6 +176,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: see `load_config` and ``setup_datasets``; or settings that contradict each other.
     """
+    args.config_file = find_config(args.config_file)  # Detectron2 logs its content
     cfg = load_config(args.config_file, args.opts)
     _set_start(cfg, args)
     setup_datasets(cfg)  # fills in NUM_CLASSES and THING_CLASS_IDS
@@ -247,6 +262,13 @@ def _set_start(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
+def find_config(config_file: str) -> str:
+    """Return the path of a config: as given, or else relative to the checkout or the package."""
+    if not os.path.isfile(config_file) and (ROOT / config_file).is_file():
+        return str(ROOT / config_file)
+    return config_file
+
+
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file} does not exist")
@@ -255,7 +277,10 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     except KeyError as error:
         raise UserError(f"{config_file}: {_explain_key(cfg, error.args[0])}") from None
     except FileNotFoundError as error:
-        raise UserError(f"{config_file}: its _BASE_ {error.filename} does not exist") from None
+        raise UserError(
+            f"{config_file}: its _BASE_ {error.filename} does not exist; the configs of this "
+            f"project are in {ROOT / 'configs'}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} is not a readable YAML file: {one_line(error)}") from None
     except (AssertionError, ValueError) as error:
@@ -268,8 +293,9 @@ def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
     if len(opts) % 2:
         raise UserError(f"options are pairs KEY VALUE; got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        is_one_name = key in ("DATASETS.TRAIN", "DATASETS.TEST") and _ONE_NAME.fullmatch(value)
         try:
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, (value,) if is_one_name else value])
         except (AssertionError, KeyError, TypeError) as error:
             raise UserError(_explain_key(cfg, str(error.args[0]), key)) from None
         except (ValueError, SyntaxError) as error:

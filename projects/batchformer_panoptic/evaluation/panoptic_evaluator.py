@@ -226,10 +226,11 @@ class PanopticEvaluator(DatasetEvaluator):
         self, image_id: int | str, segment_map: np.ndarray, segments_info: list[dict[str, Any]]
     ) -> PanopticCounts:
         image = self._truth.images[image_id]
+        height, width = segment_map.shape
         return count_image(
             segment_map,
             Segments.from_segments_info(segments_info),
-            self._truth.read_segment_map(image),
+            self._truth.read_segment_map(image, (height, width)),
             image.segments,
             image_name=f"{image.png_name} (id {image_id})",
         )

@@ -16,6 +16,7 @@ from ..data.validation import (
     check_annotations,
     check_categories,
     check_lists,
+    check_png_size,
     raise_first_error,
 )
 from ..errors import UserError
@@ -91,9 +92,23 @@ class PanopticGroundTruth:
         """Return the local path of the PNG of an image."""
         return os.path.join(self._png_root, image.png_name)
 
-    def read_segment_map(self, image: TrueImage) -> npt.NDArray[np.int32]:
-        """Read the segment map of an image, (H, W) int32 segment ids; 0 is void."""
-        return read_segment_map(self.png_path(image))
+    def read_segment_map(
+        self, image: TrueImage, size: tuple[int, int] | None = None
+    ) -> npt.NDArray[np.int32]:
+        """Read the segment map of an image, (H, W) int32 segment ids; 0 is void.
+
+        Args:
+            image: one of ``images``.
+            size: (H, W) of the image; None: not compared.
+
+        Raises:
+            UserError: the PNG is missing or unreadable, or has another size than the image.
+        """
+        path = self.png_path(image)
+        segment_map = read_segment_map(path)
+        height, width = segment_map.shape
+        raise_first_error(check_png_size(path, (height, width), size), self.json_file)
+        return segment_map
 
 
 def _check(content: dict[str, Any]) -> Iterator[Problem]:

@@ -85,8 +85,6 @@ def build_prediction_head(
 
 def build_semantic_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SemanticAuxHead:
     """The auxiliary head over ``MODEL.SEMANTIC_AUX.IN_FEATURES``, which is trained on masks."""
-    if not cfg.MODEL.MASK_ON:
-        raise UserError("MODEL.SEMANTIC_AUX.ENABLED needs masks: set MODEL.MASK_ON True")
     names = cfg.MODEL.SEMANTIC_AUX.IN_FEATURES
     shapes = feature_shapes("MODEL.SEMANTIC_AUX.IN_FEATURES", names, input_shape)
     return SemanticAuxHead(

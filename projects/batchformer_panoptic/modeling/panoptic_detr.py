@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batchformer import Losses, StreamState
+from ..config import boxes_only_changes
 from ..errors import NonFiniteError, UserError
 from .backbone import checkpoint_stages
 from .build import (
@@ -140,19 +141,14 @@ class PanopticDETR(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the parts that the config names."""
-        if cfg.MODEL.MASK_HEAD.FREEZE_DETR and not cfg.MODEL.MASK_ON:
-            raise UserError("MODEL.MASK_HEAD.FREEZE_DETR needs a mask head: set MODEL.MASK_ON True")
         backbone = build_backbone(cfg)
         if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
             checkpoint_stages(backbone)
         shapes = backbone.output_shape()
         scoring = build_scoring_from_config(cfg)
         transformer = build_transformer(cfg, shapes)
-        if not transformer.predicts_boxes and not cfg.MODEL.MASK_ON:
-            raise UserError(
-                f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} predicts no boxes: "
-                "set MODEL.MASK_ON True"
-            )
+        if not cfg.MODEL.MASK_ON:
+            _check_boxes_only(cfg, transformer)
         box_head = build_prediction_head(cfg, scoring, transformer)
         mask_head = build_mask_head(cfg, shapes, transformer) if cfg.MODEL.MASK_ON else None
         predicted = {
@@ -395,6 +391,20 @@ class PanopticDETR(nn.Module):
         class_map = class_maps(targets, padded_size)
         losses = [pixel_class_loss(x, class_map) for x in self.semantic_head(features)]
         return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
+
+
+def _check_boxes_only(cfg: CfgNode, transformer: Transformer) -> None:
+    """Refuse everything that contradicts ``MODEL.MASK_ON False``, in one error."""
+    if not transformer.predicts_boxes:
+        raise UserError(
+            f"MODEL.DETR.TRANSFORMER_NAME {cfg.MODEL.DETR.TRANSFORMER_NAME} predicts no boxes: set "
+            "MODEL.MASK_ON True, or choose another transformer"
+        )
+    if changes := boxes_only_changes(cfg):
+        raise UserError(
+            f"MODEL.MASK_ON is False, but other settings need masks: set {' '.join(changes)}, or "
+            "MODEL.MASK_ON True"
+        )
 
 
 def _spatial_size(maps: Tensor) -> tuple[int, int]:

@@ -159,7 +159,9 @@ def test_masks_are_not_learned_from_boxes(
     register_instances_dataset(*write_instances(tmp_path / "set").row(name))
     cfg.MODEL.MASK_ON = True
     cfg.DATASETS.TRAIN = (name,)
-    with pytest.raises(UserError, match=f"{name}' has no panoptic PNGs .* MODEL.MASK_ON False"):
+    cfg.MODEL.SEMANTIC_AUX.ENABLED = True
+    changes = "set MODEL.MASK_ON False MODEL.SEMANTIC_AUX.ENABLED False to train on boxes"
+    with pytest.raises(UserError, match=f"{name}' has no panoptic PNGs .* {changes}"):
         setup_datasets(cfg)
     cfg.DATASETS.TRAIN = (tiny_panoptic_dataset.name,)
     setup_datasets(cfg)

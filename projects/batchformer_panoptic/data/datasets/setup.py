@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ...config import classifies
+from ...config import boxes_only_changes, classifies
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
 from .image_folder import CLASSIFICATION, register_image_folder
@@ -47,7 +47,7 @@ def setup_datasets(cfg: CfgNode) -> None:
         return
     _check_task(cfg)
     if cfg.MODEL.MASK_ON:
-        _check_masks(cfg.DATASETS.TRAIN)
+        _check_masks(cfg)
     section = class_section(cfg)
     node = cfg.MODEL[section]
     if node.NUM_CLASSES not in (0, table.num_classes):
@@ -124,12 +124,13 @@ def _check_task(cfg: CfgNode) -> None:
         )
 
 
-def _check_masks(names: Sequence[str]) -> None:
-    for name in names:
+def _check_masks(cfg: CfgNode) -> None:
+    for name in cfg.DATASETS.TRAIN:
         if not MetadataCatalog.get(name).get("panoptic_root"):
+            changes = " ".join(["MODEL.MASK_ON False", *boxes_only_changes(cfg)])
             raise UserError(
                 f"MODEL.MASK_ON needs masks, but the data set {name!r} has no panoptic PNGs to "
-                "learn them from: set MODEL.MASK_ON False to train on boxes only"
+                f"learn them from: set {changes} to train on boxes only"
             )
 
 

@@ -134,8 +134,6 @@ class InferenceOptions(NamedTuple):
                 f"MODEL.PANOPTIC.INSTANCE_SCORING_TEST is {node.INSTANCE_SCORING_TEST!r}; known: "
                 f"{', '.join(_INSTANCE_SCORINGS)}"
             )
-        if not cfg.MODEL.MASK_ON:
-            _check_mask_keys(node)
         _check_ranges(node)
         return cls(
             thing_class_ids=tuple(node.THING_CLASS_IDS),
@@ -154,16 +152,6 @@ class InferenceOptions(NamedTuple):
             semantic=node.SEMANTIC_TEST,
             pad_images=cfg.MODEL.DETR.PAD_IN_TEST,
         )
-
-
-def _check_mask_keys(node: CfgNode) -> None:
-    """Refuse settings that need masks."""
-    for key, default in (("INSTANCE_SCORING_TEST", "detr"), ("SEMANTIC_TEST", False)):
-        if node[key] != default:
-            raise UserError(
-                f"MODEL.PANOPTIC.{key} is {node[key]}, which needs masks: set it to {default}, or "
-                "MODEL.MASK_ON True"
-            )
 
 
 def _check_ranges(node: CfgNode) -> None:
