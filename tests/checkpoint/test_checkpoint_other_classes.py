@@ -29,7 +29,7 @@ OTHER_TABLE = ClassTable.from_json(
 
 
 def _start(model: nn.Module, path: str, **options: Any) -> None:
-    PanopticCheckpointer(model, training=True, **options).load_all_but_classes(path)
+    PanopticCheckpointer(model, training=True, **options).load_for_other_classes(path)
 
 
 def _is_of_classes(name: str) -> bool:

@@ -133,7 +133,7 @@ def test_fine_tuning_keeps_all_but_the_class_head(convert: ModuleType, tmp_path:
     checkpointer = PanopticCheckpointer(
         model, training=True, settings=SettingsRecord(cfg), class_table=classes
     )
-    checkpointer.load_all_but_classes(str(dst))
+    checkpointer.load_for_other_classes(str(dst))
     for name, value in model.state_dict().items():
         kept = initial if name.startswith("box_head.class_embed.") else state
         assert torch.equal(value, kept[name]), name
