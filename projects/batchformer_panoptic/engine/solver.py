@@ -130,8 +130,14 @@ def apply_epochs(cfg: CfgNode, num_images: int, fixed: Container[str]) -> str:
 
     Returns:
         A line for the log.
+
+    Raises:
+        UserError: ``SOLVER.IMS_PER_BATCH`` or ``SOLVER.MAX_ITER`` is below 1.
     """
     solver = cfg.SOLVER
+    for key in ("IMS_PER_BATCH", "MAX_ITER"):
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} must be at least 1, not {solver[key]}")
     images = solver.IMS_PER_BATCH * solver.GRADIENT_ACCUMULATION
     steps = solver.MAX_ITER
     if "SOLVER.MAX_ITER" not in fixed:
