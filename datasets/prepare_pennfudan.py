@@ -89,7 +89,8 @@ def read_instances(content: bytes, name: str) -> np.ndarray:
 
 def split_names() -> dict[str, list[str]]:
     """Return the names of each split, in alphabetical order."""
-    shuffled = random.Random(SPLIT_SEED).sample(NAMES, len(NAMES))
+    shuffled = NAMES.copy()
+    random.Random(SPLIT_SEED).shuffle(shuffled)
     splits, start = {}, 0
     for split, size in SPLIT_SIZES.items():
         splits[split] = sorted(shuffled[start : start + size])

@@ -1,4 +1,4 @@
-"""configs/finetune: public COCO weights are converted, trained for a step on new classes, scored."""
+"""configs/finetune: public COCO weights are converted and trained for a step on new classes."""
 
 import json
 import pickle
@@ -33,7 +33,9 @@ SMALL: dict[str, Any] = {
     "MODEL.MASK2FORMER.NUM_POINTS": 64,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.BASE_LR": 0.0,  # what was loaded is what is saved
+    # What was loaded is what is saved. The cosine schedule would divide by 0.
+    "SOLVER.BASE_LR": 0.0,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
     "DATALOADER.NUM_WORKERS": 0,
 }
 
@@ -108,7 +110,7 @@ def test_public_weights_are_fine_tuned(
     assert f"class rows kept by name: {kept}; new: cone\n" in log
     assert "SOLVER.EPOCHS 50 of 5 images, 2 per iteration: SOLVER.STEPS" in log
     (results,) = output.glob("inference/*/panoptic_results.json")
-    assert json.loads(results.read_text())["all"]["PQ"] >= 0
+    assert json.loads(results.read_text())["all"]["pq"] >= 0
 
 
 def _assert_kept(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
