@@ -114,8 +114,9 @@ def _add_image_folder_keys(cfg: CN) -> None:
 def _add_model_keys(cfg: CN) -> None:
     # "cuda", "cuda:1", ..., or "cpu".
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    # Start training from a model of other classes, without its class head (--init-from). Overrides
-    # MODEL.WEIGHTS; not used by evaluation and resuming.
+    # Start training from a model of other classes (--init-from). Of its class head, the rows of
+    # classes with the same name are kept. Overrides MODEL.WEIGHTS; not used by evaluation and
+    # resuming.
     cfg.MODEL.INIT_FROM = ""
     # Activation checkpointing: these parts keep only their inputs and compute their activations
     # again in the backward pass. Less memory, more time, the same losses and gradients. Any of
@@ -415,6 +416,14 @@ def _add_solver_keys(cfg: CN) -> None:
     # normalised by the number of objects in them. The result is a mean over batches, not the
     # result of one large batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
+    # Length of the training in passes over the training images, from which the schedule follows:
+    # MAX_ITER is EPOCHS times the number of images (after filtering) divided by the images of an
+    # iteration, IMS_PER_BATCH times GRADIENT_ACCUMULATION, rounded up; STEPS change in proportion
+    # to MAX_ITER; WARMUP_ITERS is at most a tenth of MAX_ITER; CHECKPOINT_PERIOD and
+    # TEST.EVAL_PERIOD are an eighth of it, rounded up. Those of these keys that are on the command
+    # line keep their value. A run logs the result and writes it to config.yaml, with EPOCHS 0.
+    # 0: off.
+    cfg.SOLVER.EPOCHS = 0
     # Decay of the exponential moving average of the weights, which is evaluated instead of the
     # last weights. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0

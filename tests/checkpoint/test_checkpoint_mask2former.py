@@ -32,7 +32,7 @@ def test_training_on_other_classes_starts_from_everything_but_the_class_layer(we
     target = other_values(tiny_model(**MASK2FORMER, MODEL__DETR__NUM_CLASSES=7))
     with pytest.raises(UserError, match=r"trained on other classes: .*use --init-from"):
         load_weights(target, weights, training=True)
-    PanopticCheckpointer(target, training=True).load_all_but_classes(weights)
+    PanopticCheckpointer(target, training=True).load_for_other_classes(weights)
     fresh = {
         name
         for name, value in target.state_dict().items()
@@ -87,5 +87,5 @@ def test_other_classes_start_with_a_new_label_embedding(tmp_path: Path) -> None:
     before = target.transformer.pilot.label_embed.weight.clone()
     with pytest.raises(UserError, match=r"trained on other classes: .*use --init-from"):
         load_weights(target, str(tmp_path / "w.pth"), training=True)
-    PanopticCheckpointer(target, training=True).load_all_but_classes(str(tmp_path / "w.pth"))
+    PanopticCheckpointer(target, training=True).load_for_other_classes(str(tmp_path / "w.pth"))
     assert torch.equal(target.transformer.pilot.label_embed.weight, before)

@@ -33,6 +33,17 @@ def test_json_round_trip_keeps_the_order() -> None:
     assert ClassTable.from_json(swapped.to_json()) == swapped
 
 
+def test_classes_of_the_same_name() -> None:
+    def table(*names: str) -> ClassTable:
+        black = ((0, 0, 0),) * len(names)
+        return ClassTable(names, (True,) * len(names), black, tuple(range(len(names))))
+
+    coco = table("sky-other-merged", "water", "water-other", "dining table", "other", "door-stuff")
+    mine = table("Door", "cone", "Sky", "dining_table", "water-other", "WATER", "other", "wall")
+    assert mine.same_names(coco) == {0: 5, 2: 0, 3: 3, 4: 2, 5: 1, 6: 4}
+    assert coco.same_names(coco) == {class_id: class_id for class_id in range(6)}
+
+
 def test_coco_panoptic_metadata() -> None:
     table = ClassTable.from_metadata(MetadataCatalog.get("coco_2017_val_panoptic"))
     assert table.num_classes == 133

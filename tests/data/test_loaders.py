@@ -59,6 +59,17 @@ def assert_same(actual: Batches, expected: Batches) -> None:
         torch.testing.assert_close(boxes, other_boxes, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("batch", [5, 6])
+def test_a_batch_larger_than_the_data_set_is_named(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture, batch: int
+) -> None:
+    cfg.SOLVER.IMS_PER_BATCH = batch
+    with caplog.at_level("WARNING"):
+        build_train_loader(cfg)
+    expected = "SOLVER.IMS_PER_BATCH is 6, but there are 5 training images"
+    assert (expected in caplog.text) == (batch == 6)
+
+
 def same_pixels(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return torch.equal(first["image"], second["image"])
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.commands import REPO_ROOT, load_script
+from helpers.commands import REPO_ROOT, documented_commands, load_script
+from helpers.pennfudan_download import write_download
 
 DOCUMENTS = sorted(
     p for folder in ("", "datasets", "docs") for p in (REPO_ROOT / folder).glob("*.md")
 )
-FENCE = re.compile(r"```bash\n(.*?)```", re.S)
 FENCE_OF_ANY_KIND = re.compile(r"```.*?```", re.S)
 
 # Replacements that run the documented commands on less data.
@@ -23,12 +23,6 @@ SMALLER = {
     "--num 12": "--num 2",
 }
 SHORT_TRAINING = "SOLVER.MAX_ITER 3 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 TEST.EVAL_PERIOD 0"
-
-
-def commands(document: Path) -> list[str]:
-    """Lines that start with ``python`` in the document's shell blocks; continued lines joined."""
-    text = "\n".join(FENCE.findall(document.read_text())).replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -81,7 +75,9 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch, capsys):
     for folder in ("configs", "demo", "tools"):
         (tmp_path / folder).symlink_to(REPO_ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    lines = commands(REPO_ROOT / "GETTING_STARTED.md") + commands(REPO_ROOT / "datasets/README.md")
+    write_download(Path("PennFudanPed.zip"))
+    lines = documented_commands(REPO_ROOT / "GETTING_STARTED.md")
+    lines += documented_commands(REPO_ROOT / "datasets/README.md")
     assert len(lines) >= 9
     threads = torch.get_num_threads()
     for line in lines:

@@ -56,6 +56,7 @@ def test_config_file(
         (["MODEL.BATCHFORMER.EVERY", "0"], "MODEL.BATCHFORMER.EVERY must be at least 1 step"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
+        (["SOLVER.EPOCHS", "-1"], "SOLVER.EPOCHS must be at least 0 (off), not -1"),
         (["SOLVER.GRADIENT_ACCUMULATION", "0"], "SOLVER.GRADIENT_ACCUMULATION"),
         (
             ["MODEL.ACTIVATION_CHECKPOINTING", "['encode']"],

@@ -1,7 +1,8 @@
-"""Loads the scripts of this repository as modules."""
+"""Loads the scripts of this repository as modules, and finds their documented commands."""
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,13 @@ def load_script(relative_path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def documented_commands(document: Path) -> list[str]:
+    """Lines that start with ``python`` in the document's shell blocks; continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(), re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("python ")]
 
 
 def add_benchmarks_to_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,13 @@
 """Checkpointer: strict loading of weights, resuming, and saving."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
 from ..data.io import write_atomically
@@ -46,8 +46,8 @@ class PanopticCheckpointer(DetectionCheckpointer):
     * for training, a file with only a backbone (ImageNet weights), with or without its classifier;
     * for training, a missing mask head (boxes are trained first, masks second).
 
-    `load_all_but_classes` also skips the class head. Resuming allows no mismatch. Files are read by
-    `read_weights`, which runs no code in them, and written atomically.
+    `load_for_other_classes` also allows other classes. Resuming allows no mismatch. Files are read
+    by `read_weights`, which runs no code in them, and written atomically.
 
     With an ``ema``, a checkpoint has the averaged weights under "model", which evaluation and the
     demo load, and the trained weights under "live_model".
@@ -79,10 +79,11 @@ class PanopticCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._training = training
         self._ema = ema
+        self._class_table = class_table
         self._classes = None if class_table is None else ClassTableRecord(class_table)
         self._settings = settings
         self._resuming = False
-        self._fresh_classes = False
+        self._other_classes = False
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -125,7 +126,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
                 does not fit the model.
         """
         if path and "://" not in path:
-            source = "--init-from" if self._fresh_classes else "MODEL.WEIGHTS or --resume"
+            source = "--init-from" if self._other_classes else "MODEL.WEIGHTS or --resume"
             check_is_file(path, hint=f"; see {source}")
         self._resuming = checkpointables is None and bool(self.checkpointables)
         self._path = path
@@ -149,20 +150,23 @@ class PanopticCheckpointer(DetectionCheckpointer):
             )
         return rest
 
-    def load_all_but_classes(self, path: str) -> None:
-        """Load a model trained on other classes; the class head keeps its initial values.
+    def load_for_other_classes(self, path: str) -> None:
+        """Load a model trained on other classes, of the class head only the rows that fit.
 
-        Skipped are the class layer of the box head and the auxiliary pixel classifiers, which are
-        logged. The rest must fit as usual; files with only a backbone are refused.
+        Class layers (of the box head, of the auxiliary pixel classifiers, of an image classifier)
+        have one row per class. Rows of classes with the same name (`ClassTable.same_names`) and
+        that of "no object" are loaded, all others keep their initial values; one log line names
+        them. Without a class table in the file, the class head keeps its initial values. The rest
+        must fit as usual; files with only a backbone are refused.
 
         Raises:
             UserError: as in `load`.
         """
-        self._fresh_classes = True
+        self._other_classes = True
         try:
             self.load(path, checkpointables=[])
         finally:
-            self._fresh_classes = False
+            self._other_classes = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_weights(filename)
@@ -171,20 +175,13 @@ class PanopticCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         _strip_prefix_if_present(weights, "module.")
         self._compare(checkpoint)
-        fresh: list[str] = []
-        if self._fresh_classes:
-            fresh = [key for key in self.model.state_dict() if is_class_head(key)]
-            for key in [key for key in weights if is_class_head(key)]:
-                del weights[key]
+        if self._other_classes:
+            self._keep_shared_rows(checkpoint)
         incompatible = super()._load_model(checkpoint)
         wrong_shape = list(incompatible.incorrect_shapes)
         # fvcore removes tensors with a wrong shape, and then reports them as missing.
-        missing = without(
-            incompatible.missing_keys, [*fresh, *(name for name, _, _ in wrong_shape)]
-        )
+        missing = without(incompatible.missing_keys, [name for name, _, _ in wrong_shape])
         self._refuse_mismatch(Mismatch(missing, list(incompatible.unexpected_keys), wrong_shape))
-        if self._fresh_classes:
-            self._log_fresh_classes(fresh, checkpoint)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[], incorrect_shapes=[])
 
     def _compare(self, checkpoint: dict[str, Any]) -> None:
@@ -197,22 +194,28 @@ class PanopticCheckpointer(DetectionCheckpointer):
             self._settings.check(
                 {**implied, **stored},
                 self._path,
-                class_head=not self._fresh_classes,
+                class_head=not self._other_classes,
                 reason=" (its stem.conv1.bias marks ImageNet weights of MSRA)" if implied else "",
             )
-        if self._classes is not None and CLASS_TABLE in checkpoint and not self._fresh_classes:
+        if self._classes is not None and CLASS_TABLE in checkpoint and not self._other_classes:
             self._classes.check(checkpoint[CLASS_TABLE], self._path)
 
-    def _log_fresh_classes(self, fresh: Sequence[str], checkpoint: dict[str, Any]) -> None:
-        if self._classes is not None and CLASS_TABLE in checkpoint:
-            classes = f"this data set and {self._path}: "
-            classes += self._classes.compare(checkpoint[CLASS_TABLE])
-        else:
-            classes = f"the classes of {self._path} are unknown"
-        self.logger.warning(
-            f"--init-from loads everything except the class head. Not loaded: {', '.join(fresh)} "
-            f"({classes})"
-        )
+    def _keep_shared_rows(self, checkpoint: dict[str, Any]) -> None:
+        """Replace the class head of a file by the initial one with the rows of shared classes."""
+        weights = checkpoint["model"]
+        theirs = {key: weights.pop(key) for key in list(weights) if is_class_head(key)}
+        ours = {key: value for key, value in self.model.state_dict().items() if is_class_head(key)}
+        weights.update(ours)
+        if self._class_table is None or CLASS_TABLE not in checkpoint:
+            self.logger.warning(
+                f"--init-from does not load {', '.join(ours)}, since the classes of {self._path} "
+                "are unknown (of a converted file: see --classes of tools/convert_checkpoint.py)"
+            )
+            return
+        others = ClassTable.from_json(checkpoint[CLASS_TABLE])
+        head, line = _merge_class_heads(ours, theirs, self._class_table, others)
+        weights.update(head)
+        self.logger.info(f"--init-from: {line}")
 
     def _refuse_mismatch(self, mismatch: Mismatch) -> None:
         if not self._resuming:
@@ -252,7 +255,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         missing = set(mismatch.missing)
         has_backbone = len(outside_backbone) < len(ours)
         # Files with only a backbone may lack the counters of batch norms, which are not used.
-        if has_backbone and not self._fresh_classes and _all_missing(outside_backbone, missing):
+        if has_backbone and not self._other_classes and _all_missing(outside_backbone, missing):
             self.logger.info(f"{self._path} only initialises the backbone")
             return mismatch._replace(
                 missing=[
@@ -268,6 +271,50 @@ class PanopticCheckpointer(DetectionCheckpointer):
             )
             return mismatch._replace(missing=without(mismatch.missing, mask_head))
         return mismatch
+
+
+def _merge_class_heads(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Any],
+    mine: ClassTable,
+    others: ClassTable,
+) -> tuple[dict[str, Tensor], str]:
+    """Fill a class head with the rows of another one that belong to the same classes.
+
+    A layer has one row per class, and may have another for "no object" at the end.
+
+    Args:
+        ours: layers of the class head, (K, ...) or (K + 1, ...); not changed.
+        theirs: tensors or arrays of the other one, with its number of classes.
+        mine: K classes.
+        others: the classes of the other one.
+
+    Returns:
+        The filled layers, and a line that names the kept and the new classes. A layer without
+        counterpart keeps its values: only one of the two has "no object", or the sizes differ.
+    """
+    pairs = mine.same_names(others)
+    filled, no_object = {}, []
+    for key, value in ours.items():
+        source = torch.as_tensor(theirs.get(key, ()))
+        further = len(value) - mine.num_classes
+        if len(source) - others.num_classes == further and source.shape[1:] == value.shape[1:]:
+            filled[key] = value.detach().clone()
+            filled[key][list(pairs)] = source[list(pairs.values())].to(value)
+            if further:
+                filled[key][-1] = source[-1]
+                no_object = ['"no object"']
+    kept = [
+        mine.names[i]
+        if mine.names[i] == others.names[j]
+        else f"{mine.names[i]} ({others.names[j]})"
+        for i, j in pairs.items()
+    ]
+    new = [name for i, name in enumerate(mine.names) if i not in pairs]
+    line = f"class rows kept by name: {', '.join([*kept, *no_object]) or 'none'}"
+    line += f"; new: {', '.join(new) or 'none'}"
+    unfilled = without(list(ours), list(filled))
+    return filled, f"{line}; not loaded: {', '.join(unfilled)}" if unfilled else line
 
 
 def _is_classifier(key: str) -> bool:

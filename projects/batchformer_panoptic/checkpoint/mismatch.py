@@ -82,7 +82,7 @@ def _remedy_for_shapes(mismatch: Mismatch, path: str, *, training: bool) -> str:
 
 def start_from(path: str) -> str:
     """Return the remedy for training on other classes."""
-    return f"to start from everything except the class head, use --init-from {path}"
+    return f"to start from everything except the rows of new classes, use --init-from {path}"
 
 
 def first(items: Sequence[str]) -> str:

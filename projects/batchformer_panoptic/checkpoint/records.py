@@ -47,26 +47,6 @@ class ClassTableRecord:
                 f"other classes: {start_from(path)}"
             )
 
-    def compare(self, categories: list[dict[str, Any]]) -> str:
-        """Describe for the log how the classes differ: their numbers and the first difference."""
-        theirs = ClassTable.from_json(categories)
-        if not self._table.difference(theirs):
-            return "the classes are the same; MODEL.WEIGHTS would load the class head, too"
-        counts = f"{self._table.num_classes} classes against {theirs.num_classes}"
-        shared = min(self._table.num_classes, theirs.num_classes)
-        for class_id in range(shared):
-            mine, other = self._table.names[class_id], theirs.names[class_id]
-            if mine != other:
-                return (
-                    f"{counts}; the first to differ is class {class_id}, {mine!r} against {other!r}"
-                )
-        if self._table.num_classes == theirs.num_classes:
-            return f"{counts}; {self._table.difference(theirs)}"
-        longer = max(self._table, theirs, key=lambda table: table.num_classes)
-        return (
-            f"{counts}; the first to differ is class {shared}, {longer.names[shared]!r} in one only"
-        )
-
 
 def read_class_table(path: str) -> ClassTable | None:
     """Return the classes stored in a checkpoint, or None.

@@ -1,5 +1,6 @@
 """The classes of a data set: names, things and stuff, colors, and ids in the data set's files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from .validation import (
 )
 
 Color = tuple[int, int, int]
+
+# "sky-other-merged", "water-other", "door-stuff": COCO's names of stuff classes.
+_COCO_ENDING = re.compile(r"(?: (?:other|merged|stuff))+$")
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,20 @@ class ClassTable:
             for dataset_id, name, is_thing, color in rows
         ]
 
+    def same_names(self, other: "ClassTable") -> dict[int, int]:
+        """Return the class of another table that has the same name, by class id.
+
+        Case, the endings "-other", "-merged" and "-stuff" of COCO's names, and the difference
+        between "_", "-" and a space do not matter; of several such classes, the one with exactly
+        the same name is preferred. A thing can have the name of a stuff class.
+        """
+        by_name: dict[str, int] = {}
+        for class_id, name in enumerate(other.names):
+            by_name.setdefault(_plain_name(name), class_id)
+        exact = {name: class_id for class_id, name in enumerate(other.names)}
+        found = (exact.get(name, by_name.get(_plain_name(name))) for name in self.names)
+        return {mine: theirs for mine, theirs in enumerate(found) if theirs is not None}
+
     def difference(self, other: "ClassTable") -> str:
         """Describe the first difference that matters to a model; "" if there is none.
 
@@ -174,6 +192,10 @@ def dataset_ids_of(metadata: Metadata) -> dict[int, int]:
                     "with one id space (Detectron2's names without '_separated')"
                 )
     return dataset_ids
+
+
+def _plain_name(name: str) -> str:
+    return _COCO_ENDING.sub("", " ".join(re.split(r"[\s_-]+", name.strip().casefold())))
 
 
 def _color(color: Sequence[int] | None, class_id: int) -> Color:

@@ -69,6 +69,14 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
     )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logger.info("%d training images, %d per process and step", len(dataset_dicts), batch_size)
+    if len(dataset_dicts) < cfg.SOLVER.IMS_PER_BATCH:
+        logger.warning(
+            "SOLVER.IMS_PER_BATCH is %d, but there are %d training images, so that every batch "
+            "repeats some: set it to %d or less",
+            cfg.SOLVER.IMS_PER_BATCH,
+            len(dataset_dicts),
+            len(dataset_dicts),
+        )
     loader: DataLoader[Any] = DataLoader(
         SampledDataset(
             dataset_dicts,

@@ -151,8 +151,8 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--init-from",
         default="",
         metavar="FILE",
-        help="start training from a trained model of other classes: all but the class head is "
-        "loaded, instead of MODEL.WEIGHTS (sets MODEL.INIT_FROM)",
+        help="start training from a trained model of other classes, instead of MODEL.WEIGHTS: "
+        "everything is loaded except the rows of new classes (sets MODEL.INIT_FROM)",
     )
     parser.add_argument(
         "--overwrite",

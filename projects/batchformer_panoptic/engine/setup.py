@@ -26,6 +26,7 @@ from ..data import load_dataset_dicts, setup_datasets
 from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 from ..visualization.report import REPORT_NAME
+from .solver import apply_epochs
 from .writers import start_logging
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """Build the frozen config of a run and set up its logging, output folder and seed.
 
-    Data sets are registered and the keys that depend on them are filled in. A negative ``SEED`` is
+    Data sets are registered and the keys that depend on them are filled in, among them the schedule
+    of a training with ``SOLVER.EPOCHS``. A negative ``SEED`` is
     replaced by a random one, which is logged and the same in all processes.
 
     Raises:
@@ -181,6 +183,12 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     _set_start(cfg, args)
     setup_datasets(cfg)  # fills in NUM_CLASSES and THING_CLASS_IDS
     _check_run(cfg, eval_only=args.eval_only)
+    schedule = ""
+    if cfg.SOLVER.EPOCHS and not args.eval_only:
+        images = load_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        schedule = apply_epochs(cfg, len(images), fixed=args.opts[::2])
     # Every process must have the same seed, since the data loader divides one permutation.
     if cfg.SEED < 0:
         cfg.SEED = int(comm.shared_random_seed())
@@ -196,6 +204,10 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     logger.info(f"SEED is {cfg.SEED}")
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    if schedule:
+        logger.info(schedule)
+    if not args.eval_only:
+        _warn_about_warm_up(cfg)
     return cfg
 
 
@@ -363,6 +375,8 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
             "SOLVER.GRADIENT_ACCUMULATION must be at least 1 batch, "
             f"not {cfg.SOLVER.GRADIENT_ACCUMULATION}"
         )
+    if cfg.SOLVER.EPOCHS < 0:
+        raise UserError(f"SOLVER.EPOCHS must be at least 0 (off), not {cfg.SOLVER.EPOCHS}")
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise UserError(f"SOLVER.EMA_DECAY must be in [0, 1), not {cfg.SOLVER.EMA_DECAY}")
     if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
@@ -371,8 +385,8 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         )
     if cfg.MODEL.INIT_FROM and cfg.MODEL.MASK_HEAD.FREEZE_DETR and not eval_only:
         raise UserError(
-            "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head, which --init-from leaves "
-            "untrained: train it first, then the mask head from MODEL.WEIGHTS"
+            "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head, whose rows of new classes "
+            "--init-from leaves untrained: train it first, then the mask head from MODEL.WEIGHTS"
         )
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise UserError("TEST.PRECISE_BN.ENABLED is not supported; see SOLVER.EMA_DECAY")
@@ -381,4 +395,13 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             "several CPU processes on a machine with GPUs: hide the GPUs with "
             "CUDA_VISIBLE_DEVICES=''"
+        )
+
+
+def _warn_about_warm_up(cfg: CfgNode) -> None:
+    steps, warm_up = cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS
+    if steps < warm_up:
+        logger.warning(
+            f"SOLVER.MAX_ITER {steps} ends within the warm-up of {warm_up} iterations, so that the "
+            f"learning rate stays below SOLVER.BASE_LR: set SOLVER.WARMUP_ITERS {steps // 10}"
         )

@@ -1,6 +1,7 @@
 """Optimizer, gradient clipping and learning-rate schedule of a config."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ ATTENTION_BIAS = "in_proj_bias"
 
 # Modules of Deformable-DETR with a lower learning rate, as published.
 DEFORMABLE_PARTS = ("sampling_offsets", "reference_points")
+
+# Evaluations and checkpoints of a training whose length is given in epochs.
+EVALUATIONS = 8
 
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
@@ -114,6 +118,44 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER must be at least 1, not {cfg.SOLVER.MAX_ITER}")
     return build_detectron2_lr_scheduler(cfg, optimizer)
+
+
+def apply_epochs(cfg: CfgNode, num_images: int, fixed: Container[str]) -> str:
+    """Replace ``SOLVER.EPOCHS`` by the schedule that follows from it, by the rule in `config`.
+
+    Args:
+        cfg: an open config with ``SOLVER.EPOCHS`` of at least 1, changed in place.
+        num_images: number of training images.
+        fixed: keys that keep their value.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        UserError: ``SOLVER.IMS_PER_BATCH`` or ``SOLVER.MAX_ITER`` is below 1.
+    """
+    solver = cfg.SOLVER
+    for key in ("IMS_PER_BATCH", "MAX_ITER"):
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} must be at least 1, not {solver[key]}")
+    images = solver.IMS_PER_BATCH * solver.GRADIENT_ACCUMULATION
+    steps = solver.MAX_ITER
+    if "SOLVER.MAX_ITER" not in fixed:
+        steps = math.ceil(solver.EPOCHS * num_images / images)
+    period = math.ceil(steps / EVALUATIONS)
+    schedule = {
+        "SOLVER.MAX_ITER": steps,
+        "SOLVER.STEPS": tuple(round(step * steps / solver.MAX_ITER) for step in solver.STEPS),
+        "SOLVER.WARMUP_ITERS": min(solver.WARMUP_ITERS, steps // 10),
+        "SOLVER.CHECKPOINT_PERIOD": period,
+        "TEST.EVAL_PERIOD": period,
+    }
+    chosen = {key: value for key, value in schedule.items() if key not in fixed}
+    line = f"SOLVER.EPOCHS {solver.EPOCHS} of {num_images} images, {images} per iteration: "
+    line += ", ".join(f"{key} {value}" for key, value in chosen.items())
+    cfg.merge_from_list([part for pair in chosen.items() for part in pair])
+    solver.EPOCHS = 0
+    return line
 
 
 def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

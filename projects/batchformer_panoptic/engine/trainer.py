@@ -95,7 +95,7 @@ class PanopticTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint of ``OUTPUT_DIR``, or load initial weights.
 
-        Initial weights are ``MODEL.INIT_FROM`` without its class head, or else ``MODEL.WEIGHTS``.
+        Initial weights are ``MODEL.INIT_FROM``, a model of other classes, or ``MODEL.WEIGHTS``.
 
         Raises:
             UserError: the checkpoint cannot be read or does not fit.
@@ -108,7 +108,7 @@ class PanopticTrainer(DefaultTrainer):
         else:
             if weights:
                 logger.warning(f"--init-from overrides MODEL.WEIGHTS {weights}")
-            self.checkpointer.load_all_but_classes(source)
+            self.checkpointer.load_for_other_classes(source)
         if self.start_iter == 0 and self.ema is not None:
             self.ema.copy_live()
         if self._trainer.seed != self.cfg.SEED:

@@ -86,7 +86,7 @@ def test_other_classes_start_from_everything_but_the_head(tmp_path, caplog):
     with pytest.raises(UserError, match=r"NUM_CLASSES is 1000 for the file and 7 in the config"):
         checkpointer.load(dst, checkpointables=[])
     fresh = model.vit.model.head.weight.clone()
-    checkpointer.load_all_but_classes(dst)
+    checkpointer.load_for_other_classes(dst)
     assert torch.equal(model.vit.model.head.weight, fresh)
     assert torch.equal(model.vit.model.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
     assert "vit.model.head.weight, vit.model.head.bias" in caplog.text
