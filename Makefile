@@ -19,7 +19,7 @@ READY := $(ENV_DIR)/.batchformer-panoptic-$(shell printf %s '$(CURDIR)' | cksum 
 SOURCES := $(wildcard projects tests tools demo datasets benchmarks train_net.py setup.py)
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 
-DEMO_CONFIG := configs/quickstart/batchformer_conditional_detr_shapes.yaml
+DEMO_CONFIG := configs/quickstart/mask2former_shapes.yaml
 DEMO_DATA := datasets/shapes_panoptic
 DEMO_OUTPUT := output/quickstart
 

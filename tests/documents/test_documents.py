@@ -91,7 +91,7 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch, capsys):
         assert load_script(script).main(arguments) == 0, (line, capsys.readouterr().err)
     torch.set_num_threads(threads)
     assert Path("output/quickstart/model_final.pth").exists()
-    assert Path("output/plain/model_final.pth").exists()
+    assert Path("output/with_block/model_final.pth").exists()
     assert len(list(Path("output/quickstart/pictures").glob("*"))) >= 2
     assert list(Path("output/quickstart/demo").glob("*"))
     assert len(list(Path("output/quickstart/predictions/overlays").glob("*"))) == 4
