@@ -14,10 +14,8 @@ class BuildWithCommands(build_py):
     """Copies the files to the places, relative to the package, that they have in the checkout."""
 
     def run(self) -> None:
-        """Build, and copy; an editable installation uses the checkout instead."""
+        """Build, and copy; an editable installation uses the checkout all the same."""
         super().run()
-        if self.editable_mode:
-            return
         package = Path(self.build_lib, "batchformer_panoptic")
         for path in sorted(path for pattern in SHIPPED for path in Path().glob(pattern)):
             if path.as_posix() not in LEFT_OUT:
