@@ -148,7 +148,12 @@ def check_config(cfg: CfgNode, depth: Depth) -> dict[str, CheckedSet]:
     names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if not names:
         raise UserError("the config names no data set: set DATASETS.TRAIN or DATASETS.TEST")
-    checked = {name: check_files(paths_of(cfg, name), depth) for name in names}
+    checked = {}
+    for name in names:
+        paths = paths_of(cfg, name)
+        if paths is None:
+            raise UserError(f"data set {name!r} is not a local data set of a known format")
+        checked[name] = check_files(paths, depth)
     together = check_sharing(cfg, checked)
     if not any(found.errors for found in checked.values()):
         try:
@@ -177,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         max_images=args.max_images, decode_images=not args.no_decode, processes=args.processes
     )
     if args.config_file:
-        checked = check_config(load_config(args.config_file, args.opts), depth)
+        checked = check_config(
+            load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts]), depth
+        )
     else:
         checked = check_or_fix(args, depth)
     for name, found in checked.items():

@@ -1,5 +1,6 @@
 """Checks of the data sets that a config names: for the command, and before a run."""
 
+import codecs
 import hashlib
 import json
 import logging
@@ -93,6 +94,11 @@ def check_files(paths: Mapping[str, str | Path], depth: Depth) -> CheckedSet:
         problems = check_panoptic_content(content, root, local["panoptic_root"], depth)
     else:
         problems = check_instances_content(content, root, depth)
+    with open(json_file, "rb") as file:
+        has_mark = file.read(3) == codecs.BOM_UTF8
+    if has_mark:
+        message = "the JSON begins with a byte-order mark, which other readers refuse"
+        problems.append(Problem("byte-order mark", message, severity="warning"))
     names = (image.get("file_name") for image in records(content, "images"))
     images = [root / name for name in names if isinstance(name, str)]
     return CheckedSet(json_file, problems, content, images)
@@ -111,25 +117,34 @@ def _check_image_folder(root: str, depth: Depth) -> CheckedSet:
     return CheckedSet(root, problems, images=images)
 
 
-def paths_of(cfg: CfgNode, name: str) -> dict[str, str]:
-    """Return the paths of a data set that a config lists or that is registered, for `check_files`.
+def paths_of(cfg: CfgNode, name: str) -> dict[str, str] | None:
+    """Return the paths of a data set for `check_files`.
+
+    Args:
+        cfg: lists the data set, which need not be registered.
+        name: or that of a registered data set.
+
+    Returns:
+        None: a data set of another format, or one that is not on a local disk.
 
     Raises:
-        UserError: an unknown name, or data sets of another kind.
+        UserError: an unknown name.
     """
+    paths = None
     for key, roles in _ROWS.items():
         for row in cfg.DATASETS[key]:
             if row and row[0] == name and len(row) == len(roles) + 1:
-                return {role: resolve_path(path) for role, path in zip(roles, row[1:], strict=True)}
-    check_registered(name)
-    metadata = MetadataCatalog.get(name).as_dict()
-    for roles in _ROWS.values():
+                resolved = map(resolve_path, row[1:])
+                paths = dict(zip(roles, resolved, strict=True))
+    if paths is None:
+        check_registered(name)
+        metadata = MetadataCatalog.get(name).as_dict()
         is_folder = metadata.get("evaluator_type") == CLASSIFICATION
-        if all(metadata.get(role) for role in roles) and (len(roles) > 1 or is_folder):
-            return {role: metadata[role] for role in roles}
-    raise UserError(
-        f"data set {name!r} is of a kind that cannot be checked; set DATASETS.CHECK False"
-    )
+        formats = _ROWS.values() if is_folder else [r for r in _ROWS.values() if len(r) > 1]
+        found = (r for r in formats if all(metadata.get(role) for role in r))
+        paths = {role: str(metadata[role]) for role in next(found, ())}
+    is_local = paths and not any("://" in path for path in paths.values())
+    return paths if is_local else None
 
 
 def check_sharing(cfg: CfgNode, checked: Mapping[str, CheckedSet]) -> list[Problem]:
@@ -161,10 +176,14 @@ def check_before_run(cfg: CfgNode, *, eval_only: bool) -> None:
         UserError: the first error of a data set, and how many others there are.
     """
     if cfg.DATASETS.CHECK and comm.is_main_process():
-        names = dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
-        paths = {name: paths_of(cfg, name) for name in names}
-        for name in names:
-            check_paths(name, paths[name])
+        paths = {}
+        for name in dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
+            of_name = paths_of(cfg, name)
+            if of_name is None:
+                logger.info("%s is not a local data set of a known format: not checked", name)
+                continue
+            check_paths(name, of_name)
+            paths[name] = of_name
         cache = _cache_file(paths)
         lines = _read_cache(cache)
         if lines is None:
@@ -209,7 +228,7 @@ def _cache_file(paths: Mapping[str, Mapping[str, str]]) -> Path:
             else:
                 state = f"{status.st_size} {status.st_mtime_ns}"
             digest.update(f"{path}\n{state}\n".encode())
-    cache = Path(get_cache_dir()).parent / "batchformer_panoptic"
+    cache = Path(get_cache_dir()) / "batchformer_panoptic"
     return cache / f"checked_{digest.hexdigest()}.json"
 
 

@@ -335,8 +335,8 @@ def png_fault(path: str | Path) -> PngFault | None:
             return None
         found = f"a PNG of {depth}-bit {_PNG_COLOR_TYPES.get(color_type, color_type)}"
         if color_type in (_PNG_RGB, _PNG_RGBA):
-            ignored = "the fourth channel" if depth == 8 else "all but the upper 8 bits"
-            return PngFault(f"panoptic PNG {path} is {found}; {ignored} is ignored here", True)
+            read = "the fourth channel is ignored" if depth == 8 else "the upper 8 bits are read"
+            return PngFault(f"panoptic PNG {path} is {found}; {read}", True)
     return PngFault(
         f"panoptic PNG {path} is {found}; segment ids need a PNG of 8-bit RGB ({remedy})", False
     )
