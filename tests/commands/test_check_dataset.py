@@ -135,7 +135,7 @@ def test_the_report_holds_every_problem(tmp_path: Path) -> None:
     content = json.loads(report.read_text())
     (problem,) = content["problems"]
     assert (content["ok"], content["counts"]) == (False, {"error": 1})
-    assert problem.pop("message").startswith("area is 0, but the PNG has 28 pixels")
+    assert problem.pop("message").startswith("area is 0, but the PNG has 29 pixels")
     expected = {"kind": "wrong area", "image": "12.png", "segment": 300, "severity": "error"}
     assert problem == {"data_set": str(root / "set.json"), **expected}
 

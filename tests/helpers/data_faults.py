@@ -34,7 +34,7 @@ class Fault(NamedTuple):
 
 def make_segment_map() -> np.ndarray:
     segment_map = np.zeros((6, 8), np.int64)
-    segment_map[2:, :] = WALL
+    segment_map[1:, :] = WALL
     segment_map[1:4, 2:5] = PERSON
     segment_map[5, 6:] = CROWD
     return segment_map
@@ -435,7 +435,7 @@ FILE_FAULTS = [
     Fault(
         "colors of classes",
         "PNG without ids",
-        write_map(lambda ids: np.where(ids == 0, 0, 0x40E0D0)),
+        write_map(lambda ids: np.where(ids == WALL, 0x40E0D0, 0x2222B2)),
     ),
     Fault(
         "a listed segment has no pixels",
@@ -563,34 +563,36 @@ class Outcome(NamedTuple):
 
 def render(outcomes: dict[str, Outcome]) -> str:
     """Return the document for the outcomes of all faults and warnings, by what was done."""
-    errors = [_row(fault, outcomes[fault.done]) for fault in FAULTS]
-    others = [_row(fault, outcomes[fault.done]) for fault in WARNINGS]
-    head = "| data set | `tools/check_dataset.py` | `train_net.py` |\n|---|---|---|\n"
-    return HEADER.format(errors=head + "\n".join(errors), others=head + "\n".join(others))
+    return HEADER.format(
+        errors="\n".join(_row(fault, outcomes[fault.done]) for fault in FAULTS),
+        others="\n".join(_row(fault, outcomes[fault.done]) for fault in WARNINGS),
+    )
 
 
 def _row(fault: Fault, outcome: Outcome) -> str:
-    cells = (
-        fault.done,
-        f"{outcome.doctor} ({outcome.doctor_status})",
-        f"{outcome.trainer} ({outcome.trainer_status})",
-    )
+    cells = (fault.done, outcome.doctor, outcome.trainer or "nothing")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 HEADER = """# Faults of data sets, and the words about them
 
-A data set with one fault each, made by the tests; `SET` stands for its folder. The numbers in
-parentheses are the exit statuses. `UPDATE_FAULT_TABLE=1 pytest
-tests/data/validation/test_fault_table.py` writes this file.
+Data sets with one fault each, made by the tests; `SET` stands for the folder of the data set.
+`UPDATE_FAULT_TABLE=1 pytest tests/data/validation/test_fault_table.py` writes this file.
 
 ## Refused
 
-`train_net.py` finds a fault of the data set for training or evaluation before it builds the model.
+The checker exits with status 1. `train_net.py` exits with status 2 before it builds the model, if
+the data set is for training or for evaluation.
 
+| fault | `tools/check_dataset.py` | `train_net.py` |
+|---|---|---|
 {errors}
 
 ## Read with a warning or a note
 
+The checker exits with status 0, and `train_net.py` logs the kinds of warnings.
+
+| data set | `tools/check_dataset.py` | `train_net.py` |
+|---|---|---|
 {others}
 """

@@ -195,7 +195,8 @@ def _eight_bits(image: Image.Image) -> ImageArray:
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8."""
     # The base class's getexif: the override for PNG files decodes all pixels.
-    return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))
+    found = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+    return found if found in _EXIF_TRANSPOSITIONS else 1
 
 
 class ImageFacts(NamedTuple):
@@ -411,6 +412,8 @@ def read_coco_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8: save it in that encoding") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):

@@ -91,7 +91,10 @@ def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
         (changed("images", 1, id=10), "2 image records have the id 10"),
         (changed("images", 1, height="absent"), "1.png: the image record has the height None"),
         (changed("images", 1, width="32"), "width '32' \\(a text: write 32 without quotes\\)"),
-        (changed("images", 1, id="11"), "1 image ids are texts and 2 numbers; use one type"),
+        (
+            changed("images", 1, id="11"),
+            r"image ids are texts \(1\) and numbers \(2\); use one type",
+        ),
         (
             changed("annotations", 3, image_id="11"),
             r"image_id '11' is not among the images \(a text",

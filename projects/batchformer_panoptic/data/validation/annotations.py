@@ -146,7 +146,7 @@ def check_image_ids(images: Sequence[Record]) -> Iterator[Problem]:
     yield from check_unique("duplicate image id", "image records have the id", images, "id")
     texts = sum(isinstance(image.get("id"), str) for image in images)
     if 0 < texts < len(images):
-        message = f"{texts} image ids are texts and {len(images) - texts} numbers; use one type"
+        message = f"image ids are texts ({texts}) and numbers ({len(images) - texts}); use one type"
         yield Problem("mixed image ids", message)
     for problem in check_unique("", "image records have the file_name", images, "file_name"):
         yield replace(problem, kind="one image under two ids", severity="warning")

@@ -104,7 +104,7 @@ def _other_ids(found: Collection[int], listed: Collection[int]) -> tuple[str, st
         message = f"the PNG has {len(unlisted)} ids that segments_info does not list: it was saved "
         message += "as JPEG or resized with smoothing, or it is a photograph (are the folders of "
         return _NO_IDS, message + "images and PNGs swapped?)"
-    if listed.isdisjoint(found):
+    if listed.isdisjoint(found) and len(unlisted) > 1:
         red, green, blue = (min(found) >> shift & 255 for shift in (0, 8, 16))
         message = f"the PNG has none of the ids in segments_info, but colors such as ({red}, "
         message += f"{green}, {blue}): it shows classes, or belongs to another image"
