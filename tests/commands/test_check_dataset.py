@@ -9,6 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from batchformer_panoptic.data.check import check_files
+from batchformer_panoptic.data.validation import Depth
 from helpers import instance_files
 from helpers.commands import load_script
 from helpers.data_faults import (
@@ -93,6 +95,8 @@ def test_boxes_and_image_folders_are_checked(tmp_path: Path, capsys: Lines) -> N
     assert check_dataset.main([*config, *classifier]) == 0
     (tmp_path / "folder/cat/2.png").write_text("no image")
     assert check_dataset.main([*config, *classifier]) == 1
+    bounded = Depth(max_pixels=1_000_000)  # every second image, if one has a million pixels
+    assert check_files({"image_root": tmp_path / "folder"}, bounded).problems == []
     (tmp_path / "folder/dog").mkdir()
     assert check_dataset.main([*config, *classifier]) == 1
     assert "the class folder 'dog' has no images" in capsys.readouterr().out

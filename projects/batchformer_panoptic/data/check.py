@@ -25,7 +25,7 @@ from .io import read_coco_json, read_json, write_json
 from .validation import (
     Depth,
     Problem,
-    check_image_file,
+    check_images,
     check_instances_content,
     check_panoptic_content,
     check_shared_images,
@@ -53,7 +53,7 @@ class CheckedSet:
         source: the file or folder that its errors are attributed to.
         problems: all problems.
         content: the content of its JSON, {} without a readable one.
-        images: the paths of its images.
+        images: the paths of its images; [] for an image folder.
     """
 
     source: str
@@ -106,15 +106,10 @@ def check_files(paths: Mapping[str, str | Path], depth: Depth) -> CheckedSet:
 
 def _check_image_folder(root: str, depth: Depth) -> CheckedSet:
     try:
-        images = [Path(item["file_name"]) for item in load_image_folder(root)]
+        images = load_image_folder(root)
     except UserError as error:
         return CheckedSet(root, [Problem("bad image folder", str(error))])
-    problems = [
-        problem
-        for path in images[: depth.max_images]
-        for problem in check_image_file(path, None, str(path), decode=depth.decode_images)
-    ]
-    return CheckedSet(root, problems, images=images)
+    return CheckedSet(root, check_images(images, depth))
 
 
 def paths_of(cfg: CfgNode, name: str) -> dict[str, str] | None:

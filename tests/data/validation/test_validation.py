@@ -206,7 +206,7 @@ def test_headers_are_checked_beyond_the_bound_on_pixels(root: Path, content: Con
     assert [problem.image for problem in check(root, content, max_pixels=6 * 8)] == ["11.png"]
     (root / "panoptic/12.png").write_bytes(b"text")
     kinds = {problem.kind for problem in check(root, content, max_pixels=6 * 8)}
-    assert kinds == {"wrong area", "wrong PNG format"}
+    assert kinds == {"wrong area", "unreadable panoptic PNG"}
 
 
 def test_processes_find_the_same(

@@ -17,8 +17,8 @@ from .annotations import (
 )
 from .files import (
     Depth,
-    check_image_file,
     check_image_size,
+    check_images,
     check_instances_content,
     check_panoptic_content,
     check_png_size,
@@ -41,8 +41,8 @@ __all__ = [
     "check_categories",
     "check_color",
     "check_entries",
-    "check_image_file",
     "check_image_size",
+    "check_images",
     "check_instances_content",
     "check_instances_json",
     "check_lists",

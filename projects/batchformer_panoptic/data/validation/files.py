@@ -32,7 +32,7 @@ Size = tuple[int, int]  # height, width
 
 _DARK = 32  # of 255: the brightest pixel of a 16-bit image that was never scaled to 16 bits
 _MUCH_VOID = 0.25  # share of all pixels
-_FEW_FILES = 200  # are checked in this process: starting others takes longer
+_FEW_FILES = 32  # are checked in this process: starting others takes longer
 _TAIL_BYTES = 4096
 
 
@@ -112,6 +112,20 @@ def check_instances_content(
     return problems
 
 
+def check_images(images: Sequence[Record], depth: Depth) -> list[Problem]:
+    """Check images of which no JSON states the size.
+
+    Args:
+        images: records with ``file_name``, an existing path.
+        depth: images that are not chosen for decoding are not opened.
+    """
+    images = images[: depth.max_images]
+    jobs = zip(images, _choose_decoded(images, depth.max_pixels), strict=True)
+    check = partial(_check_image, Path(), depth.decode_images)
+    reports = _map(check, [job for job in jobs if job[1]], depth.processes)
+    return list(chain.from_iterable(report.problems for report in reports))
+
+
 def check_folders(**folders: Path) -> None:
     """Raise UserError for the first folder, given by its role, that does not exist."""
     for role, folder in folders.items():
@@ -143,7 +157,7 @@ def _map(
     if processes == 1 or len(jobs) <= _FEW_FILES:
         return list(progress(map(check, jobs)))
     with ProcessPoolExecutor(processes) as pool:
-        return list(progress(pool.map(check, jobs, chunksize=16)))
+        return list(progress(pool.map(check, jobs, chunksize=8)))
 
 
 def _choose_decoded(images: Sequence[Record], max_pixels: int | None) -> list[bool]:
@@ -156,7 +170,7 @@ def _choose_decoded(images: Sequence[Record], max_pixels: int | None) -> list[bo
 
 def _stated_size(image: Record) -> Size | None:
     height, width = image.get("height"), image.get("width")
-    return (height, width) if is_size(height) and is_size(width) else None  # type: ignore[return-value]
+    return (height, width) if is_size(height) and is_size(width) else None
 
 
 def _check_pair(

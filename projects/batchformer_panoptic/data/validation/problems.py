@@ -77,7 +77,7 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
     """Return whether a JSON value is a height or width in pixels."""
     return is_integer(value) and value > 0
 
