@@ -33,6 +33,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _results_of_checks_stay_in_a_temporary_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_panoptic_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyPanopticDataset:
     """Five images of 48x64 and 40x32 pixels (height x width); the last one has no segments.

@@ -57,6 +57,9 @@ def _add_data_keys(cfg: CN) -> None:
     # Custom data sets of boxes: a list of [name, image_root, instances_json]. Every class is a
     # thing.
     cfg.DATASETS.CUSTOM_INSTANCES = []
+    # Check the data sets before a run, as tools/check_dataset.py does: the JSON and all files, of
+    # which 200 million pixels per data set are decoded. Unchanged data sets are checked once.
+    cfg.DATASETS.CHECK = True
 
     # DETR's augmentation. With probability 0.5 an image is first resized to a short side from
     # MIN_SIZES and cropped, both sides drawn from CROP_RANGE. All images are then resized to

@@ -13,9 +13,10 @@ from PIL import Image
 
 from batchformer_panoptic.data import io, register_panoptic_dataset
 from batchformer_panoptic.data.io import (
+    missing_file,
     read_coco_json,
     read_image,
-    read_image_size,
+    read_image_facts,
     read_segment_map,
 )
 from batchformer_panoptic.errors import UserError
@@ -52,24 +53,173 @@ def test_unusable_pngs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"grey\.png is a PNG of 8-bit grey; segment ids need"):
         read_segment_map(tmp_path / "grey.png")
     Image.new("L", (3, 3)).save(tmp_path / "grey.jpg")
-    with pytest.raises(UserError, match=r"grey\.jpg is not a PNG; segment ids need"):
+    with pytest.raises(UserError, match=r"grey\.jpg is not a PNG but a JPEG, which changes ids"):
         read_segment_map(tmp_path / "grey.jpg")
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_size_is_that_of_the_image_read(tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_exif_says(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 255  # top left
+    # How a camera with this orientation stores the upright image.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "image.jpg"
-    Image.new("RGB", (8, 6)).save(path, exif=exif)
-    assert read_image_size(path) == read_image(path).shape[:2]
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=100)
+    image = read_image(path)
+    assert np.abs(image.astype(int) - upright).max() < 90  # JPEG and WebP smooth the edge
+    for decode in (False, True):
+        facts = read_image_facts(path, decode=decode)
+        assert (facts.size, facts.orientation) == ((16, 24), orientation)
+
+
+GREY16 = np.array([[0, 255, 256], [4095, 32768, 65535]], np.uint16)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_of_16_bits_the_upper_8_are_kept(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(GREY16).save(path)
+    image = read_image(path)
+    assert image.tolist() == np.stack([GREY16 >> 8] * 3, axis=-1).tolist()
+    facts = read_image_facts(path)
+    assert (facts.is_deep, facts.brightest) == (True, 255)
+
+
+def test_floating_point_from_0_to_1_becomes_8_bits(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array([[0, 1.5]], np.float32), "floating-point values from 0 to 1.5; scale them"),
+        (np.array([[-0.5, 1]], np.float32), "floating-point values from -0.5 to 1; scale them"),
+        (np.array([[np.nan, 1]], np.float32), "floating-point values from nan to nan; scale"),
+        (np.array([[7, 9]], np.int32), "32-bit integers; save the image with 8 or 16 bits"),
+    ],
+)
+def test_values_without_a_rule_are_refused(tmp_path: Path, values: np.ndarray, words: str) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path)
+    for read in (read_image, read_image_facts):
+        with pytest.raises(UserError, match=words) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"image {path} cannot be read: ")
+
+
+RED = [200, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGBA", "png"), ("P", "png"), ("P", "gif"), ("CMYK", "jpg"), ("CMYK", "tif"), ("RGB", "bmp")],
+)
+def test_every_color_mode_gives_its_color(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    image = Image.new("RGB", (6, 4), tuple(RED))
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    options = {"transparency": 0} if mode == "P" else {"quality": 100} if mode == "CMYK" else {}
+    image.save(path, **options)
+    with Image.open(path) as opened:
+        assert opened.mode in (mode, "RGB")
+    for image_format, order in (("RGB", 1), ("BGR", -1)):
+        pixels = read_image(path, image_format)
+        assert pixels.shape == (4, 6, 3)
+        assert pixels.flags.c_contiguous
+        assert np.abs(pixels[2, 3].astype(int) - RED[::order]).max() <= 3
+
+
+def test_transparency_is_ignored(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 2), (*RED, 0))
+    image.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", "RGB")[0, 0].tolist() == RED
+    Image.new("LA", (2, 2), (77, 0)).save(tmp_path / "b.png")
+    assert read_image(tmp_path / "b.png", "RGB")[0, 0].tolist() == [77] * 3
+    Image.new("1", (2, 2), 1).save(tmp_path / "c.png")
+    assert read_image(tmp_path / "c.png", "RGB")[0, 0].tolist() == [255] * 3
+
+
+def test_of_several_pages_the_first_is_read(tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (4, 3), tuple(RED)), Image.new("RGB", (9, 9))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    assert read_image(tmp_path / "a.tif", "RGB")[0, 0].tolist() == RED
+    assert read_image_facts(tmp_path / "a.tif").pages == 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_damaged_images_are_refused(tmp_path: Path, suffix: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"whole.{suffix}"
+    Image.fromarray(pixels).save(path)
+    data = path.read_bytes()
+    damaged = [data[: len(data) * part // 10] for part in range(1, 10)]
+    if suffix == "png":  # a checksum is in PNG files only
+        damaged += [data[:k] + bytes([data[k] ^ 4]) + data[k + 1 :] for k in range(60, 9000, 900)]
+    for content in damaged:
+        path.write_bytes(content)
+        for read in (read_image, read_image_facts):
+            with pytest.raises(UserError, match="cannot be read"):
+                read(path)
+
+
+def test_other_programs_are_not_started_for_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png cannot be read: unknown image format; known are"):
+        read_image(tmp_path / "a.png")
+
+
+def test_heic_is_read_with_its_package(tmp_path: Path) -> None:
+    path = tmp_path / "a.heic"
+    try:
+        from pillow_heif import from_pillow
+    except ImportError:
+        path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+        with pytest.raises(UserError, match=r"a\.heic .*HEIC needs the package pillow-heif"):
+            read_image(path)
+        return
+    from_pillow(Image.new("RGB", (64, 48), tuple(RED))).save(path, quality=100)
+    assert np.abs(read_image(path, "RGB").astype(int) - RED).max() <= 6
 
 
 def test_a_missing_image_names_a_file_with_another_extension(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    for read in (read_image, read_image_size):
+    for read in (read_image, read_image_facts):
         with pytest.raises(UserError, match=r"^image .*a\.jpg does not exist \(a\.png exists\)$"):
             read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "hint"),
+    [
+        ("a.jpg", "a.JPG", "(a.JPG exists)"),
+        ("a.jpg", "A.jpg", "(A.jpg exists)"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", "(cafe\u0301.jpg exists)"),
+        ("b\\a.jpg", "a.jpg", "(write / instead of \\ in file names)"),
+    ],
+)
+def test_a_missing_file_has_a_likely_cause(
+    tmp_path: Path, wanted: str, there: str, hint: str
+) -> None:
+    (tmp_path / there).touch()
+    assert missing_file(tmp_path / wanted, "image") == (
+        f"image {tmp_path / wanted} does not exist {hint}"
+    )
 
 
 @pytest.mark.parametrize(

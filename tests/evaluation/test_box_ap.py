@@ -101,7 +101,7 @@ def test_annotations_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     path = Path(MetadataCatalog.get(name).json_file)
     for text, words in (
         ("{", "is not valid JSON"),
-        (json.dumps({"annotations": [{"id": 1}]}), "is not readable COCO-instances JSON"),
+        (json.dumps({"annotations": [{"id": 1}]}), "image_id None is not among the images"),
         (json.dumps([1]), "holds a list"),
     ):
         path.write_text(text)

@@ -4,11 +4,13 @@ H, W: height and width of an image in pixels.
 """
 
 import contextlib
+import functools
 import glob
 import json
 import os
 import shutil
 import struct
+import unicodedata
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import id2rgb
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -34,10 +35,41 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 # Of the files that count as images when a folder is searched.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_EXIF_ORIENTATION, _EXIF_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+# Pillow also opens formats that start other programs (EPS) or that no camera writes. HEIF needs
+# pillow-heif (the extra "heic"), AVIF a recent Pillow.
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_HEIC_SUFFIXES = (".heic", ".heif")
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_RGB = 2  # the color type, byte 25 of the header
-_PNG_COLOR_TYPES = {0: "grey", _PNG_RGB: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+_PNG_RGB, _PNG_RGBA = 2, 6  # color types, byte 25 of the header
+_PNG_COLOR_TYPES = {
+    0: "grey",
+    _PNG_RGB: "RGB",
+    3: "palette",
+    4: "grey with alpha",
+    _PNG_RGBA: "RGBA",
+}
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @contextlib.contextmanager
@@ -53,7 +85,10 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(missing_file(path, role)) from None
     except UnidentifiedImageError:  # its message may show a file object
-        raise UserError(f"{role} {path} cannot be read: unknown image format") from None
+        reason = f"unknown image format; known are {', '.join(_known_formats())}"
+        if Path(path).suffix.lower() in _HEIC_SUFFIXES and "HEIF" not in _known_formats():
+            reason = "HEIC needs the package pillow-heif (pip install pillow-heif)"
+        raise UserError(f"{role} {path} cannot be read: {reason}") from None
     # Pillow reports damaged files with any of these; struct.error comes from damaged EXIF data.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{role} {path} cannot be read: {one_line(error)}") from error
@@ -62,49 +97,161 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
 def missing_file(path: str | Path, role: str) -> str:
     """Return the sentence about a file that does not exist.
 
-    It names a file that differs in the extension only, if there is one.
+    It names the likely cause: a file whose name differs in the extension, in upper and lower case
+    or in the form of its accents, or back slashes.
     """
-    others = (Path(path).with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png"))
-    hint = next((f" ({other.name} exists)" for other in others if other.is_file()), "")
+    path = Path(path)
+    hint = ""
+    if "\\" in path.name:
+        hint = " (write / instead of \\ in file names)"
+    elif path.parent.is_dir():
+        files = _files_by_stem(path.parent, path.parent.stat().st_mtime_ns)
+        other = files.get(_comparable(path.stem))
+        hint = f" ({other} exists)" if other else ""
     return f"{role} {path} does not exist{hint}"
 
 
+def _comparable(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@functools.lru_cache(maxsize=4)
+def _files_by_stem(folder: Path, _modified_ns: int) -> dict[str, str]:
+    """Return the names of the files of a folder by their comparable stems.
+
+    A set may lack thousands of files, and the folder should be listed once for all of them. The
+    time of its modification keeps an old listing from being used.
+    """
+    return {_comparable(Path(entry).stem): entry for entry in sorted(os.listdir(folder))}
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, role: str) -> Iterator[Image.Image]:
+    """Open an image or a PNG, whose errors become `UserError`."""
+    with (
+        _reading(path, role),
+        PathManager.open(str(path), "rb") as file,
+        Image.open(file, formats=_known_formats()) as image,
+    ):
+        yield image
+
+
 def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
-    """Read an image and rotate it according to its EXIF data.
+    """Read an image as 8-bit color and rotate it according to its EXIF data.
+
+    Training, evaluation, demo and tools all read images here, and by one rule: grey becomes three
+    equal channels; transparency is ignored; of 16 bits the upper 8 are kept; floating-point grey
+    from 0 to 1 becomes 0 to 255; of several pages the first is read. 32-bit integers and
+    floating-point values outside 0 to 1 have no such rule and are refused.
 
     Args:
-        path: a file that Pillow can decode, in any color mode.
+        path: a local path, or a URI that Detectron2's PathManager supports, of an AVIF, BMP, GIF,
+            JPEG, JPEG 2000, PNG, PPM, TIFF or WebP file; HEIC with the package pillow-heif.
         image_format: order of the channels, "BGR" or "RGB".
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing or is not a readable image.
+        UserError: the file is missing or damaged, or has values without a rule.
     """
-    with _reading(path, "image"):
-        image: ImageArray = detection_utils.read_image(str(path), format=image_format)
-    return np.ascontiguousarray(image)
+    with _opened(path, "image") as image:
+        image.load()
+        orientation = _orientation(image)
+        color = _to_rgb(image)
+        if orientation in _EXIF_TRANSPOSITIONS:
+            color = color.transpose(_EXIF_TRANSPOSITIONS[orientation])
+        pixels = np.asarray(color)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if image_format == "BGR" else pixels)
 
 
-def read_image_size(path: str | Path, *, decode: bool = True) -> tuple[int, int]:
-    """Return (H, W) of an image as `read_image` would read it.
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to 8-bit RGB; ValueError for values without a rule."""
+    if _is_deep(image.mode):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct conversion
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_deep(mode: str) -> bool:
+    """Return whether a mode of Pillow has more than 8 bits per channel; it would clip them."""
+    return mode == "F" or mode.startswith("I")
+
+
+def _eight_bits(image: Image.Image) -> ImageArray:
+    """Scale one channel of 16 bits or of floating point to (H, W) uint8."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also False for NaN
+            raise ValueError(
+                f"floating-point values from {low:g} to {high:g}; scale them to 0 to 1, or save "
+                "the image with 8 bits"
+            )
+        return (values * 255).round().astype(np.uint8)
+    # Pillow returns 16-bit PNG and PGM files as 32 bits in some versions.
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("32-bit integers; save the image with 8 or 16 bits")
+    return (values >> 8).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8."""
+    # The base class's getexif: the override for PNG files decodes all pixels.
+    found = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+    return found if found in _EXIF_TRANSPOSITIONS else 1
+
+
+class ImageFacts(NamedTuple):
+    """Properties of an image file that `read_image` acts on.
+
+    Attributes:
+        size: (H, W) of the image as `read_image` returns it.
+        mode: the color mode in Pillow's notation, such as "RGB" or "I;16".
+        orientation: EXIF orientation, 1 (upright) to 8.
+        pages: of which `read_image` reads the first.
+        brightest: the largest of its 8-bit values, only of decoded images with `is_deep`.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+    pages: int
+    brightest: int | None = None
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether it has one channel of more than 8 bits."""
+        return _is_deep(self.mode)
+
+
+def read_image_facts(path: str | Path, *, decode: bool = True) -> ImageFacts:
+    """Return size and kind of an image as `read_image` would read it.
 
     Args:
-        path: the image.
-        decode: also decode every pixel, which finds truncated files; False reads the header only.
+        path: see `read_image`.
+        decode: also decode the whole file, which finds damaged ones and values without a rule;
+            False reads the header only.
 
     Raises:
-        UserError: the file is missing or is not a readable image.
+        UserError: as for `read_image`.
     """
-    with _reading(path, "image"), Image.open(path) as image:
-        if decode:
+    with _opened(path, "image") as image:
+        # The photographs of some telephones hold a preview as their second page.
+        pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+        orientation, mode, (width, height) = _orientation(image), image.mode, image.size
+        sideways = orientation in _EXIF_SIDEWAYS
+        if image.format == "TIFF":  # Pillow rotates this format while it decodes
             image.load()
-        # The base class's getexif: the override for PNG files decodes all pixels.
-        exif = Image.Image.getexif(image)
-        width, height = image.size
-        sideways = exif.get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-    return (width, height) if sideways else (height, width)
+            (width, height), sideways = image.size, False
+        elif decode:
+            # A JPEG file is read to its end, but its pixels are computed at an eighth of the size.
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+        brightest = int(_eight_bits(image).max()) if decode and _is_deep(mode) else None
+    size = (width, height) if sideways else (height, width)
+    return ImageFacts(size, mode, orientation, pages, brightest)
 
 
 def read_segment_map(path: str | Path) -> npt.NDArray[np.int32]:
@@ -122,13 +269,15 @@ def read_segment_map(path: str | Path) -> npt.NDArray[np.int32]:
         UserError: the file is missing or damaged, is not a PNG, or has another color mode.
     """
     pixels = None
-    with _reading(path, "panoptic PNG"), Image.open(path) as image:
+    with _opened(path, "panoptic PNG") as image:
         width, height = image.size
         if image.format == "PNG" and image.mode in ("RGB", "RGBA"):
             # With four bytes per pixel the buffer already holds little-endian integers.
             pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")
     if pixels is None:
-        raise UserError(str(png_format_fault(path)))
+        fault = png_fault(path)
+        assert fault is not None, path
+        raise UserError(fault.message)
     return np.frombuffer(pixels, dtype="<i4").reshape(height, width) & 0xFFFFFF
 
 
@@ -154,24 +303,70 @@ def read_index_map(path: str | Path) -> npt.NDArray[np.int32]:
     return pixels.astype(np.int32)
 
 
-def png_format_fault(path: str | Path) -> str | None:
+def possible_segment_maps(path: str | Path) -> list[npt.NDArray[np.int32]]:
+    """Decode a panoptic PNG of any color mode to the segment maps that it may stand for.
+
+    Returns:
+        (H, W) int32 each: colors as ids, with red first and with blue first, and the values of a
+        grey image or the indices of a palette; of 16-bit grey only the values.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with _opened(path, "panoptic PNG") as image:
+        image.load()
+        maps = []
+        if not _is_deep(image.mode):
+            red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.int32), -1, 0)
+            maps = [red | green << 8 | blue << 16, blue | green << 8 | red << 16]
+            if (red == green).all() and (red == blue).all():
+                maps.append(red)
+        if _is_deep(image.mode) or image.mode == "P":
+            maps.append(np.asarray(image, dtype=np.int32))
+    return maps
+
+
+def read_png_size(path: str | Path) -> tuple[int, int]:
+    """Return (H, W) of a panoptic PNG from its header.
+
+    Raises:
+        UserError: the file is missing or is not an image.
+    """
+    with _opened(path, "panoptic PNG") as image:
+        width, height = image.size
+    return height, width
+
+
+class PngFault(NamedTuple):
+    """The difference between a panoptic PNG and one of 8-bit RGB."""
+
+    message: str
+    is_readable: bool  # `read_segment_map` reads it all the same
+
+
+def png_fault(path: str | Path) -> PngFault | None:
     """Compare the header of a file with that of an 8-bit RGB PNG.
 
     Pillow's ``mode`` is not enough: it also reads 16-bit channels as 8 bits.
-
-    Returns:
-        A sentence, or None for an 8-bit RGB PNG.
     """
     with open(path, "rb") as file:
         header = file.read(26)
-    if not header.startswith(_PNG_SIGNATURE):
-        found = "not a PNG"
+    remedy = "tools/check_dataset.py --fix writes such PNGs again"
+    if header.startswith(_JPEG_SIGNATURE):
+        found, remedy = "not a PNG but a JPEG, which changes ids", "export the masks again as PNG"
+    elif not header.startswith(_PNG_SIGNATURE):
+        found, remedy = "not a PNG", "export the masks again as PNG"
     else:
         depth, color_type = header[24], header[25]
         if (depth, color_type) == (8, _PNG_RGB):
             return None
         found = f"a PNG of {depth}-bit {_PNG_COLOR_TYPES.get(color_type, color_type)}"
-    return f"panoptic PNG {path} is {found}; segment ids need a PNG of 8-bit RGB"
+        if color_type in (_PNG_RGB, _PNG_RGBA):
+            read = "the fourth channel is ignored" if depth == 8 else "the upper 8 bits are read"
+            return PngFault(f"panoptic PNG {path} is {found}; {read}", True)
+    return PngFault(
+        f"panoptic PNG {path} is {found}; segment ids need a PNG of 8-bit RGB ({remedy})", False
+    )
 
 
 def write_image(path: str | Path, image_rgb: ImageArray) -> None:
@@ -284,13 +479,16 @@ def read_coco_json(path: str | Path) -> dict[str, Any]:
         if local_path in _cached and _cached[local_path][:2] == state:
             _cached.move_to_end(local_path)
             return _cached[local_path][2]
-        with open(local_path, encoding="utf-8") as file:
+        # "utf-8-sig" accepts a byte-order mark, which editors and PowerShell write.
+        with open(local_path, encoding="utf-8-sig") as file:
             content = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8: save it in that encoding") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not COCO's JSON object")

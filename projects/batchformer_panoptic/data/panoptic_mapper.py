@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from ..errors import UserError
 from .copy_paste import SegmentedImage, paste_things
-from .io import ImageArray, IntArray, read_image, read_segment_map, runs
+from .io import ImageArray, IntArray, read_image, read_segment_map, runs, segment_extents
 from .validation import (
     check_image_size,
     check_png_size,
@@ -231,7 +231,7 @@ def number_segments(
     if (~has_pixels & (sorted_ids != 0)).any() or (sorted_ids[position] != run_ids).any():
         listed = ids[1:].tolist()
         raise_first_error(check_repeated_ids(listed, png_name))
-        raise_first_error(check_segment_ids(segment_map, listed, png_name))
+        raise_first_error(check_segment_ids(segment_extents(segment_map), listed, png_name))
     result: IntArray = np.repeat(numbers[order][position], lengths).reshape(segment_map.shape)
     return result
 

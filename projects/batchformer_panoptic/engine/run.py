@@ -18,6 +18,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from ..data.check import check_before_run
 from ..errors import USER_ERROR_STATUS, UserError
 from .setup import at_least, command_parser, setup_cfg
 from .trainer import PanopticTrainer
@@ -189,6 +190,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     """
     _share_cores(args.num_gpus)
     cfg = setup_cfg(args)
+    check_before_run(cfg, eval_only=args.eval_only)
     if args.eval_only:
         PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
         return

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..data.io import IntArray, read_coco_json, write_json
-from ..data.validation import segment_without_pixels
+from ..data.validation import (
+    SECTIONS,
+    check_boxes,
+    check_lists,
+    raise_first_error,
+    segment_without_pixels,
+)
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth, TrueImage
 
@@ -104,13 +111,10 @@ def build_box_evaluator(
 def _complete_json(path: str, output_dir: str) -> str:
     """Return the path of the JSON, or of its completed copy."""
     content = read_coco_json(path)
-    try:
-        # The JSON of a test set has no annotations; only its predictions are written.
-        new = completed(content) if "annotations" in content else None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path} is not readable COCO-instances JSON ({type(error).__name__}: {error})"
-        ) from error
+    present = [section for section in SECTIONS if section in content]
+    raise_first_error(chain(check_lists(content, present), check_boxes(content)), path)
+    # The JSON of a test set has no annotations; only its predictions are written.
+    new = completed(content) if "annotations" in content else None
     if new is None:
         return path
     copy = Path(output_dir) / "annotations_completed.json"

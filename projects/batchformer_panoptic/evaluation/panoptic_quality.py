@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from panopticapi.evaluation import VOID, PQStat
 
-from ..data.io import runs
+from ..data.io import runs, segment_extents
 from ..data.validation import (
     check_area,
     check_repeated_ids,
@@ -269,7 +269,8 @@ def _overlaps(
     except ValueError as error:
         gt_ids = gt_segments.ids.tolist()
         problems = chain(
-            check_repeated_ids(gt_ids, image_name), check_segment_ids(gt_map, gt_ids, image_name)
+            check_repeated_ids(gt_ids, image_name),
+            check_segment_ids(segment_extents(gt_map), gt_ids, image_name),
         )
         raise UserError(str(next(problems))) from error
     try:

@@ -1,6 +1,7 @@
 """Data sets of boxes from a config row, and mistakes in their JSON."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from batchformer_panoptic.data import (
     load_instances_json,
     setup_datasets,
 )
+from batchformer_panoptic.data.check import check_files
+from batchformer_panoptic.data.validation import Depth
 from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.evaluation.coco_ap import build_box_evaluator
 from helpers.instance_files import content, write_instances
 from helpers.tiny_dataset import TinyPanopticDataset
 
@@ -85,7 +89,23 @@ def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
         (changed("annotations", 3, bbox=[float("nan"), 2, 3, 4]), "nan, 2, 3, 4]; give"),
         (changed("annotations", 3, bbox=[1, 2, 3]), r"\[1, 2, 3\]; give"),
         (changed("images", 1, id=10), "2 image records have the id 10"),
-        (changed("images", 1, height="absent"), "image 11 has the height None"),
+        (changed("images", 1, height="absent"), "1.png: the image record has the height None"),
+        (changed("images", 1, width="32"), "width '32' \\(a text: write 32 without quotes\\)"),
+        (
+            changed("images", 1, id="11"),
+            r"image ids are texts \(1\) and numbers \(2\); use one type",
+        ),
+        (
+            changed("annotations", 3, image_id="11"),
+            r"image_id '11' is not among the images \(a text",
+        ),
+        (changed("annotations", 3, category_id="9"), "category_id '9' is not among the categories"),
+        (changed("annotations", 3, category_id=None), "category_id None is not among"),
+        (changed("annotations", 3, iscrowd="0"), r"iscrowd is '0'; write 0 or 1 \(a text: write 0"),
+        (changed("annotations", 3, iscrowd=None), "annotation 3: iscrowd is None; write 0 or 1"),
+        (changed("annotations", 3, area="120"), "annotation 3: area is '120'; write a number"),
+        (changed("annotations", 3, area=None), "annotation 3: area is None; write a number"),
+        (changed("annotations", 3, bbox=None), "annotation 3: bbox is None; give"),
         (changed("images", 1, file_name="absent"), "image 11 has no 'file_name'"),
         (changed("images", 0, file_name="gone.png"), r"gone.png does not exist; is .*images the"),
         ({"images": [], "annotations": []}, "the list 'images' is empty"),
@@ -103,6 +123,29 @@ def test_mistakes_in_the_records_are_named(
     assert str(caught.value).startswith(str(files.json_file))
     with pytest.raises(UserError, match=words):
         load_dataset_dicts([name], filter_empty=False)
+    paths = {"image_root": files.image_root, "json_file": files.json_file}
+    errors = check_files(paths, Depth()).errors
+    assert any(error.message in str(caught.value) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (changed("annotations", 3, iscrowd="0"), "iscrowd is '0'"),
+        (changed("annotations", 3, area=None), "area is None"),
+        (changed("annotations", 3, id=None), "entry 3 of the list 'annotations' has no 'id'"),
+        ({"images": 3}, "the JSON has no list 'images'"),
+    ],
+)
+def test_evaluation_refuses_the_values_that_training_refuses(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    name = unique_name()
+    files = write_instances(tmp_path / "set")
+    register_instances_dataset(*files.row(name))
+    files.json_file.write_text(json.dumps({**content(), **changes}))
+    with pytest.raises(UserError, match=words):
+        build_box_evaluator(name, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

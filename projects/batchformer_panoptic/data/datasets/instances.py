@@ -1,8 +1,6 @@
 """COCO-instances data sets: a JSON file of boxes (optionally with masks) and a folder of images."""
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,11 +10,9 @@ from ..class_table import ClassTable
 from ..io import read_coco_json
 from ..validation import (
     SECTIONS,
-    Problem,
-    check_categories,
-    check_entries,
+    check_box_categories,
+    check_instances_json,
     check_lists,
-    check_unique,
     raise_first_error,
 )
 from .catalog import check_first_file, is_registered, resolve_path
@@ -67,9 +63,7 @@ def load_instances_json(json_file: str, image_root: str, name: str) -> list[Data
         UserError: names the first record with an error, or the first image if it does not exist.
     """
     content = read_coco_json(json_file)
-    table = _class_table(content, json_file)
-    raise_first_error(check_entries(content, "images"), json_file)
-    raise_first_error(_check_records(content, set(table.dataset_ids)), json_file)
+    raise_first_error(check_instances_json(content), json_file)
     dataset_dicts: list[DatasetDict] = load_coco_json(json_file, image_root, name)
     check_first_file(dataset_dicts[0]["file_name"], "image", image_root, json_file)
     return dataset_dicts
@@ -77,53 +71,8 @@ def load_instances_json(json_file: str, image_root: str, name: str) -> list[Data
 
 def _class_table(content: DatasetDict, json_file: str) -> ClassTable:
     """Return the classes; this format does not distinguish things from stuff."""
-    for problems in (check_lists(content, SECTIONS), check_entries(content, "categories")):
+    for problems in (check_lists(content, SECTIONS), check_box_categories(content)):
         raise_first_error(problems, json_file)
-    categories = [{**category, "isthing": 1} for category in content["categories"]]
-    raise_first_error(check_categories({"categories": categories}), json_file)
-    return ClassTable.from_categories(categories)
-
-
-def _check_records(content: DatasetDict, category_ids: set[int]) -> Iterator[Problem]:
-    for section in ("images", "annotations"):
-        for number, record in enumerate(content[section]):
-            if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
-                message = f"entry {number} of the list '{section}' has no 'id'"
-                yield Problem("record without id", message)
-    yield from check_unique(
-        "duplicate image id", "image records have the id", content["images"], "id"
+    return ClassTable.from_categories(
+        [{**category, "isthing": 1} for category in content["categories"]]
     )
-    images = {image["id"]: image for image in content["images"]}
-    for image_id, image in images.items():
-        yield from _check_image(f"image {image_id!r}", image)
-    yield from check_unique(
-        "duplicate annotation id", "annotations have the id", content["annotations"], "id"
-    )
-    for annotation in content["annotations"]:
-        where = f"annotation {annotation['id']!r}"
-        for key, known, what in (
-            ("image_id", images, "images"),
-            ("category_id", category_ids, "categories"),
-        ):
-            if annotation.get(key) not in known:
-                message = f"{where}: {key} {annotation.get(key)!r} is not among the {what}"
-                yield Problem(f"unknown {key}", message)
-        if not _is_box(annotation.get("bbox")):
-            message = f"{where}: bbox is {annotation.get('bbox')!r}; give [x, y, width, height] in"
-            yield Problem("wrong bbox", f"{message} pixels")
-
-
-def _check_image(where: str, image: DatasetDict) -> Iterator[Problem]:
-    if not isinstance(image.get("file_name"), str):
-        yield Problem("bad image record", f"{where} has no 'file_name'")
-    for key in ("height", "width"):
-        if not isinstance(image.get(key), int) or image[key] < 1:
-            yield Problem("bad image record", f"{where} has the {key} {image.get(key)!r}")
-
-
-def _is_box(value: Any) -> bool:
-    if not isinstance(value, Sequence) or len(value) != 4:
-        return False
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in value):
-        return False
-    return bool(value[2] >= 0 and value[3] >= 0)

@@ -2,16 +2,21 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .problems import (
     LARGEST_SEGMENT_ID,
     Problem,
     Record,
+    check_crowd,
+    check_stated_area,
     image_name,
     is_integer,
+    is_size,
     records,
     segment_number,
     segments_of,
+    text_hint,
 )
 
 SECTIONS = ("images", "annotations", "categories")
@@ -25,6 +30,7 @@ def check_panoptic_json(content: Record) -> Iterator[Problem]:
     yield from check_categories(content)
     yield from check_images(content)
     yield from check_annotations(content)
+    yield from check_targets(content)
 
 
 # ---------------------------------------------------------------------------
@@ -81,7 +87,8 @@ def check_category(category: Record) -> Iterator[Problem]:
     """Check the fields of one class."""
     label = f"category {category.get('id', category)}"
     if not is_integer(category.get("id")):
-        yield Problem("category without id", f"{label} has no integer 'id'")
+        hint = text_hint(category.get("id"))
+        yield Problem("category without id", f"{label} has no integer 'id'{hint}")
     if not isinstance(category.get("name"), str) or not category["name"]:
         yield Problem("category without name", f"{label} has no 'name'")
     if category.get("isthing") not in (0, 1):
@@ -112,15 +119,37 @@ def check_images(content: Record) -> Iterator[Problem]:
     annotated = {repr(annotation.get("image_id")) for annotation in records(content, "annotations")}
     for image in images:
         unusable = [*_without_id(image, "id"), *_without_file_name(image)]
-        # Training takes the size from the file if the JSON does not state it.
-        missing = unusable + [key for key in ("height", "width") if key not in image]
-        if missing:
-            message = f"image record without {', '.join(missing)}"
-            yield Problem("bad image record", message, image_name(image), tolerated=not unusable)
+        if unusable:
+            message = f"image record without {', '.join(unusable)}"
+            yield Problem("bad image record", message, image_name(image))
         elif repr(image["id"]) not in annotated:
             message = f"image id {image['id']!r} has no annotation and is left out"
             yield Problem("image without annotation", message, image_name(image), None, "warning")
+        for key in ("height", "width"):
+            if key not in image:  # training takes the size from the file
+                message = f"image record without {key}"
+                yield Problem("image without size", message, image_name(image), None, "warning")
+            elif not is_size(image[key]):
+                yield bad_size(image, key)
+    yield from check_image_ids(images)
+
+
+def bad_size(image: Record, key: str) -> Problem:
+    """Return the problem of a height or width that is no number of pixels."""
+    found = image.get(key)
+    message = f"the image record has the {key} {found!r}{text_hint(found)}"
+    return Problem("bad image size", message, image_name(image))
+
+
+def check_image_ids(images: Sequence[Record]) -> Iterator[Problem]:
+    """Check that ids are unique and of one type, and that no file has two."""
     yield from check_unique("duplicate image id", "image records have the id", images, "id")
+    texts = sum(isinstance(image.get("id"), str) for image in images)
+    if 0 < texts < len(images):
+        message = f"image ids are texts ({texts}) and numbers ({len(images) - texts}); use one type"
+        yield Problem("mixed image ids", message)
+    for problem in check_unique("", "image records have the file_name", images, "file_name"):
+        yield replace(problem, kind="one image under two ids", severity="warning")
 
 
 def check_annotations(content: Record) -> Iterator[Problem]:
@@ -138,7 +167,8 @@ def check_annotations(content: Record) -> Iterator[Problem]:
             message = f"annotation record without {', '.join(missing)}"
             yield Problem("bad annotation record", message, name)
         elif "images" in content and repr(annotation["image_id"]) not in images:
-            message = f"image_id {annotation['image_id']!r} is not among the images"
+            hint = text_hint(annotation["image_id"])
+            message = f"image_id {annotation['image_id']!r} is not among the images{hint}"
             yield Problem("annotation without image", message, name)
         yield from check_segments(annotation, categories)
     what = "annotations have the image_id"
@@ -184,17 +214,27 @@ def check_segments(annotation: Record, categories: Mapping[str, Record]) -> Iter
 
 def check_segment(segment: Record, image: str, categories: Container[str]) -> Iterator[Problem]:
     """Check id, crowd flag and class of one segment."""
-    segment_id = segment_number(segment)
+    segment_id, found = segment_number(segment), segment.get("id")
     if segment_id is None:
-        message = f"segment id {segment.get('id')!r} is not in 1..{LARGEST_SEGMENT_ID} (0 is void)"
-        yield Problem("bad segment id", message, image)
-    if segment.get("iscrowd") not in (0, 1):
-        message = f"iscrowd is {segment.get('iscrowd')!r}; write 0 or 1"
-        missing = "iscrowd" not in segment
-        yield Problem("bad iscrowd", message, image, segment_id, tolerated=missing)
+        message = f"segment id {found!r} is not in 1..{LARGEST_SEGMENT_ID} (0 is void)"
+        yield Problem("bad segment id", message + text_hint(found), image)
+    if "iscrowd" not in segment:
+        message = "segment without 'iscrowd', which panopticapi needs; it counts as 0"
+        yield Problem("no iscrowd", message, image, segment_id, "warning")
+    elif fault := check_crowd(segment):
+        yield Problem("bad iscrowd", fault, image, segment_id)
+    if "area" not in segment:
+        message = "segment without 'area', which panopticapi needs"
+        yield Problem("no area", message, image, segment_id, "warning")
+    elif fault := check_stated_area(segment):
+        yield Problem("bad area", fault, image, segment_id)
+    elif segment["area"] % 1:
+        message = f"area is {segment['area']!r}; the area of a segment is a whole number of pixels"
+        yield Problem("bad area", message, image, segment_id)
     category_id = segment.get("category_id")
     if not is_integer(category_id) or repr(category_id) not in categories:
-        message = f"category_id {category_id!r} is not among the categories"
+        hint = text_hint(category_id)
+        message = f"category_id {category_id!r} is not among the categories{hint}"
         yield Problem("unknown category_id", message, image, segment_id)
 
 
@@ -220,3 +260,24 @@ def _check_split_stuff(
             message += " one per image, and a prediction can match only one"
             kind = "stuff in several segments"
             yield Problem(kind, message, image, found[0], "warning")
+
+
+def check_targets(content: Record) -> Iterator[Problem]:
+    """Check that there is something to learn: segments that are not crowds, of every class."""
+    segments: Counter[str] = Counter()
+    crowds: Counter[str] = Counter()
+    for annotation in records(content, "annotations"):
+        for segment in segments_of(annotation):
+            key = repr(segment.get("category_id"))
+            segments[key] += 1
+            crowds[key] += segment.get("iscrowd") == 1
+    if segments.total() == crowds.total():
+        what = "every segment is a crowd" if segments else "there are no segments"
+        message = f"{what}: there are no targets to train on, and panoptic quality is n/a"
+        yield Problem("no targets", message, severity="warning")
+        return
+    for category in records(content, "categories"):
+        key = repr(category.get("id"))
+        if 0 < segments[key] == crowds[key]:
+            message = f"all {segments[key]} segments of category {key} are crowds, not targets"
+            yield Problem("only crowds", message, severity="warning")

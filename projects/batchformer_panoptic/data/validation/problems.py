@@ -1,5 +1,7 @@
 """Problems that the checks report, and readers of records in JSON that may be malformed."""
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -21,10 +23,9 @@ class Problem:
         message: the fault, with the offending value and, where it is not obvious, the remedy.
         image: file name of the image, or its id without one; None for the whole data set.
         segment: segment id, or None.
-        severity: ``"error"`` (training or evaluation fails or gives wrong numbers), ``"warning"``
-            (works, but is rarely intended) or ``"note"``.
-        tolerated: an error of which only other tools are affected, such as panopticapi, which
-            needs ``iscrowd`` in every segment. This package reads such data sets.
+        severity: ``"error"`` (training and evaluation refuse the data set in the same words),
+            ``"warning"`` (they read it, but it is rarely intended, or breaks other tools) or
+            ``"note"``.
     """
 
     kind: str
@@ -32,7 +33,6 @@ class Problem:
     image: str | None = None
     segment: int | None = None
     severity: str = "error"
-    tolerated: bool = False
 
     def __str__(self) -> str:
         where = [] if self.image is None else [self.image]
@@ -42,7 +42,7 @@ class Problem:
 
 
 def raise_first_error(problems: Iterable[Problem], source: str | None = None) -> None:
-    """Raise the first error, unless it is tolerated, in the words of its problem.
+    """Raise the first error in the words of its problem.
 
     Args:
         problems: consumed up to that error, so that a generator does no further checks.
@@ -52,7 +52,7 @@ def raise_first_error(problems: Iterable[Problem], source: str | None = None) ->
         UserError: there is such an error.
     """
     for problem in problems:
-        if problem.severity == "error" and not problem.tolerated:
+        if problem.severity == "error":
             raise UserError(str(problem) if source is None else f"{source}: {problem}")
 
 
@@ -67,9 +67,46 @@ def segments_of(annotation: Record) -> list[Record]:
     return records(annotation, "segments_info")
 
 
+# ---------------------------------------------------------------------------
+# Typed readers of values, the same for training, evaluation and the checks
+# ---------------------------------------------------------------------------
+
+
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (``true`` and ``1.0`` are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether a JSON value is an integer of 64 bits (``true`` and ``1.0`` are not)."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Return whether a JSON value is a height or width in pixels."""
+    return is_integer(value) and value > 0
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a JSON value is a finite number."""
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def check_crowd(record: Record) -> str | None:
+    """Return a sentence about ``iscrowd`` unless it is 0, 1, false, true or absent."""
+    found = record.get("iscrowd", 0)
+    if isinstance(found, bool) or (is_integer(found) and found in (0, 1)):
+        return None
+    return f"iscrowd is {found!r}; write 0 or 1{text_hint(found)}"
+
+
+def check_stated_area(record: Record) -> str | None:
+    """Return a sentence about ``area`` unless it is a number of pixels or absent."""
+    found = record.get("area", 0)
+    if is_number(found) and found >= 0:
+        return None
+    return f"area is {found!r}; write a number of pixels, or leave it out{text_hint(found)}"
+
+
+def text_hint(value: object) -> str:
+    """Return the remedy for a number that is written as text, or ""."""
+    is_text = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value)
+    return f" (a text: write {value} without quotes)" if is_text else ""
 
 
 def image_name(record: Record) -> str:
