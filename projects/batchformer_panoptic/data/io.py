@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import id2rgb
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError, one_line
 
@@ -34,7 +34,10 @@ IntArray = npt.NDArray[np.integer[Any]]
 # ---------------------------------------------------------------------------
 
 # Of the files that count as images when a folder is searched.
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm"}
+    | {".tif", ".tiff", ".webp"}
+)
 # Pillow also opens formats that start other programs (EPS) or that no camera writes. HEIF needs
 # pillow-heif (the extra "heic"), AVIF a recent Pillow.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -622,10 +625,11 @@ def turn_by_exif(segment_map: npt.NDArray[np.int32], image: str | Path) -> npt.N
     Raises:
         UserError: the image is missing or is not readable.
     """
-    turned = Image.fromarray(segment_map)
-    with _reading(image, "image"), Image.open(image) as stored:
-        turned.getexif()[_EXIF_ORIENTATION] = stored.getexif().get(_EXIF_ORIENTATION, 1)
-    return np.asarray(ImageOps.exif_transpose(turned))
+    with _opened(image, "image") as stored:
+        orientation = _orientation(stored)
+    if orientation not in _EXIF_TRANSPOSITIONS:
+        return segment_map
+    return np.asarray(Image.fromarray(segment_map).transpose(_EXIF_TRANSPOSITIONS[orientation]))
 
 
 # ---------------------------------------------------------------------------

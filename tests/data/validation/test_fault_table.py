@@ -60,7 +60,7 @@ def _no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run_module = importlib.import_module("batchformer_panoptic.engine.run")
     monkeypatch.setattr(run_module, "PanopticTrainer", refuse_to_build)
     setup_module = importlib.import_module("batchformer_panoptic.engine.setup")
-    for name in ("default_setup", "setup_logger"):  # slow; and logs are to reach caplog
+    for name in ("start_logging", "collect_env_info"):  # slow; and logs are to reach caplog
         monkeypatch.setattr(setup_module, name, lambda *args, **kwargs: None)
 
 

@@ -129,7 +129,10 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         UserError: names the format, and the command that converts it.
     """
-    found = find_files(path) if path.exists() else {}
+    try:
+        found = find_files(path) if path.exists() else {}
+    except UserError:
+        return  # a damaged file has no format; the caller finds the damage itself
     if found and "panoptic" not in found:
         name = next(iter(found))
         # labelme writes a file for each image.

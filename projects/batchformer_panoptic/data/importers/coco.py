@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ...errors import UserError
-from ..io import read_coco_json, read_segment_map
+from ..io import read_coco_json, read_segment_map, segment_extents
 from ..validation import (
     SECTIONS,
     check_lists,
@@ -216,7 +216,8 @@ def _panoptic_segments(
 ) -> list[Segment]:
     segment_map = read_segment_map(png)
     check_mask_size(png, segment_map.shape, size)
-    raise_first_error(check_segment_ids(segment_map, [info["id"] for info in segments], str(png)))
+    ids = [info["id"] for info in segments]
+    raise_first_error(check_segment_ids(segment_extents(segment_map), ids, str(png)))
     return [
         Segment(
             names[info["category_id"]],

@@ -12,7 +12,7 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 
 from ...errors import UserError
-from ..io import read_image, read_image_size, read_index_map, read_json
+from ..io import read_image, read_image_facts, read_index_map, read_json
 from .source import (
     ImageIndex,
     Sample,
@@ -64,7 +64,7 @@ def read_voc(files: list[Path], index: ImageIndex) -> Source:
         if not class_png.is_file() and split == "test":
             source.notes["image of the split test without a mask, left out"] += 1
         elif (found := index.find(name)) is not None:
-            size = read_image_size(class_png, decode=False) if class_png.is_file() else None
+            size = read_image_facts(class_png, decode=False).size if class_png.is_file() else None
             object_png = object_folder / f"{name}.png" if source.has_objects else None
             read = partial(_voc_segments, class_png, object_png, classes, colors)
             source.samples.append(Sample(found, read, split, size))

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pycocotools import mask as mask_utils
 
 from ...errors import UserError, one_line
+from ..io import IMAGE_SUFFIXES
 
 # Errors of the readers at a record, a number, an XML file or embedded data that is not as expected.
 _MALFORMED = (AttributeError, IndexError, TypeError, ValueError, OSError, ParseError, zlib.error)
@@ -30,9 +31,6 @@ Size = tuple[int, int]  # height, width
 Category = dict[str, Any]
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".ppm"}
-)
 
 
 class Segment(NamedTuple):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
-from ..io import read_image_size, segment_extents, turn_by_exif, write_image, write_json
+from ..io import read_image_facts, segment_extents, turn_by_exif, write_image, write_json
 from .source import (
     SPLITS,
     Category,
@@ -362,7 +362,7 @@ def _read(
     notes: Counter[str],
 ) -> tuple[SegmentMap, dict[int, Segment]]:
     """Read and paint a sample; the map has the size of the image after its rotation by EXIF."""
-    size = read_image_size(path, decode=False)
+    size = read_image_facts(path, decode=False).size
     stated = sample.size or size
     segments = sample.read_segments(stated)
     segment_map, owners = paint(segments, stated, categories, overlap, background, notes)
