@@ -23,7 +23,7 @@ from helpers.small_checkpoint import (
 )
 
 OTHER_TABLE = ClassTable.from_json(
-    [{**CATEGORIES[0], "name": "cube"}, CATEGORIES[1], {"id": 6, "name": "sky", "isthing": 0}]
+    [{**CATEGORIES[0], "name": "cube"}, {"id": 6, "name": "sky", "isthing": 0}, CATEGORIES[1]]
 )
 
 
@@ -60,7 +60,7 @@ def test_rows_of_shared_classes_are_kept(
     line = _start_logged(target, path, caplog, class_table=OTHER_TABLE)
     for name, value in target.state_dict().items():
         if _is_of_classes(name):
-            rows = [initial[name][0], theirs[name][1], initial[name][2]]
+            rows = [*initial[name][:2], theirs[name][1]]
             rows += [theirs[name][2]] if name.startswith("box_head.") else []
             assert torch.equal(value, torch.stack(rows)), name
         else:
@@ -77,7 +77,7 @@ def test_focal_scoring_has_no_row_of_no_object(
     initial, theirs = _copy(target), source.state_dict()
     line = _start_logged(target, path, caplog, class_table=OTHER_TABLE)
     for name in ("box_head.class_embed.weight", "box_head.class_embed.bias"):
-        expected = torch.stack([initial[name][0], theirs[name][1], initial[name][2]])
+        expected = torch.stack([*initial[name][:2], theirs[name][1]])
         assert torch.equal(target.state_dict()[name], expected), name
     assert line.endswith("class rows kept by name: grass; new: cube, sky")
 
@@ -157,7 +157,7 @@ def test_class_heads_of_single_layers_keep_rows_as_well(tmp_path: Path) -> None:
     path = save_weights(tmp_path / "w.pth", source, class_table=CATEGORIES)
     _start(target, path, class_table=OTHER_TABLE)
     name = "box_head.layers.0.class_embed.weight"
-    rows = [initial[name][0], theirs[name][1], initial[name][2], theirs[name][2]]
+    rows = [*initial[name][:2], *theirs[name][1:]]
     assert torch.equal(target.state_dict()[name], torch.stack(rows))
     assert_loaded(target, {k: v for k, v in theirs.items() if "class_embed" not in k})
 

@@ -66,7 +66,7 @@ def test_a_batch_larger_than_the_data_set_is_named(
     cfg.SOLVER.IMS_PER_BATCH = batch
     with caplog.at_level("WARNING"):
         build_train_loader(cfg)
-    expected = "SOLVER.IMS_PER_BATCH is 6, but there are 5 training images"
+    expected = f"SOLVER.IMS_PER_BATCH is {batch}, but there are 5 training images"
     assert (expected in caplog.text) == (batch == 6)
 
 
