@@ -88,7 +88,7 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(missing_file(path, role)) from None
     except UnidentifiedImageError:  # its message may show a file object
-        reason = f"unknown image format; known are {', '.join(_known_formats())}"
+        reason = "unknown image format (datasets/README.md lists those that are read)"
         if Path(path).suffix.lower() in _HEIC_SUFFIXES and "HEIF" not in _known_formats():
             reason = "HEIC needs the package pillow-heif (pip install pillow-heif)"
         raise UserError(f"{role} {path} cannot be read: {reason}") from None

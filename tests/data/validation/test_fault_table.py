@@ -18,6 +18,9 @@ from helpers.commands import load_script
 from helpers.data_faults import DOCUMENT, FAULTS, WARNINGS, Fault, Outcome, render, write_sound_set
 
 BUILT = "the model is built"
+# Parts of the lines that depend on the run, or on the version of Pillow.
+_FOLDERS = r"{}/|_{}"
+_DAMAGE = r"(cannot be read: )(image file is truncated|broken \w+)[^;]*"
 ALL = {fault.done: fault for fault in (*FAULTS, *WARNINGS)}
 
 
@@ -94,9 +97,10 @@ def run_both(fault: Fault, tmp_path: Path, capsys: Any, caplog: Any, **datasets:
     trainer = error.splitlines()[-1] if trainer_status else " ".join(warnings)
     outcome = Outcome(f"{problem['severity']}: {line}", doctor_status, trainer, trainer_status)
     texts = [
-        re.sub(rf"{tmp_path}/|_{tmp_path.parent.name}_{tmp_path.name}", "", text)
+        re.sub(_FOLDERS.format(tmp_path, f"{tmp_path.parent.name}_{tmp_path.name}"), "", text)
         for text in (outcome.doctor, outcome.trainer)
     ]
+    texts = [re.sub(_DAMAGE, r"\1(the reason, as Pillow gives it)", text) for text in texts]
     OUTCOMES[fault.done] = Outcome(texts[0], doctor_status, texts[1], trainer_status)
     return outcome._replace(doctor=line)
 
