@@ -1,5 +1,9 @@
 """Convert annotations as tools write them to COCO's panoptic format, with a config to train on it.
 
+    python tools/convert_dataset.py EXPORT datasets/mine
+
+writes
+
     DST/train, DST/val                       copies of the images
     DST/panoptic_train, DST/panoptic_val     segment ids (RGB PNG, id = R + 256 G + 256^2 B)
     DST/annotations/panoptic_{train,val}.json

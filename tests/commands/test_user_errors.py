@@ -42,6 +42,7 @@ NOT_HERE = {
     "tools/make_model_zoo.py",  # likewise: the results kept in the repository
     "benchmarks/run.py",
     "datasets/prepare_digits.py",
+    "datasets/prepare_pennfudan.py",
     "datasets/prepare_shapes_panoptic.py",
 }
 

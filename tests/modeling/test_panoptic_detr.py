@@ -306,7 +306,7 @@ def test_frozen_stage_trains_the_mask_head_alone():
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all(name.startswith("mask_head.") for name in changed)
-    with pytest.raises(ValueError, match=r"set MODEL\.MASK_ON"):
+    with pytest.raises(ValueError, match=r"or MODEL\.MASK_ON True"):
         tiny_model(MODEL__MASK_HEAD__FREEZE_DETR=True, MODEL__MASK_ON=False)
 
 
