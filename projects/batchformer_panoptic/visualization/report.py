@@ -87,6 +87,11 @@ def write_report(
     return folder / REPORT_NAME
 
 
+def has_examples(results: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the results are those of `PanopticEvaluator`, which has written to this folder."""
+    return "panoptic_seg" in results and (folder / PANOPTIC_RESULTS).is_file()
+
+
 def example_pictures(folder: Path, roles: Sequence[str]) -> Iterator[ExamplePictures]:
     """Draw the examples of a panoptic evaluation.
 
@@ -194,7 +199,7 @@ def _evaluation(name: str, results: Mapping[str, Any], folder: Path, budget: int
         if (key := f"{task}/{metric}") in _METRIC_NAMES and value == value  # not NaN
     )
     parts = [f'<div class="cards">{cards}</div>']
-    if "panoptic_seg" in results:
+    if has_examples(results, folder):
         content = read_json(folder / PANOPTIC_RESULTS)
         colors = ClassTable.from_metadata(MetadataCatalog.get(name))
         parts += [
