@@ -32,7 +32,7 @@ from ..errors import UserError, one_line
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..visualization import side_by_side
-from ..visualization.report import example_pictures, write_report
+from ..visualization.report import example_pictures, has_examples, write_report
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
 from .writers import BestCheckpointer, ConsoleWriter, LogWriter
@@ -268,8 +268,11 @@ class PanopticTrainer(DefaultTrainer):
 
     def _store_pictures(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Give TensorBoard the first images of each panoptic data set, truth beside prediction."""
-        for name in (name for name in results if "panoptic_seg" in results[name]):
-            for pictures in example_pictures(_inference_dir(self.cfg, name), ["first"]):
+        for name, of_dataset in results.items():
+            folder = _inference_dir(self.cfg, name)
+            if not has_examples(of_dataset, folder):
+                continue
+            for pictures in example_pictures(folder, ["first"]):
                 picture = side_by_side(
                     [pictures.truth, pictures.prediction], ["ground truth", "prediction"]
                 )

@@ -15,6 +15,7 @@ from datetime import datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import cv2
@@ -81,10 +82,14 @@ def write_report(
         parts.append(_evaluation(name, results[name], folder / "inference" / name, budget))
         budget -= len(parts[-1])
     parts += [_data(list(dict.fromkeys(names))), _setting(cfg)]
-    title = f"Report of {folder.name}"
-    page = _PAGE.replace("TITLE", escape(title)).replace("BODY", "\n".join(filter(None, parts)))
-    write_text(folder / REPORT_NAME, page)
+    title, body = escape(f"Report of {folder.name}"), "\n".join(filter(None, parts))
+    write_text(folder / REPORT_NAME, _PAGE.substitute(title=title, body=body))
     return folder / REPORT_NAME
+
+
+def has_examples(results: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the results are those of `PanopticEvaluator`, which has written to this folder."""
+    return "panoptic_seg" in results and (folder / PANOPTIC_RESULTS).is_file()
 
 
 def example_pictures(folder: Path, roles: Sequence[str]) -> Iterator[ExamplePictures]:
@@ -194,7 +199,7 @@ def _evaluation(name: str, results: Mapping[str, Any], folder: Path, budget: int
         if (key := f"{task}/{metric}") in _METRIC_NAMES and value == value  # not NaN
     )
     parts = [f'<div class="cards">{cards}</div>']
-    if "panoptic_seg" in results:
+    if has_examples(results, folder):
         content = read_json(folder / PANOPTIC_RESULTS)
         colors = ClassTable.from_metadata(MetadataCatalog.get(name))
         parts += [
@@ -480,8 +485,8 @@ _KINDS = {
     ),
 }
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -516,6 +521,6 @@ figcaption { grid-column: 1 / 3; overflow-wrap: anywhere; color: #222; font-weig
 pre { font-size: .78rem; background: #f7f7f7; padding: .8rem; overflow-x: auto; }
 @media print { body { margin: 0; } * { print-color-adjust: exact; } }
 </style></head><body>
-BODY
+$body
 </body></html>
-"""
+""")
