@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from batchformer_panoptic.data.validation import Problem
 from helpers.commands import load_script
 from helpers.data_faults import DOCUMENT, FAULTS, WARNINGS, Fault, Outcome, render, write_sound_set
 
@@ -87,9 +88,8 @@ def run_both(fault: Fault, tmp_path: Path, capsys: Any, caplog: Any, **datasets:
     assert capsys.readouterr().err.count("error:") == 0
     problems = json.loads(report.read_text())["problems"]
     (problem, *_) = [row for row in problems if row["kind"] == fault.kind]
-    where = [str(problem[key]) for key in ("image",) if problem[key] is not None]
-    where += [f"segment {problem['segment']}"] if problem["segment"] is not None else []
-    line = f"{', '.join(where)}: {problem['message']}" if where else problem["message"]
+    del problem["data_set"]
+    line = str(Problem(**problem))
     with caplog.at_level(logging.WARNING):
         trainer_status = train(write_config(tmp_path, sound, root, **datasets))
     error = capsys.readouterr().err.strip()
