@@ -81,7 +81,7 @@ def test_digits_are_those_of_the_benchmark() -> None:
 
 def test_results_are_those_of_the_result_files() -> None:
     expected = []
-    for name in ("quickstart_conditional", "pennfudan_mask2former"):
+    for name in ("quickstart_mask2former", "pennfudan_mask2former"):
         result = json.loads((REPO_ROOT / "docs" / "results" / f"{name}.json").read_text())
         expected += [
             [str(result[metric][group]) for metric in ("PQ", "SQ", "RQ")]
