@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from batchformer_panoptic.data.io import (
     PreparedFolder,
-    read_image_size,
+    read_image_facts,
     segment_extents,
     write_image,
     write_json,
@@ -104,7 +104,7 @@ def write_example(root: Folder, output: Path, split: str, name: str) -> dict[str
     photograph = output / split / file_name
     photograph.parent.mkdir(parents=True, exist_ok=True)
     photograph.write_bytes(read_bytes(root, "PNGImages", file_name))
-    height, width = read_image_size(photograph)
+    height, width = read_image_facts(photograph).size
     instances = read_instances(read_bytes(root, "PedMasks", mask_name), mask_name)
     if instances.shape != (height, width):
         raise UserError(

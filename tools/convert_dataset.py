@@ -37,7 +37,7 @@ from batchformer_panoptic.engine.setup import at_least
 from batchformer_panoptic.errors import UserError, command, one_line
 
 BASE_CONFIG = Path(__file__).resolve().parents[1] / (
-    "configs/pennfudan/mask2former_efficientnet_lite0.yaml"
+    "configs/finetune/mask2former_efficientnet_lite0.yaml"
 )
 # Creates the MODEL.WEIGHTS of that config.
 WEIGHTS_COMMAND = (

@@ -28,7 +28,7 @@ def test_commands_run_in_order(
         "tools/check_dataset.py",
         "train_net.py",
         "tools/visualize_predictions.py",
-        "demo/demo.py",
+        "tools/predict.py",
     ]
     threads = torch.get_num_threads()
     for line in lines:
@@ -41,4 +41,4 @@ def test_commands_run_in_order(
     torch.set_num_threads(threads)
     output = Path("output/finetune/mask2former_efficientnet_lite0")
     assert len(list((output / "pictures").glob("*Ped*"))) == 2
-    assert len(list((output / "predictions").iterdir())) == 40
+    assert len(list((output / "predictions" / "overlays").iterdir())) == 40
