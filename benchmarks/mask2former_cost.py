@@ -25,12 +25,12 @@ from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
-from batchformer_panoptic.engine.setup import add_opts_argument, at_least
+from batchformer_panoptic.engine.setup import add_opts_argument
 from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
 
 from . import ROOT
 from .measure import in_turns, median_ratio, peak_bytes
-from .training_step import Step, make_batch
+from .training_step import Step, add_batch_arguments, make_batch
 
 CONFIGS = ROOT / "configs" / "coco" / "panoptic"
 OURS, WITH_BLOCK = "this project", "this project, with BatchFormerV2"
@@ -46,14 +46,7 @@ LOSS_TOLERANCE, PREDICTION_TOLERANCE = 1e-3, 1e-6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(rounds=3)
-    parser.add_argument(
-        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
-    )
-    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
-    )
+    add_batch_arguments(parser)
     add_opts_argument(parser)
 
 

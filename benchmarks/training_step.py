@@ -55,14 +55,7 @@ FROZEN_OF_PEER = ("embedder.", "stages.0.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(rounds=3)
-    parser.add_argument(
-        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
-    )
-    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
-    )
+    add_batch_arguments(parser)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add_opts_argument(parser)
 
@@ -102,6 +95,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         row["seconds"] = statistics.median(times[row["arm"]])
         row["times_as_long"] = median_ratio(times[row["arm"]], times[OURS])
     return {**settings, "rounds": args.rounds, "rows": rows}
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the numbers of `make_batch`, and a default of three rounds."""
+    parser.set_defaults(rounds=3)
+    parser.add_argument(
+        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
+    )
+    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
+    )
 
 
 def make_batch(settings: dict[str, Any]) -> list[dict[str, Any]]:

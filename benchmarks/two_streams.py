@@ -15,11 +15,11 @@ from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
-from batchformer_panoptic.engine.setup import add_opts_argument, at_least
+from batchformer_panoptic.engine.setup import add_opts_argument
 
 from . import ROOT
 from .measure import in_turns, median_ratio
-from .training_step import make_batch
+from .training_step import add_batch_arguments, make_batch
 from .transformers_cost import training_step
 
 CONFIGS = ROOT / "configs" / "coco" / "panoptic"
@@ -35,14 +35,7 @@ TASKS = {"boxes": False, "panoptic": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(rounds=3)
-    parser.add_argument(
-        "--size", type=at_least(1), nargs=2, default=[384, 512], metavar=("HEIGHT", "WIDTH")
-    )
-    parser.add_argument("--images", type=at_least(1), default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--objects", type=at_least(1), default=12, help="of an image; default: %(default)s"
-    )
+    add_batch_arguments(parser)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add_opts_argument(parser)
