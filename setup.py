@@ -7,7 +7,9 @@ from setuptools.command.build_py import build_py
 
 SHIPPED = ("train_net.py", "demo/*.py", "tools/*.py", "datasets/*.py", "configs/**/*.yaml")
 # These work on the checkout itself.
-LEFT_OUT = ("tools/count_structure.py", "tools/make_model_zoo.py", "tools/setup_env.py")
+LEFT_OUT = tuple(
+    f"tools/{name}.py" for name in ("count_structure", "make_model_zoo", "setup_env", "study")
+)
 
 
 class BuildWithCommands(build_py):
