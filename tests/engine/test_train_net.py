@@ -185,10 +185,12 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(
     assert _run(*base, "--eval-only", *weights, "TEST.IMS_PER_BATCH", "2") == 0
     assert (output / "config.yaml").read_text() == config
     (output / "mine.txt").write_text("not of the run")
+    (output / "inference" / "old.json").write_text("of the run")
     assert _run(*base, "--overwrite", "SOLVER.MAX_ITER", "2") == 0
     records = (output / "metrics.json").read_text().splitlines()
     assert [json.loads(record)["iteration"] for record in records].count(0) == 1
     assert not (output / "model_0000000.pth").exists()
+    assert not (output / "inference" / "old.json").exists()
     assert (output / "mine.txt").exists()
 
 

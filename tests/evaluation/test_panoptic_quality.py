@@ -274,6 +274,16 @@ def test_kinds_of_errors(predicted, segments, expected):
     assert errors == Counter(PanopticError(*error) for error in expected)
 
 
+def test_the_largest_overlap_is_the_poor_mask():
+    truth = _image(["1" * 10 + "2" * 10], (1, 7, 0), (2, 7, 0))
+    # IoU of segment 2: 0.43 and 0.25; of segment 1: 0.4.
+    prediction = _image(["1111" + "2" * 10 + "0" * 6], (1, 7, 0), (2, 7, 0))
+    assert _errors(truth, prediction) == Counter(
+        PanopticError(*error)
+        for error in (("poor_mask", 7, 7), ("missed", 7, None), ("invented", None, 7))
+    )
+
+
 def test_a_mask_below_a_tenth_is_missed_and_invented():
     truth = _image(["1" * 20], (1, 3, 0))
     errors = _errors(truth, _image(["2" + "0" * 19], (2, 3, 0)))
