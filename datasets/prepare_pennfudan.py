@@ -1,5 +1,7 @@
 """Write the Penn-Fudan pedestrians (Wang et al. 2007) in COCO's panoptic layout.
 
+    python datasets/prepare_pennfudan.py PennFudanPed.zip --output datasets/pennfudan
+
 The download is https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip: 170 street photographs
 with a mask of instance numbers each. A pedestrian is a thing, everything else the stuff class
 "background".

@@ -115,7 +115,7 @@ def test_unreadable_images_are_named_and_the_others_drawn(
 def test_files_that_are_passed_over_are_counted(
     run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (".hidden", ".git/config", "drawn/000.png", "list.csv", "a/b.gif", "c/d", "e/f"):
+    for name in (".hidden", ".git/config", "drawn/000.png", "list.csv", "a/b.svg", "c/d", "e/f"):
         path = images / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -125,7 +125,7 @@ def test_files_that_are_passed_over_are_counted(
     captured = capsys.readouterr()
     *_, drawn, others = captured.out.splitlines()
     assert drawn == "4 images drawn"
-    names = [images / name for name in ("list.csv", "notes.txt", "a/b.gif", "c/d", "e/f")]
+    names = [images / name for name in ("list.csv", "notes.txt", "a/b.svg", "c/d", "e/f")]
     assert others == f"5 other files passed over: {', '.join(map(str, names))}"
     (images / "z").touch()
     assert call(run, "--input", images, "--output", images / "drawn") == 1

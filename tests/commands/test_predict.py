@@ -78,7 +78,8 @@ def test_the_folder_is_a_coco_panoptic_data_set(
     assert all(0 < segment["score"] <= 1 for segment in segments)
     roots = ["--image-root", str(photographs), "--panoptic-root", str(out / "panoptic")]
     assert check_dataset.main(["--json", str(out / "panoptic.json"), *roots]) == 0
-    assert "ok: 0 errors, 0 warnings" in capsys.readouterr().out
+    # Two of the photographs are copies of others, which the checker says.
+    assert "ok: 0 errors, 2 warnings" in capsys.readouterr().out
 
 
 def test_instances_and_table_describe_the_same_segments(
