@@ -2,8 +2,8 @@
 
     python tools/count_structure.py
 
-The last count traces one training step of the quickstart model (forward, backward, optimiser) on
-random images. A file counts as entered if at least one of its functions is called.
+The last count traces one training step of the quickstart's Conditional-DETR (forward, backward,
+optimiser) on random images. A file counts as entered if at least one of its functions is called.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def count_files(folder: Path) -> Counts:
 
 
 def quickstart_model() -> tuple[CfgNode, nn.Module]:
-    """The quickstart model with random weights, in training mode, on the CPU."""
+    """The quickstart's Conditional-DETR with random weights, in training mode, on the CPU."""
     cfg = load_config(str(QUICKSTART), ["MODEL.DEVICE", "cpu"])
     cfg.MODEL.DETR.NUM_CLASSES = NUM_CLASSES
     cfg.MODEL.PANOPTIC.THING_CLASS_IDS = list(range(NUM_THINGS))
@@ -128,7 +128,7 @@ def entered_files(folder: Path) -> Iterator[set[str]]:
 
 
 def files_of_training_step() -> list[str]:
-    """Package files that one training step of the quickstart model enters, sorted."""
+    """Package files that one training step of that model enters, sorted."""
     cfg, model = quickstart_model()
     optimizer = build_optimizer(cfg, model)
     batch = random_batch()

@@ -103,6 +103,19 @@ def test_warnings_are_one_line_for_each_set_and_are_repeated(
         assert second.startswith(f"1 images of {train} are in {val}, too")
 
 
+def test_a_set_that_becomes_one_for_validation_is_checked_again(
+    cfg: CfgNode, checked: list[str]
+) -> None:
+    first, second = cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST[0]
+    cfg.DATASETS.TRAIN = (first, second)
+    check_before_run(cfg, eval_only=False)
+    assert len(checked) == 2
+    cfg.DATASETS.TRAIN = (first,)
+    # The same sets, but images in both of them are now in training and validation.
+    check_before_run(cfg, eval_only=False)
+    assert len(checked) == 4
+
+
 def test_data_sets_of_other_formats_are_left_to_their_owners(
     cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

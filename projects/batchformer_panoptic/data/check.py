@@ -179,7 +179,7 @@ def check_before_run(cfg: CfgNode, *, eval_only: bool) -> None:
                 continue
             check_paths(name, of_name)
             paths[name] = of_name
-        cache = _cache_file(paths)
+        cache = _cache_file(cfg, paths)
         lines = _read_cache(cache)
         if lines is None:
             lines = _check_sets(cfg, paths)
@@ -206,9 +206,11 @@ def _check_sets(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> list[st
     return lines + [str(problem) for problem in check_sharing(cfg, checked)]
 
 
-def _cache_file(paths: Mapping[str, Mapping[str, str]]) -> Path:
+def _cache_file(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> Path:
     """Return the file that says that exactly these data sets have been checked."""
-    digest = hashlib.sha256(json.dumps(paths).encode())
+    # Which images may be shared depends on which sets are for training.
+    split = [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]
+    digest = hashlib.sha256(json.dumps([paths, split]).encode())
     # Rules that change make the old results invalid.
     folder = Path(__file__).parent
     for source in (folder / "io.py", *sorted((folder / "validation").glob("*.py"))):

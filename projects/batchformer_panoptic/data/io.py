@@ -300,7 +300,7 @@ def read_index_map(path: str | Path) -> npt.NDArray[np.int32]:
         mode, pixels = image.mode, np.asarray(image)
     if pixels.ndim != 2:
         raise UserError(
-            f"label image {path} is {mode}, and its values are no indices: save it with a palette "
+            f"label image {path} is {mode}, and its values are not indices: save it with a palette "
             "or in grey"
         )
     return pixels.astype(np.int32)
@@ -405,7 +405,7 @@ def find_images(inputs: Sequence[str], *, outside: str | Path | None = None) -> 
         outside: a folder below an input folder that is left out, such as that of the output.
 
     Raises:
-        UserError: there is no image.
+        UserError: no image is found.
     """
     found: list[str] = []
     for name in inputs:

@@ -135,7 +135,7 @@ def check_images(content: Record) -> Iterator[Problem]:
 
 
 def bad_size(image: Record, key: str) -> Problem:
-    """Return the problem of a height or width that is no number of pixels."""
+    """Return the problem of a height or width that is not a number of pixels."""
     found = image.get(key)
     message = f"the image record has the {key} {found!r}{text_hint(found)}"
     return Problem("bad image size", message, image_name(image))
@@ -273,7 +273,7 @@ def check_targets(content: Record) -> Iterator[Problem]:
             crowds[key] += segment.get("iscrowd") == 1
     if segments.total() == crowds.total():
         what = "every segment is a crowd" if segments else "there are no segments"
-        message = f"{what}: there are no targets to train on, and panoptic quality is n/a"
+        message = f"{what}, so training has no targets and panoptic quality is n/a"
         yield Problem("no targets", message, severity="warning")
         return
     for category in records(content, "categories"):
