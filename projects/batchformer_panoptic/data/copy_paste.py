@@ -26,8 +26,8 @@ def paste_things(target: SegmentedImage, source: SegmentedImage) -> SegmentedIma
 
     Every thing is drawn with probability 1/2, as numpy's global generator decides. It covers what
     is below it; a segment that disappears altogether keeps its entry in `segments_info` and has no
-    pixels left. Stuff, void and crowds are never pasted. Edges are not blended, since the paper found
-    no gain in that.
+    pixels left. Stuff, void and crowds are never pasted. Edges are not blended, since the paper
+    found no gain in that.
 
     Args:
         target: image that things are pasted into; not changed.
