@@ -606,7 +606,7 @@ def test_unusable_label_images_are_named(tmp_path: Path) -> None:
     classes, objects = voc_maps()
     with pytest.raises(UserError, match=r"index 77, and there are 20 classes: list"):
         segments(voc(tmp_path / "a", np.where(classes == 3, 77, 0), objects))
-    with pytest.raises(UserError, match=r"a\.png is RGB, and its values are no indices"):
+    with pytest.raises(UserError, match=r"a\.png is RGB, and its values are not indices"):
         segments(voc(tmp_path / "b", classes, objects, "RGB"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c/labelmap.txt").write_text("background:0,0,0::\ncat:9,9,9::\n")
