@@ -17,7 +17,6 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.events import EventStorage
 from panopticapi.evaluation import pq_compute
-from PIL import Image
 
 from batchformer_panoptic.data.io import read_segment_map
 from batchformer_panoptic.errors import UserError
@@ -32,6 +31,7 @@ from helpers.panoptic_sets import (
     quality_from_json,
     random_set,
     registered,
+    resize_png,
     without_crowd,
     write_panoptic,
 )
@@ -82,10 +82,8 @@ def test_results_equal_panopticapi_on_files(tmp_path, seed):
 def test_a_png_of_another_size_than_the_image_is_one_line(tmp_path):
     truths, predictions = random_set(0, num_images=1)
     with registered("pq_set", tmp_path / "truth", truths) as name:
-        path = tmp_path / "truth" / "000100.png"
-        Image.open(path).resize((5, 7), Image.Resampling.NEAREST).save(path)
-        height, width = predictions[0].segment_map.shape
-        expected = rf"truth\.json: .*000100\.png is 5x7, but its image is {width}x{height}$"
+        resize_png(tmp_path / "truth" / "000100.png")
+        expected = r"truth\.json: .*000100\.png is 5x7, but its image is 56x40$"
         with pytest.raises(UserError, match=expected):
             PanopticEvaluator(name).process(model_inputs(1), _outputs(predictions))
 

@@ -9,7 +9,14 @@ from detectron2.evaluation import inference_on_dataset
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import SemanticEvaluator, build_evaluator
 from batchformer_panoptic.modeling.postprocessing.results import InferenceOptions
-from helpers.panoptic_sets import CATEGORIES, CONTIGUOUS, model_inputs, random_set, registered
+from helpers.panoptic_sets import (
+    CATEGORIES,
+    CONTIGUOUS,
+    model_inputs,
+    random_set,
+    registered,
+    resize_png,
+)
 from helpers.perfect_masks import THING_CLASS_IDS, PerfectModel, inputs_of, shapes_image
 from helpers.tiny_model import tiny_cfg
 
@@ -84,6 +91,14 @@ def test_a_model_with_perfect_masks_through_the_evaluator_of_the_config(tmp_path
 
 def inputs_of_files(images):
     return [{**x, "file_name": f"{i}.jpg"} for i, x in enumerate(inputs_of(images))]
+
+
+def test_a_png_of_another_size_than_the_image_is_one_line(tmp_path):
+    truths, _ = random_set(5, num_images=1)
+    with registered("semantic_set", tmp_path / "set", truths) as name:
+        resize_png(tmp_path / "set" / "000100.png")
+        with pytest.raises(UserError, match=r"000100\.png is 5x7, but its image is 56x40$"):
+            SemanticEvaluator(name).process(model_inputs(1), [scores(class_map(truths[0]))])
 
 
 def test_mistakes_are_explained(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -32,6 +33,7 @@ from helpers.panoptic_sets import (
     model_output,
     random_set,
     registered,
+    resize_png,
 )
 
 TASKS = ("bbox", "segm")
@@ -136,6 +138,18 @@ def test_a_segment_without_pixels_is_refused(tmp_path):
         with pytest.raises(
             UserError, match=r"000100\.png, segment 1: listed in segments_info, but no pixel has"
         ):
+            thing_annotations(truth)
+
+
+def test_a_png_of_another_size_than_stated_is_one_line(tmp_path):
+    truths, _ = random_set(1, num_images=1)
+    with registered("ap_set", tmp_path / "truth", truths) as name:
+        json_file = Path(MetadataCatalog.get(name).panoptic_json)
+        images = [{"id": 100, "file_name": "100.jpg", "height": 40, "width": 56}]
+        json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "images": images}))
+        resize_png(tmp_path / "truth" / "000100.png")
+        truth = PanopticGroundTruth(MetadataCatalog.get(name))
+        with pytest.raises(UserError, match=r"000100\.png is 5x7, but its image is 56x40$"):
             thing_annotations(truth)
 
 

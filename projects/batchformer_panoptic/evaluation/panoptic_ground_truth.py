@@ -18,6 +18,8 @@ from ..data.validation import (
     check_lists,
     check_png_size,
     raise_first_error,
+    records,
+    stated_size,
 )
 from ..errors import UserError
 from .panoptic_quality import Segments
@@ -29,6 +31,7 @@ class TrueImage(NamedTuple):
     image_id: int | str
     png_name: str  # relative to the PNG folder
     segments: Segments
+    size: tuple[int, int] | None  # (H, W) of the photograph, if the JSON states it
 
 
 class PanopticGroundTruth:
@@ -74,11 +77,14 @@ class PanopticGroundTruth:
                 f"same categories: ids {differing} are in one of them only; register the data set "
                 "with the categories of its JSON"
             )
+        # Evaluation needs no "images", so that their records have not been checked.
+        sizes = {str(image.get("id")): stated_size(image) for image in records(content, "images")}
         self.images: dict[int | str, TrueImage] = {
             annotation["image_id"]: TrueImage(
                 annotation["image_id"],
                 annotation["file_name"],
                 Segments.from_segments_info(annotation["segments_info"]),
+                sizes.get(str(annotation["image_id"])),
             )
             for annotation in content["annotations"]
         }
@@ -99,7 +105,7 @@ class PanopticGroundTruth:
 
         Args:
             image: one of ``images``.
-            size: (H, W) of the image; None: not compared.
+            size: (H, W) of the image; None: as stated in the JSON.
 
         Raises:
             UserError: the PNG is missing or unreadable, or has another size than the image.
@@ -107,7 +113,8 @@ class PanopticGroundTruth:
         path = self.png_path(image)
         segment_map = read_segment_map(path)
         height, width = segment_map.shape
-        raise_first_error(check_png_size(path, (height, width), size), self.json_file)
+        expected = size or image.size
+        raise_first_error(check_png_size(path, (height, width), expected), self.json_file)
         return segment_map
 
 

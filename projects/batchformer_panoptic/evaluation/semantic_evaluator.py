@@ -59,7 +59,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _class_map(self, image: TrueImage) -> npt.NDArray[np.int64]:
         """(H, W) contiguous classes; the number of classes at void and crowds."""
-        segment_map = self._truth.read_segment_map(image)
+        segment_map = self._truth.read_segment_map(image, self._size)
         ids, index = np.unique(segment_map, return_inverse=True)
         segments = image.segments
         class_of = {
@@ -76,6 +76,7 @@ class SemanticEvaluator(DatasetEvaluator):
         """Forget all images."""
         self._evaluator.reset()
         self._seen: set[int | str] = set()
+        self._size = (0, 0)  # (H, W) of the prediction being counted
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
@@ -101,6 +102,8 @@ class SemanticEvaluator(DatasetEvaluator):
                     "the model returns no class scores of pixels (sem_seg), which the mean IoU "
                     "needs: enable its semantic inference"
                 )
+            height, width = output["sem_seg"].shape[-2:]
+            self._size = (height, width)
             self._evaluator.process([{"file_name": image_id}], [{"sem_seg": output["sem_seg"]}])
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:

@@ -26,7 +26,7 @@ from .files import (
 )
 from .instances import check_box_categories, check_boxes, check_instances_json
 from .pixels import check_area, check_segment_ids, segment_without_pixels
-from .problems import Problem, raise_first_error, records, segments_of
+from .problems import Problem, raise_first_error, records, segments_of, stated_size
 from .repair import PNG_FOLDER, repair_panoptic_set
 
 __all__ = [
@@ -57,4 +57,5 @@ __all__ = [
     "repair_panoptic_set",
     "segment_without_pixels",
     "segments_of",
+    "stated_size",
 ]

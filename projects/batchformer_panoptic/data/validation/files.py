@@ -26,7 +26,7 @@ from ..io import (
 from .annotations import check_panoptic_json
 from .instances import check_instances_json
 from .pixels import check_pixels
-from .problems import Problem, Record, image_name, is_integer, is_size, records
+from .problems import Problem, Record, image_name, is_integer, records, stated_size
 
 Size = tuple[int, int]  # height, width
 
@@ -162,15 +162,10 @@ def _map(
 
 def _choose_decoded(images: Sequence[Record], max_pixels: int | None) -> list[bool]:
     """Choose every n-th image such that those chosen have about ``max_pixels`` in all."""
-    sizes = [_stated_size(image) or (1000, 1000) for image in images]
+    sizes = [stated_size(image) or (1000, 1000) for image in images]
     total = sum(height * width for height, width in sizes)
     step = 1 if max_pixels is None else max(1, -(-total // max_pixels))
     return [number % step == 0 for number in range(len(images))]
-
-
-def _stated_size(image: Record) -> Size | None:
-    height, width = image.get("height"), image.get("width")
-    return (height, width) if is_size(height) and is_size(width) else None
 
 
 def _check_pair(
@@ -185,7 +180,7 @@ def _check_pair(
     if not isinstance(annotation.get("file_name"), str):
         return _Report(problems)
     path = panoptic_root / annotation["file_name"]
-    report = check_panoptic_file(annotation, _stated_size(image), path, things, decode=decode)
+    report = check_panoptic_file(annotation, stated_size(image), path, things, decode=decode)
     return report._replace(problems=problems + report.problems)
 
 
@@ -196,7 +191,7 @@ def _check_image(image_root: Path, decode_images: bool, job: tuple[Record, bool]
     path = image_root / image["file_name"]
     decode = decode and decode_images
     return _Report(
-        list(check_image_file(path, _stated_size(image), image_name(image), decode=decode))
+        list(check_image_file(path, stated_size(image), image_name(image), decode=decode))
     )
 
 

@@ -87,6 +87,12 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def stated_size(image: Record) -> tuple[int, int] | None:
+    """Return (H, W) of an image record; None if it states no usable size."""
+    height, width = image.get("height"), image.get("width")
+    return (height, width) if is_size(height) and is_size(width) else None
+
+
 def check_crowd(record: Record) -> str | None:
     """Return a sentence about ``iscrowd`` unless it is 0, 1, false, true or absent."""
     found = record.get("iscrowd", 0)
