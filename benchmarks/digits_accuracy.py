@@ -1,9 +1,9 @@
 """Handwritten digits with few labels: a vision Transformer with and without BatchFormerV2.
 
 Every run is a training of ``train_net.py`` with a config of ``configs/classification``. A round has
-one seed for both arms, which determines the training images, their order and the initial weights.
-Both arms take the same number of steps, although a step with the block takes longer. The settings
-were chosen without the block.
+one seed for all arms, which determines the training images, their order and the initial weights.
+All arms take the same number of steps, although a step with the block takes longer. The settings
+were chosen without the block. In the arm "self" each image attends to itself only.
 """
 
 import argparse
@@ -29,7 +29,11 @@ from batchformer_panoptic.engine.setup import add_opts_argument, at_least
 from . import ROOT
 
 CONFIGS = ROOT / "configs" / "classification"
-ARMS = {"plain": "digits_vit.yaml", "block": "batchformer_digits_vit.yaml"}
+ARMS = {
+    "plain": ("digits_vit.yaml", ()),
+    "block": ("batchformer_digits_vit.yaml", ()),
+    "self": ("batchformer_digits_vit.yaml", ("MODEL.BATCHFORMER.ATTEND", "self")),
+}
 LABELS = (5, 10, 20)
 SEEDS = 8
 PACKAGES = ("torchvision", "timm", "scikit-learn")
@@ -46,7 +50,7 @@ class Job(NamedTuple):
 
     @property
     def data(self) -> Path:
-        """Folder of the data set, shared by both arms."""
+        """Folder of the data set, shared by all arms."""
         return Path(self.folder) / f"digits_{self.labels}_{self.seed}"
 
 
@@ -93,7 +97,7 @@ def settings(opts: list[str]) -> dict[str, Any]:
     """Settings of the training for the caption."""
     from batchformer_panoptic.engine import load_config
 
-    cfg = load_config(str(CONFIGS / ARMS["plain"]), opts)
+    cfg = load_config(str(CONFIGS / ARMS["plain"][0]), opts)
     return {"steps": cfg.SOLVER.MAX_ITER, "images": cfg.SOLVER.IMS_PER_BATCH}
 
 
@@ -119,7 +123,9 @@ def train(job: Job) -> dict[str, Any]:
     folders = [[name, str(job.data / name.rpartition("_")[2])] for name in names]
     opts = ["DATASETS.CUSTOM_IMAGE_FOLDERS", str(folders), "DATASETS.TRAIN", str((names[0],))]
     opts += ["DATASETS.TEST", str((names[1],)), "SEED", str(job.seed), "OUTPUT_DIR", str(output)]
-    argv = ["--config-file", str(CONFIGS / ARMS[job.arm]), *opts, "MODEL.DEVICE", "cpu", *job.opts]
+    config, changes = ARMS[job.arm]
+    argv = ["--config-file", str(CONFIGS / config), *opts, "MODEL.DEVICE", "cpu", *changes]
+    argv += job.opts
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -131,20 +137,17 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    header = ["labels of each digit", "without", "with", "with - without", "better with"]
+    header = ["labels of each digit", "without", "with", "self"]
+    header += ["with - without", "better with", "self - without", "better with self"]
     rows = []
     for row in result["rows"]:
-        differences = [b - a for a, b in zip(row["plain_top1"], row["block_top1"], strict=True)]
-        better = sum(difference > 0 for difference in differences)
-        rows.append(
-            [
-                row["labels"],
-                spread(row["plain_top1"]),
-                spread(row["block_top1"]),
-                spread(differences, "+"),
-                f"{better} of {len(differences)}",
-            ]
-        )
+        plain = row["plain_top1"]
+        cells = [spread(row[f"{arm}_top1"]) for arm in ARMS]
+        for arm in ("block", "self"):
+            differences = [b - a for a, b in zip(plain, row[f"{arm}_top1"], strict=True)]
+            better = sum(difference > 0 for difference in differences)
+            cells += [spread(differences, "+"), f"{better} of {len(differences)}"]
+        rows.append([row["labels"], *cells])
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
