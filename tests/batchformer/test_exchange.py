@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def _run(folder: Path) -> None:
         torch.save((attended.detach(), tokens.grad, gradients), folder / f"{name}_{rank}.pth")
     _run_attached(folder, rank)
     _refuse_tokens_that_cannot_be_paired(rank)
+    _gather_beside_a_backend_of_devices(rank)
 
 
 def _refuse_tokens_that_cannot_be_paired(rank: int) -> None:
@@ -91,6 +93,13 @@ def _refuse_tokens_that_cannot_be_paired(rank: int) -> None:
     with pytest.raises(ValueError, match="do not have"):
         _hook().after_layer(0, tokens, SINGLE, None, ((1, 1),))
     assert gather_objects(rank) == [0, 1, 2], "the processes are still in step"
+
+
+def _gather_beside_a_backend_of_devices(rank: int) -> None:
+    with mock.patch.object(torch.distributed, "get_backend", return_value="nccl"):
+        assert gather_objects(rank) == [0, 1, 2]
+        with mock.patch.object(torch.distributed, "new_group", side_effect=AssertionError):
+            assert gather_objects(rank) == [0, 1, 2], "there is one more group only"
 
 
 class Maps(nn.Module):
@@ -107,8 +116,10 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B', H * W, C)."""
-        maps = checkpoint(self.stem, images, use_reentrant=False) if self.checkpointing else None
-        maps = self.stem(images) if maps is None else maps
+        if self.checkpointing:
+            maps = checkpoint(self.stem, images, use_reentrant=False)
+        else:
+            maps = self.stem(images)
         return self.head(maps.flatten(2).mT if maps.dim() == 4 else maps)
 
 

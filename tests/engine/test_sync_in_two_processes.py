@@ -19,7 +19,7 @@ from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model, total
 
 # The padded sizes of the processes differ, and so do the numbers of objects.
 SIZES = [(48, 64), (64, 56), (40, 72), (88, 40)]
-COUNTS = [2, 0, 8, 3]  # of six queries
+COUNTS = (2, 0, 8, 3)  # of six queries
 
 BLOCK: dict[str, Any] = {
     "MODEL__BATCHFORMER__ENABLED": True,
@@ -32,10 +32,11 @@ FOCAL = {**BLOCK, "MODEL__DETR__SCORING": "focal", "MODEL__DETR__SYNC_CLASS_LOSS
 
 
 class Case(NamedTuple):
-    """Settings of a model, and the images that each process has of all."""
+    """Settings of a model, images of each process, and objects of each image."""
 
     overrides: dict[str, Any]
     images: tuple[int, int] = (2, 2)
+    counts: tuple[int, ...] = COUNTS
 
     def model(self) -> nn.Module:
         """The tiny model with these settings, in training mode."""
@@ -49,7 +50,7 @@ class Case(NamedTuple):
         count = sum(self.images)
         if "MODEL__CLASSIFIER__NUM_CLASSES" in self.overrides:
             return labelled_images(count)
-        return random_inputs(SIZES[:count], COUNTS[:count])
+        return random_inputs(SIZES[:count], self.counts[:count])
 
 
 CASES = {
@@ -94,6 +95,18 @@ CASES = {
             "MODEL__BATCHFORMER__SHARED": True,
             "MODEL__BATCHFORMER__INSERT_LAYERS": [0, 1],
         }
+    ),
+    # Both processes have as many groups of pilot queries as one that has all images.
+    "mask-piloted": Case(
+        {
+            **BLOCK,
+            **MASK2FORMER,
+            "MODEL__MASK2FORMER__PILOT__ENABLED": True,
+            "MODEL__MASK2FORMER__PILOT__NUM_QUERIES": 6,
+            "MODEL__MASK2FORMER__PILOT__LABEL_NOISE": 0.0,
+            "MODEL__MASK2FORMER__PILOT__MASK_NOISE": 0.0,
+        },
+        counts=(3, 0, 2, 3),
     ),
     "classifier": Case(
         {
