@@ -65,6 +65,14 @@ class TinyTrainer(PanopticTrainer):
         """See `tiny_model`."""
         return tiny_model(**cls.overrides)
 
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
+        """The same batch without end."""
+        batch = random_inputs([(48, 64), (64, 56)], seed=comm.get_rank())
+        for inputs in batch:
+            inputs["file_name"] = f"{comm.get_rank()}_{inputs['file_name']}"
+        return repeat(batch)
+
 
 class SyncedTrainer(TinyTrainer):
     """The processes exchange tokens and normalisers."""
@@ -74,14 +82,6 @@ class SyncedTrainer(TinyTrainer):
         "MODEL__BATCHFORMER__SYNC": True,
         "MODEL__DETR__SYNC_CLASS_LOSS": True,
     }
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
-        """The same batch without end."""
-        batch = random_inputs([(48, 64), (64, 56)], seed=comm.get_rank())
-        for inputs in batch:
-            inputs["file_name"] = f"{comm.get_rank()}_{inputs['file_name']}"
-        return repeat(batch)
 
 
 def _train_on_a_poisoned_image(folder: Path) -> None:

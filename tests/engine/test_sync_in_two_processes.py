@@ -181,10 +181,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference, relative to the largest value of a tensor if that is above 0.01."""
+    """Largest difference, relative to the largest value of a tensor if that is above 0.1.
+
+    Biases before a group norm have a gradient of 0, up to rounding of large terms.
+    """
     assert found.keys() == expected.keys()
     return max(
-        ((found[name] - value).abs().max() / value.abs().max().clamp(min=1e-2)).item()
+        ((found[name] - value).abs().max() / value.abs().max().clamp(min=0.1)).item()
         for name, value in expected.items()
     )
 

@@ -2,8 +2,8 @@
 
 Attention over the batch is separate at each position, so the processes divide the positions among
 them. Each is sent the tokens of all images at its positions, applies the block to them, and returns
-the results. A process then computes as much as for a batch of its own, and sends each of its tokens
-once, whatever the number of processes.
+the results. A process then projects as many tokens as those of its own images, and sends each of
+these once, whatever the number of processes.
 
 The backward pass sends gradients the same way. The gradients of a process are those of the sum of
 all processes' losses, through its own positions; averaged over the processes, as by
