@@ -136,21 +136,25 @@ def _images(rank: int) -> Tensor:
     return torch.randn(IMAGES[rank], 3, *size, generator=torch.Generator().manual_seed(rank))
 
 
-ATTACHED = {"BCHW": False, "BNC": False, "BCHW, computed again": True}
+# "again": with activation checkpointing.
+ATTACHED = ["BCHW", "BNC", "BCHW again", "BCHW compiled"]
 
 
 def _run_attached(folder: Path, rank: int) -> None:
-    for name, checkpointing in ATTACHED.items():
-        layout = name.partition(",")[0]
-        model = Maps(layout, checkpointing=checkpointing)
+    for name in ATTACHED:
+        layout, _, way = name.partition(" ")
+        model = Maps(layout, checkpointing=way == "again")
         handle = attach(
             model, after=["stem"], layout=layout, embed_dim=CHANNELS, dropout=0.0, sync=True
         )
         if layout == "BNC":
             handle.map_sizes = (LEVELS[rank][1],)
-        parallel = DistributedDataParallel(model)
+        parallel: nn.Module = DistributedDataParallel(model)
+        if way == "compiled":
+            parallel = torch.compile(parallel, backend="eager")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # one image of three processes is no single image
+            # One image in each of three processes is no single image.
+            warnings.filterwarnings("error", message="BatchFormerV2")
             outputs = handle.split(parallel(_images(rank)))
         sum(_loss(x, rank) for x in outputs.values()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}

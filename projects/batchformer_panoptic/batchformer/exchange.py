@@ -26,7 +26,7 @@ from ..errors import UserError
 
 T = TypeVar("T")
 
-MapSizes = tuple[tuple[int, int], ...]
+MapSizes = Sequence[tuple[int, int]]
 """(height, width) of the maps whose cells are the positions, map after map, row after row."""
 
 
@@ -47,6 +47,7 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
+@torch.compiler.disable  # collectives of host values cannot be traced
 def over_all_processes(
     block: Callable[[Tensor, Tensor | None], Tensor],
     tokens: Tensor,
@@ -74,7 +75,7 @@ def over_all_processes(
         ValueError: the cells of the maps are not N.
     """
     batch, num_positions, _ = tokens.shape
-    own = ((1, num_positions),) if map_sizes is None else map_sizes
+    own = ((1, num_positions),) if map_sizes is None else tuple((h, w) for h, w in map_sizes)
     if _num_cells(own) != num_positions:
         raise ValueError(f"maps of sizes {list(own)} do not have {num_positions} cells")
     everyone = gather_objects(
