@@ -185,6 +185,9 @@ def _add_detr_keys(cfg: CN) -> None:
     # Class scores: "softmax" (with a "no object" class) or "focal" (sigmoid, without one).
     cfg.MODEL.DETR.SCORING = "softmax"
     cfg.MODEL.DETR.NO_OBJECT_WEIGHT = 0.1  # class weight of "no object" (softmax only)
+    # Average the softmax loss of classes, and that of MODEL.SEMANTIC_AUX, over the queries and
+    # pixels of all processes. Published: within each; the other losses are over all of them anyway.
+    cfg.MODEL.DETR.SYNC_CLASS_LOSS = False
     cfg.MODEL.DETR.FOCAL_ALPHA = 0.25  # weight of positives (focal only)
     # Terms of the matching cost and losses, by their names in COST_REGISTRY and LOSS_REGISTRY
     # (docs/extending.md). mask_loss is left out where MODEL.MASK_ON is False.
@@ -356,6 +359,9 @@ def _add_batchformer_keys(cfg: CN) -> None:
     # of two. "none": there is no layer between the streams, which checks the code. The weights are
     # the same, so a run can change over.
     cfg.MODEL.BATCHFORMER.ATTEND = "batch"
+    # "batch" means the images of all processes, for one or two on each GPU. All of them are padded
+    # to one size, as in one process. Published: False.
+    cfg.MODEL.BATCHFORMER.SYNC = False
     # The second stream opens at every so many steps only (when the number of the step, from 0, is a
     # multiple), which costs less. The others are steps of the plain model; as the total of two
     # streams is their mean, all steps weigh the same. Published: 1.

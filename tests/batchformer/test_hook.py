@@ -107,6 +107,20 @@ def test_refuses_no_steps():
         make_hook(every=0)
 
 
+@pytest.mark.parametrize("attend", ["self", "none"])
+def test_refuses_other_processes_without_attention_to_other_images(attend):
+    with pytest.raises(ValueError, match=f"sync has no effect with attend='{attend}'"):
+        make_hook(attend=attend, sync=True)
+
+
+def test_sync_in_one_process_is_the_plain_hook():
+    plain, synced, tokens = make_hook(), make_hook(sync=True), torch.randn(3, 4, 16)
+    synced.load_state_dict(plain.state_dict())
+    assert torch.equal(run(synced, tokens)[0], run(plain, tokens)[0])
+    with pytest.warns(UserWarning, match="batch of one image"):
+        run(synced, tokens[:1])
+
+
 @pytest.mark.parametrize("layers", [[], [-1], [0, 0]])
 def test_refuses_meaningless_layers(layers):
     with pytest.raises(ValueError, match="insert_layers"):

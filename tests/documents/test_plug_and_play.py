@@ -71,4 +71,14 @@ def test_image_level():
     }
     exec(blocks("docs/plug_and_play.md")[2], names)
     assert names["loss"].isfinite()
-    assert len(blocks("docs/plug_and_play.md")) == 3
+
+
+def test_several_processes():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=4)
+    names: dict[str, Any] = {"attach": attach, "vit": vit}
+    exec(blocks("docs/plug_and_play.md")[3], names)
+    cells = sum(height * width for height, width in names["bf"].map_sizes)
+    assert cells == vit.pos_embed.shape[1]
+    assert names["bf"].hook.sync
+    assert len(blocks("docs/plug_and_play.md")) == 4

@@ -2,7 +2,7 @@
 
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -58,10 +58,12 @@ def test_processes_without_objects_train_on(tmp_path: Path) -> None:
 class TinyTrainer(PanopticTrainer):
     """A tiny model on noise; each process reads images of its own."""
 
+    overrides: ClassVar[dict[str, bool]] = {}
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """See `tiny_model`."""
-        return tiny_model()
+        return tiny_model(**cls.overrides)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0) -> Any:
@@ -72,23 +74,35 @@ class TinyTrainer(PanopticTrainer):
         return repeat(batch)
 
 
+class SyncedTrainer(TinyTrainer):
+    """The processes exchange tokens and normalisers."""
+
+    overrides: ClassVar[dict[str, bool]] = {
+        "MODEL__BATCHFORMER__ENABLED": True,
+        "MODEL__BATCHFORMER__SYNC": True,
+        "MODEL__DETR__SYNC_CLASS_LOSS": True,
+    }
+
+
 def _train_on_a_poisoned_image(folder: Path) -> None:
     torch.set_num_threads(1)
-    trainer = TinyTrainer(stand_in_cfg(folder))
-    if comm.get_rank() == 1:
-        with torch.no_grad():
-            trainer.model.module.box_head.class_embed.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError) as error:
-        trainer.train()
-    (folder / f"error_{comm.get_rank()}.txt").write_text(str(error.value))
+    for build in (TinyTrainer, SyncedTrainer):
+        trainer = build(stand_in_cfg(folder / build.__name__))
+        if comm.get_rank() == 1:
+            with torch.no_grad():
+                trainer.model.module.box_head.class_embed.weight.fill_(float("nan"))
+        with pytest.raises(NonFiniteError) as error:
+            trainer.train()
+        (folder / f"{build.__name__}_{comm.get_rank()}.txt").write_text(str(error.value))
 
 
 @pytest.mark.distributed
 def test_a_matching_cost_that_is_not_finite_ends_all_processes(tmp_path: Path) -> None:
     """The matcher of one process raises; the other one must not wait for it."""
     launch_processes(_train_on_a_poisoned_image, 2, args=(tmp_path,))
-    first, second = ((tmp_path / f"error_{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second
-    assert "(terms: class)" in first
-    assert "1_image_0.png" in first
-    assert "0_image_0.png" not in first.replace("1_image_0.png", "")
+    for name in ("TinyTrainer", "SyncedTrainer"):
+        first, second = ((tmp_path / f"{name}_{rank}.txt").read_text() for rank in (0, 1))
+        assert first == second
+        assert "(terms: class)" in first
+        assert "1_image_0.png" in first
+        assert "0_image_0.png" not in first.replace("1_image_0.png", "")

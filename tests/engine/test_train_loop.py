@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.utils import comm
 
 from batchformer_panoptic.engine.train_loop import MetricWindow, combine_streams
+from batchformer_panoptic.engine.trainer import _warn_about_single_images
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
@@ -178,3 +180,17 @@ def test_one_image_per_process_is_warned_about(
     opts = ["SOLVER.IMS_PER_BATCH", images, "MODEL.BATCHFORMER.ATTEND", attend]
     StandInTrainer(stand_in_cfg(tmp_path, *opts))
     assert ("ONE image" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_one_image_in_each_of_two_processes_is_enough_with_sync(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    sync: bool,
+) -> None:
+    cfg = stand_in_cfg(tmp_path, "SOLVER.IMS_PER_BATCH", 2, "MODEL.BATCHFORMER.SYNC", sync)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    _warn_about_single_images(cfg)
+    words = "to at least 4, or set MODEL.BATCHFORMER.SYNC True"
+    assert (words in caplog.text) == ("ONE image" in caplog.text) == (not sync)

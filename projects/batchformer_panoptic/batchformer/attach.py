@@ -25,6 +25,7 @@ from .batchformer import (
     map_tensors,
     sequence_like,
 )
+from .exchange import MapSizes
 
 Layout = Literal["BNC", "NBC", "BHWC", "BCHW", "BC"]
 """B images, N (or H x W) positions, C channels; "BC" is one token for each image."""
@@ -46,6 +47,7 @@ def attach(
     dropout: float = 0.5,
     shared: bool = False,
     attend: Attend = "batch",
+    sync: bool = False,
     context: Context | None = None,
     name: str = "batchformer",
 ) -> "AttachedBatchFormer":
@@ -73,6 +75,9 @@ def attach(
         shared: use one block for all of ``after``.
         attend: "batch" as published; "self": a token attends to itself only, so that a batch of
             one image is enough; or "none" (see :class:`BatchFormerV2`). The weights fit all.
+        sync: attend over the images of all processes (not published), so that one image in each is
+            enough. Maps of "BHWC" and "BCHW" may differ in size between processes; for those of
+            "BNC" and "NBC", set ``map_sizes`` of the handle before each step.
         context: per-image arguments of later modules that must be expanded to both streams, like
             padding masks and positional encodings: {module: {argument: batch dimension}}. A module
             may be a pattern like ``"layers.*"``, which skips the layers up to and including the
@@ -85,8 +90,8 @@ def attach(
 
     Raises:
         ValueError: a module that does not exist, a name that is taken, an unknown layout or one
-            that contradicts the module, an unknown ``attend``, an argument that a module does not
-            take, or sizes that do not fit.
+            that contradicts the module, an unknown ``attend``, ``sync`` with another ``attend``
+            than "batch", an argument that a module does not take, or sizes that do not fit.
         TypeError: the model is already wrapped or compiled.
     """
     _check_model(model, name)
@@ -109,6 +114,7 @@ def attach(
         dropout=dropout,
         shared=shared,
         attend=attend,
+        sync=sync,
     )
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
@@ -137,6 +143,11 @@ class AttachedBatchFormer(nn.Module):
 
     A copy of the model has its own handle under the same name (``copy.batchformer``); the handle of
     a ``DistributedDataParallel`` is ``ddp.module.batchformer``.
+
+    Attributes:
+        map_sizes: with ``sync`` and the layouts "BNC" and "NBC", the (height, width) of the maps
+            whose cells are the tokens of the next step, (1, 1) for a class token; needed only if
+            they differ between processes.
     """
 
     def __init__(
@@ -153,6 +164,7 @@ class AttachedBatchFormer(nn.Module):
         self.hook = hook
         self.layout = layout
         self.after = tuple(after)
+        self.map_sizes: MapSizes | None = None
         # In a tuple, because a module that is assigned becomes a submodule.
         self._model = (model,)
         self._name = name
@@ -284,7 +296,12 @@ class AttachedBatchFormer(nn.Module):
                 f"{self.after[index]} returned {tuple(tokens.shape)}, in layout {self.layout} "
                 f"{batch.shape[-1]} channels, but embed_dim is {self.hook.embed_dim}"
             )
-        joined, _ = self.hook.after_layer(index, batch, TWO_STREAMS if index else SINGLE, None)
+        sizes = self.map_sizes
+        if self.layout in ("BHWC", "BCHW"):
+            start = self.layout.index("H")
+            sizes = ((tokens.shape[start], tokens.shape[start + 1]),)
+        streams = TWO_STREAMS if index else SINGLE
+        joined, _ = self.hook.after_layer(index, batch, streams, None, sizes)
         return from_tokens(joined.to(tokens.dtype), self.layout, tokens)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .exchange import MapSizes, num_processes, over_all_processes
+
 # --- streams: the copies of the batch that a tensor holds ----------------------------------------
 
 ORIGINAL = "original"
@@ -275,13 +277,15 @@ class BatchFormerHook(nn.Module):
             take part.
         attend: images that a token attends to, see :class:`BatchFormerV2`.
         every: the second stream opens when ``step`` is a multiple of it.
+        sync: attend over the images of all processes (``torch.distributed``), not only those of
+            this one. Not published. All processes have to run the hook together, in training.
 
     Attributes:
         step: the training step, set by the training loop; it is needed only with ``every``.
 
     Raises:
         ValueError: ``insert_layers`` is empty, or has negative or repeated entries; ``every`` is
-            below 1; or a value that the block refuses.
+            below 1; ``sync`` without attention over the batch; or a value that the block refuses.
     """
 
     def __init__(
@@ -296,6 +300,7 @@ class BatchFormerHook(nn.Module):
         mask_padding: bool = False,
         attend: Attend = "batch",
         every: int = 1,
+        sync: bool = False,
     ) -> None:
         super().__init__()
         layers = sorted(insert_layers)
@@ -305,12 +310,15 @@ class BatchFormerHook(nn.Module):
             )
         if every < 1:
             raise ValueError(f"every must be at least 1 step, not {every}")
+        if sync and attend != "batch":
+            raise ValueError(f"sync has no effect with attend={attend!r}: leave it out")
         self.step, self.every = 0, every
         self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
         self.shared = shared
         self.attend = attend
+        self.sync = sync
         self.blocks = nn.ModuleDict(
             {
                 name: BatchFormerV2(
@@ -325,7 +333,12 @@ class BatchFormerHook(nn.Module):
         )
 
     def after_layer(
-        self, index: int, tokens: Tensor, streams: StreamState, key_padding_mask: Tensor | None
+        self,
+        index: int,
+        tokens: Tensor,
+        streams: StreamState,
+        key_padding_mask: Tensor | None,
+        map_sizes: MapSizes | None = None,
     ) -> tuple[Tensor, StreamState]:
         """Apply the block that belongs after encoder layer ``index``, if there is one.
 
@@ -335,6 +348,8 @@ class BatchFormerHook(nn.Module):
             streams: the streams of ``tokens``.
             key_padding_mask: (B, N) bool, True where a token is padding, or None if there is no
                 padding. It is per image: both streams share it.
+            map_sizes: (height, width) of the maps that the tokens are the cells of; needed only
+                with ``sync`` and maps whose sizes differ between processes.
 
         Returns:
             The tokens, and the streams that they have now. If they have changed, the caller
@@ -344,15 +359,21 @@ class BatchFormerHook(nn.Module):
             return tokens, streams
         # At the first insertion, the one stream is both the original and the block's input.
         original, source = (tokens, tokens) if streams == SINGLE else streams.split(tokens)
-        if self.attend == "batch" and source.shape[0] == 1:
+        synced = self.sync and num_processes() > 1
+        if self.attend == "batch" and source.shape[0] == 1 and not synced:
             warnings.warn(
                 "BatchFormerV2 got a batch of one image: attention over a single image mixes "
-                "nothing. Use at least two images per process, or attend='self'.",
+                "nothing. Use at least two images per process, attention over the images of "
+                "several processes (sync), or attend='self'.",
                 stacklevel=2,
             )
         block = self.blocks["shared" if self.shared else str(index)]
         mask = key_padding_mask if self.mask_padding else None
-        return TWO_STREAMS.join([original, block(source, mask)]), TWO_STREAMS
+        if synced:
+            attended = over_all_processes(block, source, mask, map_sizes)
+        else:
+            attended = block(source, mask)
+        return TWO_STREAMS.join([original, attended]), TWO_STREAMS
 
 
 # --- the encoder loop ----------------------------------------------------------------------------

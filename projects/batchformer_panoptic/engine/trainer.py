@@ -440,13 +440,14 @@ def _best_metric(cfg: CfgNode) -> str:
 
 
 def _warn_about_single_images(cfg: CfgNode) -> None:
-    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    node = cfg.MODEL.BATCHFORMER
+    node, processes = cfg.MODEL.BATCHFORMER, comm.get_world_size()
+    images = cfg.SOLVER.IMS_PER_BATCH // (1 if node.SYNC else processes)
     if node.ENABLED and node.ATTEND == "batch" and images == 1:
+        others = ", or set MODEL.BATCHFORMER.SYNC True" if processes > 1 else ""
         logger.warning(
             "BatchFormerV2 attends over the images of one process, and each process has ONE image, "
             "so the block has no effect across images. Raise SOLVER.IMS_PER_BATCH to at least "
-            f"{2 * comm.get_world_size()}, or use fewer processes."
+            f"{2 * processes}{others}."
         )
 
 

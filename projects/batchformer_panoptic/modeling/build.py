@@ -58,6 +58,11 @@ def build_scoring_from_config(cfg: CfgNode) -> Scoring:
         )
     if node.SCORING not in ("softmax", "focal"):
         raise UserError(f"MODEL.DETR.SCORING is {node.SCORING!r}; known: softmax, focal")
+    if node.SYNC_CLASS_LOSS and node.SCORING == "focal" and not cfg.MODEL.SEMANTIC_AUX.ENABLED:
+        raise UserError(
+            "MODEL.DETR.SYNC_CLASS_LOSS has no effect with MODEL.DETR.SCORING focal, whose loss is "
+            "normalised over all processes anyway: set it to False"
+        )
     return build_scoring(
         node.SCORING,
         node.NUM_CLASSES,

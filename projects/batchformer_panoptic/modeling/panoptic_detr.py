@@ -14,9 +14,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..batchformer import Losses, StreamState
+from ..batchformer.exchange import gather_objects
 from ..config import boxes_only_changes
 from ..errors import NonFiniteError, UserError
 from .backbone import checkpoint_stages
@@ -35,7 +37,13 @@ from .postprocessing.results import (
     select_queries,
     to_result,
 )
-from .set_prediction.criterion import SetCriterion, count_objects, matching_metrics
+from .set_prediction.criterion import (
+    ClassCounts,
+    SetCriterion,
+    count_classes,
+    count_objects,
+    matching_metrics,
+)
 from .set_prediction.mask_losses import pixel_class_loss
 from .set_prediction.matcher import HungarianMatcher
 from .set_prediction.predictions import MaskSelector, Predictions
@@ -88,6 +96,9 @@ class PanopticDETR(nn.Module):
         deep_supervision: losses on all decoder layers instead of the last only.
         freeze_detr: train the mask head only.
         checkpoint_masks: activation checkpointing of the mask head in training.
+        sync_padding: pad the images of all processes to one size in training.
+        sync_class_loss: normalise the class losses of a softmax, those of the semantic head
+            included, over all processes instead of within each.
     """
 
     @configurable
@@ -109,6 +120,8 @@ class PanopticDETR(nn.Module):
         deep_supervision: bool = True,
         freeze_detr: bool = False,
         checkpoint_masks: bool = False,
+        sync_padding: bool = False,
+        sync_class_loss: bool = False,
     ) -> None:
         super().__init__()
         if freeze_detr and mask_head is None:
@@ -129,6 +142,8 @@ class PanopticDETR(nn.Module):
         self.deep_supervision = deep_supervision
         self.freeze_detr = freeze_detr
         self.checkpoint_masks = checkpoint_masks
+        self.sync_padding = sync_padding
+        self.sync_class_loss = sync_class_loss
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer(
@@ -175,6 +190,8 @@ class PanopticDETR(nn.Module):
             "deep_supervision": cfg.MODEL.DETR.DEEP_SUPERVISION,
             "freeze_detr": cfg.MODEL.MASK_HEAD.FREEZE_DETR,
             "checkpoint_masks": "mask_head" in cfg.MODEL.ACTIVATION_CHECKPOINTING,
+            "sync_padding": cfg.MODEL.BATCHFORMER.ENABLED and cfg.MODEL.BATCHFORMER.SYNC,
+            "sync_class_loss": cfg.MODEL.DETR.SYNC_CLASS_LOSS,
         }
 
     @property
@@ -215,6 +232,8 @@ class PanopticDETR(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess(batched_inputs)
+        if self.sync_padding:
+            images = _pad_to_largest(images)
         targets = [
             to_target(
                 inputs,
@@ -313,9 +332,19 @@ class PanopticDETR(nn.Module):
         streams = predictions.streams
         size = predictions.padded_size
         batch = TargetBatch(streams.expand_list(targets), size)
-        # Before the matcher, which may raise: all processes must take part in this sum.
+        pilot = predictions.transformer.pilot
+        # Before the matcher, which may raise: all processes must take part in these sums.
         num_objects = count_objects(batch.targets, self.device)
-        matching = self.matcher(predictions, batch)
+        counts = ClassCounts()
+        if self.sync_class_loss:
+            counts = count_classes(
+                batch,
+                num_queries=predictions.logits.shape[2],
+                num_piloted=0 if pilot is None else streams.num_streams * pilot.layout.num_objects,
+                class_map=None if self.semantic_head is None else class_maps(targets, size),
+                device=self.device,
+            )
+        matching = self.matcher(predictions, batch)._replace(class_counts=counts.matched)
         losses = self.criterion(predictions, batch, matching, num_objects)
         found = predictions.transformer.proposals
         if found is not None:
@@ -323,14 +352,14 @@ class PanopticDETR(nn.Module):
             objects = batch.of_one_class()
             assigned = self.matcher.of_proposals(proposals, objects)
             losses |= self.criterion.of_proposals(proposals, objects, assigned, num_objects)
-        pilot = predictions.transformer.pilot
         if predictions.pilot is not None and pilot is not None:
             pairs = pilot.layout.matching(predictions.pilot, batch)
+            pairs = pairs._replace(class_counts=counts.piloted)
             losses |= self.criterion.of_pilot(
                 predictions.pilot, batch, pairs, num_objects, pilot.layout.num_groups
             )
         metrics = matching_metrics(self.scoring, predictions, batch, matching)
-        pixel_losses = self._pixel_losses(features, targets, size)
+        pixel_losses = self._pixel_losses(features, targets, size, counts.pixels)
         return Losses({**streams.sum_losses(losses), **pixel_losses}, metrics)
 
     @torch.no_grad()
@@ -385,11 +414,12 @@ class PanopticDETR(nn.Module):
         features: dict[str, Tensor],
         targets: Sequence[ImageTarget],
         padded_size: tuple[int, int],
+        num_pixels: Tensor | None,
     ) -> dict[str, Tensor]:
         if self.semantic_head is None:
             return {}
         class_map = class_maps(targets, padded_size)
-        losses = [pixel_class_loss(x, class_map) for x in self.semantic_head(features)]
+        losses = [pixel_class_loss(x, class_map, num_pixels) for x in self.semantic_head(features)]
         return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
 
 
@@ -405,6 +435,14 @@ def _check_boxes_only(cfg: CfgNode, transformer: Transformer) -> None:
             f"MODEL.MASK_ON is False, but other settings need masks: set {' '.join(changes)}, or "
             "MODEL.MASK_ON True"
         )
+
+
+def _pad_to_largest(images: ImageList) -> ImageList:
+    """Pad to the largest padded size of all processes, as in a batch of all their images."""
+    height, width = _spatial_size(images.tensor)
+    heights, widths = zip(*gather_objects((height, width)), strict=True)
+    padding = (0, max(widths) - width, 0, max(heights) - height)
+    return ImageList(F.pad(images.tensor, padding), images.image_sizes)
 
 
 def _spatial_size(maps: Tensor) -> tuple[int, int]:

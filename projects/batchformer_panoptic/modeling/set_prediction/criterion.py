@@ -3,19 +3,21 @@
 Every term returns its loss as contributions of the batch entries, so that the caller can tell the
 streams apart. The normaliser of boxes and masks is the number of objects of all B' entries,
 averaged over processes and at least 1. As each image is in the batch once per stream, the sum over
-the entries is the mean over the streams.
+the entries is the mean over the streams. The softmax class loss is normalised within the process,
+as published, or by :class:`ClassCounts`.
 
 Shapes: L decoder layers, B' = streams * B batch entries, Q queries, M matched pairs of all layers.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...batchformer.exchange import num_processes
 from ...layers import cxcywh_to_xyxy, generalized_box_iou
 from .mask_losses import mask_dice_loss, mask_focal_loss, upsampled_mask_losses
 from .matcher import Matching
@@ -84,7 +86,8 @@ class ClassLoss:
             losses = self._of_pairs(logits.float(), labels, matching, num_objects)
             return {"loss_ce": self.weight * losses}
         classes[matching.layer, matching.image, matching.query] = labels
-        return {"loss_ce": self.weight * self.scoring.loss(logits.float(), classes, num_objects)}
+        losses = self.scoring.loss(logits.float(), classes, num_objects, matching.class_counts)
+        return {"loss_ce": self.weight * losses}
 
     def _of_pairs(
         self, logits: Tensor, labels: Tensor, matching: Matching, num_objects: Tensor
@@ -97,6 +100,7 @@ class ClassLoss:
             logits.unflatten(0, (num_layers, -1, 1)),
             labels.view(num_layers, -1, 1),
             num_objects,
+            matching.class_counts,
         )
         return matching.sum_by_entry(each.flatten(), (num_layers, num_entries))
 
@@ -324,11 +328,54 @@ def matching_metrics(
 def count_objects(targets: Sequence[ImageTarget], device: torch.device) -> Tensor:
     """Objects of the batch, averaged over processes, at least 1: a 0-d float tensor."""
     count = torch.tensor(float(sum(len(target) for target in targets)))
-    count = count.to(device, non_blocking=True)
-    if dist.is_available() and dist.is_initialized():
+    return _mean_over_processes(count.to(device, non_blocking=True)).clamp(min=1.0)
+
+
+class ClassCounts(NamedTuple):
+    """Normalisers of class losses, averaged over processes; None: that of the process itself.
+
+    Attributes:
+        matched: (2,) float, queries of one decoder layer with an object and without one.
+        piloted: (2,) float, the same of pilot queries, which all have an object.
+        pixels: 0-d float, pixels that have a class.
+    """
+
+    matched: Tensor | None = None
+    piloted: Tensor | None = None
+    pixels: Tensor | None = None
+
+
+def count_classes(
+    targets: TargetBatch,
+    *,
+    num_queries: int,
+    num_piloted: int,
+    class_map: Tensor | None,
+    device: torch.device,
+) -> ClassCounts:
+    """Count what class losses are averaged over, in all processes, which have to call together.
+
+    Args:
+        targets: of all B' entries.
+        num_queries: queries Q.
+        num_piloted: pilot queries of one group that stand for an object, in all entries.
+        class_map: (B, H, W) int64, negative where a pixel has no class; or None.
+        device: of the result.
+    """
+    matched = sum(min(num_queries, count) for count in targets.counts)
+    numbers = [matched, len(targets) * num_queries - matched, num_piloted, 0]
+    counts = torch.tensor([*numbers, 0], dtype=torch.float32).to(device, non_blocking=True)
+    if class_map is not None:
+        counts[-1] = (class_map >= 0).sum()
+    counts = _mean_over_processes(counts)
+    return ClassCounts(counts[:2], counts[2:4], counts[4])
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    if num_processes() > 1:
         dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1.0)
+        count = count / num_processes()
+    return count
 
 
 def _matched_boxes(

@@ -46,12 +46,13 @@ def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (probabilities.sum(dim=1) + masks.sum(dim=1) + 1)
 
 
-def pixel_class_loss(logits: Tensor, class_map: Tensor) -> Tensor:
+def pixel_class_loss(logits: Tensor, class_map: Tensor, num_pixels: Tensor | None = None) -> Tensor:
     """Cross entropy averaged over the pixels that have a class; 0 if there are none.
 
     Args:
         logits: (B, K, h, w), resized to ``class_map`` bilinearly.
         class_map: (B, H, W) int64 in [0, K), negative where a pixel has no class.
+        num_pixels: 0-d, a normaliser in place of the number of these pixels.
 
     Returns:
         0-d, non-negative.
@@ -60,7 +61,9 @@ def pixel_class_loss(logits: Tensor, class_map: Tensor) -> Tensor:
         logits.float(), size=class_map.shape[-2:], mode="bilinear", align_corners=False
     )
     total = F.cross_entropy(large, class_map.clamp(min=-1), ignore_index=-1, reduction="sum")
-    return total / (class_map >= 0).sum().clamp(min=1)
+    if num_pixels is None:
+        num_pixels = (class_map >= 0).sum()
+    return total / num_pixels.clamp(min=1)
 
 
 def upsampled_mask_losses(

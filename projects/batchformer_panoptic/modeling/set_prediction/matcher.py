@@ -31,6 +31,8 @@ class Matching(NamedTuple):
         layer_starts: L + 1 numbers; pairs of layer l are [layer_starts[l], layer_starts[l + 1]).
         supervise_unmatched: whether queries without an object are trained to predict none;
             otherwise they are padding, which losses leave out.
+        class_counts: (2,) float, queries of one layer with an object and without one, averaged over
+            processes, that a softmax class loss is normalised by; None: by those of the process.
     """
 
     layer: Tensor
@@ -40,6 +42,7 @@ class Matching(NamedTuple):
     global_target: Tensor
     layer_starts: tuple[int, ...]
     supervise_unmatched: bool = True
+    class_counts: Tensor | None = None
 
     def of_layer(self, layer: int) -> "Matching":
         """The pairs of one decoder layer; negative numbers count from the last.
@@ -48,14 +51,13 @@ class Matching(NamedTuple):
         """
         layer %= len(self.layer_starts) - 1
         begin, end = self.layer_starts[layer : layer + 2]
-        return Matching(
-            self.layer[begin:end],
-            self.image[begin:end],
-            self.query[begin:end],
-            self.local_target[begin:end],
-            self.global_target[begin:end],
+        return self._replace(
+            layer=self.layer[begin:end],
+            image=self.image[begin:end],
+            query=self.query[begin:end],
+            local_target=self.local_target[begin:end],
+            global_target=self.global_target[begin:end],
             layer_starts=(0, end - begin),
-            supervise_unmatched=self.supervise_unmatched,
         )
 
     def sum_by_entry(self, values: Tensor, shape: Sequence[int]) -> Tensor:

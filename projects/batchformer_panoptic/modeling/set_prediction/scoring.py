@@ -50,13 +50,21 @@ class Scoring(ABC):
         """Matching cost (..., Q, T) of logits (..., Q, num_outputs) for labels (..., T)."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        num_objects: Tensor,
+        class_counts: Tensor | None = None,
+    ) -> Tensor:
         """Classification loss as contributions (L, B') of the images; a layer's sum is its loss.
 
         Args:
             logits: (L, B', Q, num_outputs).
             classes: (L, B', Q) int64, the target class of each query; ``num_classes`` for none.
             num_objects: 0-d, the normaliser of the box losses.
+            class_counts: (2,) float, queries of one layer with a class and without one, in place
+                of those in ``classes`` for the normaliser of a softmax.
         """
 
     @abstractmethod
@@ -77,13 +85,22 @@ class SoftmaxScoring(Scoring):
         """Minus the probability of the object's class."""
         return -_gather_classes(logits.softmax(-1), labels)
 
-    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        num_objects: Tensor,
+        class_counts: Tensor | None = None,
+    ) -> Tensor:
         """Weighted cross entropy, averaged with its weights over all queries of the batch."""
         weight = torch.ones(self.num_outputs, device=logits.device)
         weight[-1] = self.no_object_weight
         each = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), weight, reduction="none")
-        total_weight = weight[classes].sum(dim=(1, 2))  # (L,)
-        return each.view(classes.shape).sum(-1) / total_weight[:, None]
+        if class_counts is None:
+            total_weight = weight[classes].sum(dim=(1, 2))[:, None]  # (L, 1)
+        else:
+            total_weight = class_counts @ weight[-2:]
+        return each.view(classes.shape).sum(-1) / total_weight
 
     def decode(self, logits: Tensor) -> Decoded:
         """Scores of the classes; "no object" only decides ``is_object``.
@@ -118,7 +135,13 @@ class FocalScoring(Scoring):
         negative = (1 - self.alpha) * p**self._GAMMA * -(1 - p + self._EPS).log()
         return positive - negative
 
-    def loss(self, logits: Tensor, classes: Tensor, num_objects: Tensor) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        num_objects: Tensor,
+        class_counts: Tensor | None = None,
+    ) -> Tensor:
         """Focal loss summed over queries and classes, divided by the number of objects."""
         one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
         each = sigmoid_focal_loss(logits, one_hot, alpha=self.alpha, gamma=self._GAMMA)

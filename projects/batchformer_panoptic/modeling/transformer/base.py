@@ -208,14 +208,19 @@ def build_hook(
         layers_are: the origin of this number, for messages ("MODEL.DETR.ENC_LAYERS is 6").
 
     Raises:
-        UserError: a block would follow a layer that does not exist, or an unknown value of
-            ``ATTEND``.
+        UserError: a block would follow a layer that does not exist, an unknown value of
+            ``ATTEND``, or ``SYNC`` with another one than "batch".
     """
     node = cfg.MODEL.BATCHFORMER
     if not node.ENABLED:
         return IdentityHook()
     if node.ATTEND not in ATTENDS:
         raise UserError(f"MODEL.BATCHFORMER.ATTEND is {node.ATTEND!r}; known: {', '.join(ATTENDS)}")
+    if node.SYNC and node.ATTEND != "batch":
+        raise UserError(
+            f"MODEL.BATCHFORMER.SYNC has no effect with MODEL.BATCHFORMER.ATTEND {node.ATTEND!r}, "
+            "which attends to no other image: set SYNC False, or ATTEND 'batch'"
+        )
     _check_insert_layers(node.INSERT_LAYERS, num_layers, layers_are)
     return BatchFormerHook(
         embed_dim,
@@ -227,6 +232,7 @@ def build_hook(
         mask_padding=node.MASK_PADDING,
         attend=node.ATTEND,
         every=node.EVERY,
+        sync=node.SYNC,
     )
 
 

@@ -41,6 +41,11 @@ class PilotLayout:
     group_size: int
     objects: tuple[Tensor, ...]
 
+    @property
+    def num_objects(self) -> int:
+        """Objects of all images that a group stands for."""
+        return sum(len(x) for x in self.objects)
+
     def by_group(self, predictions: Predictions) -> Predictions:
         """Predictions of (L, B', P) queries -> (L * G, B', N), the groups of a layer adjacent.
 
