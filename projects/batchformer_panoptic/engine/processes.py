@@ -137,7 +137,7 @@ def _describe_lost(error: _Failure, first_rank: int) -> str:
     rank = first_rank + error.error_index
     hint = ", as the system does if memory runs out" if error.signal_name == "SIGKILL" else ""
     return (
-        f"rank {rank} (process {error.error_pid}) was ended by {error.signal_name}{hint}: "
+        f"rank {rank} was ended by {error.signal_name}{hint}: "
         "--resume continues from the last checkpoint"
     )
 
@@ -199,9 +199,14 @@ def _run_naming_lost_processes(main: Callable[..., None], args: tuple[Any, ...])
         names = ", ".join(map(str, lost))
         raise UserError(
             f"rank {names} of {comm.get_world_size()} does not answer (it has died, hangs, or is "
-            f"slower than --dist-timeout): {one_line(error, first_line_only=True)}; --resume "
-            "continues from the last checkpoint"
+            f"slower than --dist-timeout): {_reason(error)}; --resume continues from the last "
+            "checkpoint"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error without gloo's place in its source."""
+    return re.sub(r"^\[[^]]*\] ?", "", one_line(error, first_line_only=True))
 
 
 def _silent_ranks() -> list[int]:
@@ -340,8 +345,7 @@ def _join_group(member: Member, timeout: timedelta) -> None:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {member.rank} of the {member.world_size} processes of {member.launcher} does "
-            f"not meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
-            f"{one_line(error, first_line_only=True)}"
+            f"not meet the others at {place} (MASTER_ADDR, MASTER_PORT): {_reason(error)}"
         ) from error
     local_size = max(local_ranks) + 1
     if local_ranks != [rank % local_size for rank in range(member.world_size)]:

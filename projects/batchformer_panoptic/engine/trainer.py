@@ -187,6 +187,7 @@ class PanopticTrainer(DefaultTrainer):
         self._is_between_steps = True
         super().after_step()
         self._stop_if_due()
+        self._is_between_steps = False
 
     def _stop_if_due(self) -> None:
         """Raise `Stopped` if all processes know of a signal."""
@@ -221,7 +222,6 @@ class PanopticTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """Run one iteration; keep the state when its loss is not finite."""
-        self._is_between_steps = False
         try:
             super().run_step()
         except NonFiniteError:
