@@ -321,6 +321,16 @@ def _set_meeting_point(member: Member, environ: MutableMapping[str, str]) -> Non
         )
 
 
+def _restarts_here(environ: Mapping[str, str]) -> str:
+    """Return how often torchrun has restarted this group, for groups on one machine.
+
+    Its store outlives a restart, with the addresses of the processes before it, which the new ones
+    must not find. Of several machines, each counts its own restarts.
+    """
+    one_machine = environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE")
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+
+
 def _join_group(member: Member, timeout: timedelta) -> None:
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -333,15 +343,16 @@ def _join_group(member: Member, timeout: timedelta) -> None:
             )
         torch.cuda.set_device(member.local_rank if gpus > 1 else 0)
     try:
+        store, *_ = next(dist.rendezvous("env://", member.rank, member.world_size, timeout=timeout))
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
-            init_method="env://",
+            store=dist.PrefixStore(f"start_{_restarts_here(os.environ)}", store),
             rank=member.rank,
             world_size=member.world_size,
             timeout=timeout,
         )
         local_ranks = comm.all_gather(member.local_rank)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {member.rank} of the {member.world_size} processes of {member.launcher} does "

@@ -106,8 +106,6 @@ def run(args: argparse.Namespace) -> None:
         Stopped: by a signal.
     """
     tune_allocation()
-    if restarted_by(os.environ) and not args.eval_only:
-        args.resume, args.overwrite = True, False
     if "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent()
     several_machines = args.num_machines > 1
@@ -137,13 +135,17 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
         UserError: a user's mistake.
     """
     _share_cores()
+    # Of several machines, torchrun counts a restart only where it has lost a process.
+    schedulers = [name for name in comm.all_gather(restarted_by(os.environ)) if name]
+    if schedulers and not args.eval_only:
+        args.resume, args.overwrite = True, False
     cfg = setup_cfg(args)
     check_before_run(cfg, eval_only=args.eval_only)
     if args.eval_only:
         PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
         return
-    if scheduler := restarted_by(os.environ):
-        logger.info(f"{scheduler} has restarted this command: continuing the run as with --resume")
+    if schedulers:
+        logger.info(f"restarted by {schedulers[0]}: continuing the run as with --resume")
     trainer = PanopticTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()

@@ -1,0 +1,256 @@
+"""Processes that other programs start, processes that stop together, and those that are lost."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.utils import comm
+
+from batchformer_panoptic.engine.processes import (
+    Member,
+    _set_meeting_point,
+    find_member,
+    launch_processes,
+    restarted_by,
+    run_as_member,
+)
+from batchformer_panoptic.errors import Stopped, UserError
+from helpers.commands import REPO_ROOT, load_script
+from helpers.stand_in import StandInTrainer, stand_in_cfg
+from helpers.tiny_dataset import TinyPanopticDataset
+from helpers.trained_files import write_run
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        (TORCHRUN, Member("torchrun", 3, 4, 1)),
+        ({**TORCHRUN, **SRUN}, Member("torchrun", 3, 4, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        (SRUN, Member("srun", 2, 4, 0)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "3"}, Member("srun", 2, 3, 0)),
+        # srun in a batch script, one task of it, and the script itself.
+        (
+            {**SRUN, "SLURM_STEP_NUM_TASKS": "4", "ENVIRONMENT": "BATCH"},
+            Member("srun", 2, 4, 0),
+        ),
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**SRUN, "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
+        ({"WORLD_SIZE": "4", **SRUN}, Member("srun", 2, 4, 0)),
+    ],
+)
+def test_launchers_are_found_by_their_variables(
+    environ: Mapping[str, str], expected: Member | None
+) -> None:
+    assert find_member(environ) == expected
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_variables_that_are_no_numbers_are_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 'x'"):
+        find_member({**TORCHRUN, name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("node7", "node7"),
+        ("a-1.example.org,b-2", "a-1.example.org"),
+        ("gpu[07-09,12]", "gpu07"),
+        ("gpu[3,5],cpu[1-2]", "gpu3"),
+        ("n[1-2].local", "n1.local"),
+    ],
+)
+def test_the_tasks_of_srun_meet_at_the_first_host(hosts: str, expected: str) -> None:
+    environ = {"SLURM_JOB_NODELIST": hosts, "SLURM_JOB_ID": "30007", "SLURM_STEP_ID": "1"}
+    _set_meeting_point(Member("srun", 0, 2, 0), environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == (expected, "15008")
+    own = {"MASTER_ADDR": "mine", "MASTER_PORT": "9", **environ, "SLURM_STEP_NODELIST": "other"}
+    _set_meeting_point(Member("srun", 0, 2, 0), own)
+    assert own["MASTER_ADDR"] == expected
+
+
+def test_a_restart_is_noticed() -> None:
+    assert restarted_by({"TORCHELASTIC_RESTART_COUNT": "0"}) == ""
+    assert restarted_by({"TORCHELASTIC_RESTART_COUNT": "2"}) == "torchrun"
+    assert restarted_by({"SLURM_RESTART_COUNT": "1"}) == "SLURM"
+
+
+# Two processes.
+
+
+def _train(output_dir: Path, method: str, ranks: tuple[int, ...]) -> None:
+    """Train; processes of some ranks get a signal in their second step, or evaluation."""
+    torch.set_num_threads(1)
+
+    class Signalled(StandInTrainer):
+        def run_step(self) -> None:
+            self._act("run_step")
+            super().run_step()
+
+        def build_evaluator(self, *args: Any) -> Any:  # type: ignore[override]
+            self._act("build_evaluator")
+            return StandInTrainer.build_evaluator(*args)
+
+        def _act(self, name: str) -> None:
+            if name == method and self.iter == 1 and comm.get_rank() in ranks:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    trainer = Signalled(stand_in_cfg(output_dir, "TEST.EVAL_PERIOD", 2))
+    Signalled.test = lambda self, *args: (self._act("test"), StandInTrainer.test(*args))[1]  # type: ignore[assignment, method-assign]
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("run_step", (1,)), ("run_step", (0, 1)), ("test", (0, 1))]
+)
+def test_processes_stop_after_the_same_step(
+    tmp_path: Path, method: str, ranks: tuple[int, ...]
+) -> None:
+    with pytest.raises(Stopped) as stopped:
+        launch_processes(_train, 2, args=(tmp_path, method, ranks))
+    assert stopped.value.status == 138
+    assert str(stopped.value) == (
+        "stopped by SIGUSR1 after iteration 2 of 6: --resume continues from "
+        f"{tmp_path}/model_0000001.pth"
+    )
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def _hang() -> None:
+    if comm.get_rank() == 1:
+        time.sleep(120)
+    comm.synchronize()
+
+
+@pytest.mark.distributed
+def test_a_process_that_hangs_is_named() -> None:
+    start = time.monotonic()
+    with pytest.raises(UserError, match="^rank 1 of 2 does not answer"):
+        launch_processes(_hang, 2, timeout=timedelta(seconds=2))
+    assert time.monotonic() - start < 100
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _write_place(folder: Path) -> None:
+    places = [comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_local_size()]
+    (folder / f"rank_{comm.get_rank()}").write_text(str(places))
+
+
+def _be_member(environ: Mapping[str, str], folder: Path) -> None:
+    os.environ.update(environ)
+    member = find_member(os.environ)
+    assert member is not None
+    try:
+        run_as_member(_write_place, member, args=(folder,), timeout=timedelta(seconds=60))
+    except UserError as error:
+        (folder / f"rank_{member.rank}").write_text(str(error))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("local_ranks", "expected"),
+    [
+        ((0, 1), "[{0}, 2, {0}, 2]"),
+        ((0, 0), "[{0}, 2, 0, 1]"),  # two machines
+        ((1, 0), "srun has placed the processes on the machines as [1, 0]"),
+    ],
+)
+def test_tasks_of_srun_are_one_group(
+    tmp_path: Path, local_ranks: tuple[int, int], expected: str
+) -> None:
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    common["MASTER_PORT"] = str(_free_port())
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    for rank, local_rank in enumerate(local_ranks):
+        environ = {**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank)}
+        processes.append(context.Process(target=_be_member, args=(environ, tmp_path)))
+        processes[-1].start()
+    for rank, process in enumerate(processes):
+        process.join()
+        assert (tmp_path / f"rank_{rank}").read_text().startswith(expected.format(rank))
+
+
+def test_processes_that_do_not_meet_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    with pytest.raises(UserError, match="^rank 1 of the 2 processes of torchrun does not meet"):
+        run_as_member(
+            _write_place,
+            Member("torchrun", 1, 2, 1),
+            args=(Path(),),
+            timeout=timedelta(seconds=1),
+        )
+
+
+# torchrun.
+
+
+def _documented(launcher: str) -> list[str]:
+    text = (REPO_ROOT / "GETTING_STARTED.md").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.startswith(f"{launcher} ")]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes on Linux")
+def test_torchrun_trains_one_model_and_continues_after_a_lost_process(
+    tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset
+) -> None:
+    config_file = write_run(tmp_path / "run", tiny_panoptic_dataset).config_file
+    settings = ["SOLVER.MAX_ITER", "30", "SOLVER.IMS_PER_BATCH", "2", "SEED", "1"]
+    settings += ["SOLVER.CHECKPOINT_PERIOD", "5", "DATALOADER.NUM_WORKERS", "0"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    arguments = ["--config-file", str(config_file), *settings]
+    (line,) = _documented("torchrun")
+    launcher, *documented = line.split()
+    documented[documented.index("--config-file") + 1] = str(config_file)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *documented, *settings]
+        + ["OUTPUT_DIR", str(torn)],
+        cwd=REPO_ROOT,
+        env=environ,
+    )
+    while process.poll() is None and not (torn / "model_0000004.pth").exists():
+        time.sleep(0.05)
+    os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    assert process.wait() == 0
+    log = (torn / "log.txt").read_text()
+    assert "restarted by torchrun: continuing the run" in log
+    assert (torn / "log.txt.rank1").exists()
+
+    own = [*arguments, "OUTPUT_DIR", str(whole)]
+    assert load_script("train_net.py").main(["--num-gpus", "2", *own]) == 0
+    models = [
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (whole, torn)
+    ]
+    assert all(torch.equal(models[1][name], value) for name, value in models[0].items())
