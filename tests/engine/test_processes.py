@@ -66,6 +66,11 @@ def test_variables_that_are_no_numbers_are_named(name: str) -> None:
         find_member({**TORCHRUN, name: "x"})
 
 
+def test_a_number_of_processes_without_a_rank_is_an_error() -> None:
+    with pytest.raises(UserError, match="WORLD_SIZE is 4, but RANK is not set"):
+        find_member({"WORLD_SIZE": "4"})
+
+
 @pytest.mark.parametrize(
     ("hosts", "expected"),
     [
@@ -103,35 +108,41 @@ def _train(output_dir: Path, method: str, ranks: tuple[int, ...]) -> None:
             self._act("run_step")
             super().run_step()
 
-        def build_evaluator(self, *args: Any) -> Any:  # type: ignore[override]
-            self._act("build_evaluator")
-            return StandInTrainer.build_evaluator(*args)
+        def test(self, *args: Any) -> Any:
+            self._act("test")
+            return StandInTrainer.test(*args)
 
         def _act(self, name: str) -> None:
             if name == method and self.iter == 1 and comm.get_rank() in ranks:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     trainer = Signalled(stand_in_cfg(output_dir, "TEST.EVAL_PERIOD", 2))
-    Signalled.test = lambda self, *args: (self._act("test"), StandInTrainer.test(*args))[1]  # type: ignore[assignment, method-assign]
     trainer.resume_or_load(resume=False)
     trainer.train()
 
 
+def _stop_three_times(folder: Path) -> None:
+    for name, ranks in {"one": (1,), "both": (0, 1)}.items():
+        with pytest.raises(Stopped) as stopped:
+            _train(folder / name, "run_step", ranks)
+        assert stopped.value.together
+        (folder / f"{name}_{comm.get_rank()}").write_text(str(stopped.value))
+    _train(folder / "evaluation", "test", (0, 1))
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("method", "ranks"), [("run_step", (1,)), ("run_step", (0, 1)), ("test", (0, 1))]
-)
-def test_processes_stop_after_the_same_step(
-    tmp_path: Path, method: str, ranks: tuple[int, ...]
-) -> None:
+def test_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     with pytest.raises(Stopped) as stopped:
-        launch_processes(_train, 2, args=(tmp_path, method, ranks))
+        launch_processes(_stop_three_times, 2, args=(tmp_path,))
     assert stopped.value.status == 138
-    assert str(stopped.value) == (
-        "stopped by SIGUSR1 after iteration 2 of 6: --resume continues from "
-        f"{tmp_path}/model_0000001.pth"
-    )
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    lines = {name: (tmp_path / f"{name}_0").read_text() for name in ("one", "both")}
+    for name, line in {**lines, "evaluation": str(stopped.value)}.items():
+        assert line == (
+            "stopped by SIGUSR1 after iteration 2 of 6: --resume continues from "
+            f"{tmp_path}/{name}/model_0000001.pth"
+        )
+        assert (tmp_path / name / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert [(tmp_path / f"{name}_1").read_text() for name in lines] == ["", ""]
 
 
 def _hang() -> None:
@@ -143,7 +154,7 @@ def _hang() -> None:
 @pytest.mark.distributed
 def test_a_process_that_hangs_is_named() -> None:
     start = time.monotonic()
-    with pytest.raises(UserError, match="^rank 1 of 2 does not answer"):
+    with pytest.raises(UserError, match=r"^rank 1 of 2 does not answer"):
         launch_processes(_hang, 2, timeout=timedelta(seconds=2))
     assert time.monotonic() - start < 100
 
@@ -159,45 +170,50 @@ def _write_place(folder: Path) -> None:
     (folder / f"rank_{comm.get_rank()}").write_text(str(places))
 
 
-def _be_member(environ: Mapping[str, str], folder: Path) -> None:
-    os.environ.update(environ)
-    member = find_member(os.environ)
-    assert member is not None
-    try:
-        run_as_member(_write_place, member, args=(folder,), timeout=timedelta(seconds=60))
-    except UserError as error:
-        (folder / f"rank_{member.rank}").write_text(str(error))
+# Numbers of two processes on their machines, and what they find, or say.
+PLACES = {
+    (0, 1): "[{rank}, 2, {rank}, 2]",
+    (0, 0): "[{rank}, 2, 0, 1]",  # two machines
+    (1, 0): "srun has placed the processes on the machines as [1, 0]",
+}
+
+
+def _be_tasks(rank: int, ports: list[int], folder: Path) -> None:
+    for port, local_ranks in zip(ports, PLACES, strict=True):
+        os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(local_ranks[rank]))
+        os.environ.update(SLURM_NTASKS="2", MASTER_PORT=str(port), SLURM_JOB_NODELIST="localhost")
+        member = find_member(os.environ)
+        assert member is not None
+        target = folder / str(local_ranks)
+        try:
+            run_as_member(_write_place, member, args=(target,), timeout=timedelta(seconds=60))
+        except UserError as error:
+            (target / f"rank_{rank}").write_text(str(error))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("local_ranks", "expected"),
-    [
-        ((0, 1), "[{0}, 2, {0}, 2]"),
-        ((0, 0), "[{0}, 2, 0, 1]"),  # two machines
-        ((1, 0), "srun has placed the processes on the machines as [1, 0]"),
-    ],
-)
-def test_tasks_of_srun_are_one_group(
-    tmp_path: Path, local_ranks: tuple[int, int], expected: str
-) -> None:
-    common = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
-    common["MASTER_PORT"] = str(_free_port())
+def test_tasks_of_srun_are_one_group(tmp_path: Path) -> None:
+    for local_ranks in PLACES:
+        (tmp_path / str(local_ranks)).mkdir()
+    ports = [_free_port() for _ in PLACES]
     context = multiprocessing.get_context("spawn")
-    processes = []
-    for rank, local_rank in enumerate(local_ranks):
-        environ = {**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank)}
-        processes.append(context.Process(target=_be_member, args=(environ, tmp_path)))
-        processes[-1].start()
-    for rank, process in enumerate(processes):
-        process.join()
-        assert (tmp_path / f"rank_{rank}").read_text().startswith(expected.format(rank))
+    tasks = [context.Process(target=_be_tasks, args=(rank, ports, tmp_path)) for rank in (0, 1)]
+    for task in tasks:
+        task.start()
+    for rank, task in enumerate(tasks):
+        task.join()
+        for local_ranks, expected in PLACES.items():
+            found = (tmp_path / str(local_ranks) / f"rank_{rank}").read_text()
+            assert found.startswith(expected.format(rank=rank))
 
 
-def test_processes_that_do_not_meet_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("port", [None, "http", "99999"])
+def test_processes_that_do_not_meet_are_named(
+    monkeypatch: pytest.MonkeyPatch, port: str | None
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
-    with pytest.raises(UserError, match="^rank 1 of the 2 processes of torchrun does not meet"):
+    monkeypatch.setenv("MASTER_PORT", port or str(_free_port()))
+    with pytest.raises(UserError, match=r"^rank 1 of the 2 processes of torchrun does not meet"):
         run_as_member(
             _write_place,
             Member("torchrun", 1, 2, 1),
@@ -230,14 +246,12 @@ def test_torchrun_trains_one_model_and_continues_after_a_lost_process(
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     arguments = ["--config-file", str(config_file), *settings]
     (line,) = _documented("torchrun")
-    launcher, *documented = line.split()
+    _, *documented = line.split()
     documented[documented.index("--config-file") + 1] = str(config_file)
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *documented]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *documented, *settings]
-        + ["OUTPUT_DIR", str(torn)],
-        cwd=REPO_ROOT,
-        env=environ,
+        [*torchrun, *settings, "OUTPUT_DIR", str(torn)], cwd=REPO_ROOT, env=environ
     )
     while process.poll() is None and not (torn / "model_0000004.pth").exists():
         time.sleep(0.05)

@@ -267,6 +267,8 @@ def find_member(environ: Mapping[str, str]) -> Member | None:
         if member.rank >= member.world_size:
             raise UserError(f"{names[0]} is {member.rank}, but {names[1]} is {member.world_size}")
         return member if member.world_size > 1 else None
+    if environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"WORLD_SIZE is {environ['WORLD_SIZE']}, but RANK is not set")
     return None
 
 
@@ -352,7 +354,7 @@ def _join_group(member: Member, timeout: timedelta) -> None:
             timeout=timeout,
         )
         local_ranks = comm.all_gather(member.local_rank)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: of MASTER_PORT
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {member.rank} of the {member.world_size} processes of {member.launcher} does "
