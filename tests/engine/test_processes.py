@@ -225,11 +225,6 @@ def test_processes_that_do_not_meet_are_named(
 # torchrun.
 
 
-def _documented(launcher: str) -> list[str]:
-    text = (REPO_ROOT / "GETTING_STARTED.md").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line.startswith(f"{launcher} ")]
-
-
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -245,8 +240,9 @@ def test_torchrun_trains_one_model_and_continues_after_a_lost_process(
     settings += ["SOLVER.CHECKPOINT_PERIOD", "5", "DATALOADER.NUM_WORKERS", "0"]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     arguments = ["--config-file", str(config_file), *settings]
-    (line,) = _documented("torchrun")
-    _, *documented = line.split()
+    text = (REPO_ROOT / "GETTING_STARTED.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("torchrun --"))
+    documented = line.split()[1:]
     documented[documented.index("--config-file") + 1] = str(config_file)
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", *documented]
