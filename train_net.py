@@ -6,7 +6,8 @@
     python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS W  evaluate
 
 Settings after the options replace those of the file. Weights, logs and results are written to
-OUTPUT_DIR. Exit status: 0, or 2 after a mistake in the arguments, the config or the data.
+OUTPUT_DIR. torchrun and srun may start it several times, for one training. Exit status: 0; 2 after
+a mistake in the arguments, the config or the data; 128 and its number after a signal.
 """
 
 import sys

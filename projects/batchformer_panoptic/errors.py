@@ -10,7 +10,7 @@ _P = ParamSpec("_P")
 
 # The exit status of every command after a user's mistake; argparse uses the same one.
 USER_ERROR_STATUS = 2
-# The one that shells give to a program that Ctrl-C has ended.
+# The one that shells give to a program that Ctrl-C has ended: 128 and the number of the signal.
 INTERRUPTED_STATUS = 130
 
 
@@ -35,6 +35,31 @@ class NonFiniteError(UserError):
         self.entries = tuple(entries)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a run; like Ctrl-C, this is no error.
+
+    Args:
+        message: one line about the state that is left; "": another process says it.
+        number: of the signal.
+        together: whether all processes of the run stop at this place.
+    """
+
+    def __init__(self, message: str, number: int, together: bool = False) -> None:
+        super().__init__(message, number, together)
+        self.message = message
+        self.number = number
+        self.together = together
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return self.message
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command, as shells report a signal: 128 and its number."""
+        return 128 + self.number
+
+
 def one_line(error: BaseException | str, *, first_line_only: bool = False) -> str:
     """Return the message of another library's error on one line.
 
@@ -57,8 +82,8 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
     """Decorate the ``main`` of a command: report a `UserError` in one line instead of a traceback.
 
     The line goes to standard error as ``error: MESSAGE``, and the exit status is 2, as for the
-    mistakes that argparse finds. Ctrl-C is one line, too, with status 130. Every other exception
-    passes.
+    mistakes that argparse finds. Ctrl-C is one line, too, with status 130, and so is another signal
+    that `Stopped` reports, with its status. Every other exception passes.
     """
 
     @functools.wraps(main)
@@ -68,8 +93,11 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             return USER_ERROR_STATUS
-        except KeyboardInterrupt as interrupt:
-            sys.stderr.write(f"{str(interrupt) or 'interrupted'}\n")
+        except Stopped as stop:
+            sys.stderr.write(f"{stop}\n" if str(stop) else "")
+            return stop.status
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
             return INTERRUPTED_STATUS
 
     return report

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.engine.train_loop import combine_streams, seed_iteration
 from helpers.stand_in import (
     StandInTrainer,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchformer_panoptic.engine import PanopticTrainer
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.errors import NonFiniteError
 from helpers.stand_in import stand_in_cfg
 from helpers.tiny_model import random_inputs, tiny_model, total

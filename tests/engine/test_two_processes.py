@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.run import _run_and_close_groups, launch_processes
+from batchformer_panoptic.engine.processes import _run_and_close_groups, launch_processes
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, stand_in_cfg
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.utils import comm
 from panopticapi.evaluation import pq_compute
 
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from helpers.panoptic_sets import (

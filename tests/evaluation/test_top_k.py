@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from timm.utils import accuracy
 from torch import Tensor
 
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import TopKEvaluator
 from batchformer_panoptic.evaluation.top_k import true_class_ranks

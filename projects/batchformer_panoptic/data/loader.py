@@ -8,7 +8,6 @@ can be resumed anywhere, with any number of workers.
 import contextlib
 import logging
 import random
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError, one_line
+from ..signals import leave_signals_to_main_process
 from .classification_mapper import ClassificationMapper
 from .datasets.catalog import check_paths
 from .datasets.image_folder import CLASSIFICATION
@@ -417,11 +417,11 @@ class CheckedLoader:
 
 
 def prepare_worker(_worker_id: int) -> None:
-    """Limit a worker process to one thread, and leave Ctrl-C to the main process.
+    """Limit a worker process to one thread, and leave stop signals to the main process.
 
     Workers would compete with each other; and the main process still needs them for its last step.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_main_process()
     torch.set_num_threads(1)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)

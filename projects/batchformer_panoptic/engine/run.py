@@ -1,109 +1,34 @@
-"""The body of ``train_net.py``: arguments, processes and the errors that cross their borders."""
+"""The body of ``train_net.py``: arguments, the choice of processes, and what each of them runs."""
 
 import argparse
 import ctypes
-import gc
-import multiprocessing
+import logging
 import os
-import sys
-from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.queues import SimpleQueue
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..data.check import check_before_run
-from ..errors import USER_ERROR_STATUS, UserError
+from ..errors import UserError
+from ..signals import follow_parent
+from .processes import Member, find_member, launch_processes, restarted_by, run_as_member
 from .setup import at_least, command_parser, setup_cfg
 from .trainer import PanopticTrainer
+
+logger = logging.getLogger(__name__)
+
+# The options of processes that are started here, with their defaults.
+_OWN_PROCESSES = {"--num-gpus": 1, "--num-machines": 1, "--machine-rank": 0, "--dist-url": None}
 
 # Parameters of glibc's mallopt (malloc.h), and the upper limit of its adaptive mmap threshold.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 32 * 2**20
 
 
-def launch_processes(
-    main: Callable[..., None],
-    processes: int,
-    *,
-    args: tuple[Any, ...] = (),
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str | None = "auto",
-    timeout: timedelta = DEFAULT_TIMEOUT,
-) -> None:
-    """Run ``main`` in several processes: Detectron2's ``launch`` with two additions.
-
-    * The process groups are closed at the end. ``launch`` leaves them open; a gloo thread that
-      still holds a tensor while Python shuts down then aborts a process that has finished its work
-      ("terminate called without an active exception").
-    * A `UserError` of a launched process is raised here as the same object. ``launch`` itself
-      passes on nothing but the text of a traceback.
-
-    Args:
-        main: importable by name, since processes are spawned.
-        processes: number of processes on this machine; with one in all, ``main`` is called here.
-        args: arguments of ``main``.
-        num_machines: see ``launch``, as for the remaining arguments.
-        machine_rank: number of this machine, from 0.
-        dist_url: where the processes meet; "auto" finds a free port on this machine.
-        timeout: of collective operations.
-
-    Raises:
-        UserError: a user's mistake in any of the processes.
-    """
-    is_launched = processes * num_machines > 1
-    # The start method must be the one that torch.multiprocessing uses.
-    mistakes = multiprocessing.get_context("spawn").SimpleQueue() if is_launched else None
-    try:
-        launch(
-            _run_and_close_groups,
-            processes,
-            num_machines=num_machines,
-            machine_rank=machine_rank,
-            dist_url=dist_url,
-            args=(main, args, mistakes),
-            timeout=timeout,
-        )
-    except (ProcessExitedException, ProcessRaisedException):
-        # The exception may come from another process, whose collective failed as a consequence.
-        if mistakes is None or mistakes.empty():
-            raise
-        raise mistakes.get() from None
-
-
-def _run_and_close_groups(
-    main: Callable[..., None],
-    args: tuple[Any, ...],
-    mistakes: "SimpleQueue[UserError] | None",
-) -> None:
-    try:
-        main(*args)
-    except UserError as error:
-        if mistakes is None:
-            raise
-        mistakes.put(error)
-        # A status other than 0 makes torch end the other processes.
-        sys.exit(USER_ERROR_STATUS)
-    # After an error the other processes may be inside a collective operation, so that waiting for
-    # them is safe only here.
-    if dist.is_initialized():
-        comm.synchronize()
-        # References keep the threads of a group alive.
-        comm._LOCAL_PROCESS_GROUP = None
-        comm._get_global_gloo_group.cache_clear()
-        gc.collect()  # a DistributedDataParallel in a reference cycle is such a reference
-        dist.destroy_process_group()
-
-
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser of Detectron2's usual arguments, ``--init-from`` and ``--overwrite``.
+    """Return a parser of Detectron2's usual arguments and a few of this project.
 
     Without ``--dist-url``, the processes of one machine meet at a free port.
 
@@ -142,6 +67,13 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="where several machines meet: tcp://HOST:PORT, with the host of machine 0",
     )
     parser.add_argument(
+        "--dist-timeout",
+        type=at_least(1),
+        default=int(DEFAULT_TIMEOUT.total_seconds()),
+        metavar="SECONDS",
+        help="give up a process that does not answer the others for so long (default: %(default)s)",
+    )
+    parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         action="extend",
@@ -166,12 +98,25 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Train or evaluate in one or several processes.
 
+    They are started here, unless torchrun, srun or mpirun has started several. A command that
+    torchrun or SLURM runs once more continues the run as with ``--resume``.
+
     Raises:
-        UserError: a user's mistake in any of the processes.
+        UserError: a user's mistake in any of the processes, or a process that was lost.
+        Stopped: by a signal.
     """
     tune_allocation()
-    _check_processes(args)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent()
     several_machines = args.num_machines > 1
+    member = find_member(os.environ)
+    if member is not None and member.launcher == "srun" and several_machines:
+        member = None  # one task for each machine, which starts the processes of its GPUs
+    _check_processes(args, member)
+    timeout = timedelta(seconds=args.dist_timeout)
+    if member is not None:
+        run_as_member(train_or_evaluate, member, args=(args,), timeout=timeout)
+        return
     launch_processes(
         train_or_evaluate,
         args.num_gpus,
@@ -179,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         machine_rank=args.machine_rank,
         dist_url=args.dist_url or (None if several_machines else "auto"),
         args=(args,),
+        timeout=timeout,
     )
 
 
@@ -188,29 +134,49 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     Raises:
         UserError: a user's mistake.
     """
-    _share_cores(args.num_gpus)
+    _share_cores()
+    # Of several machines, torchrun counts a restart only where it has lost a process.
+    schedulers = [name for name in comm.all_gather(restarted_by(os.environ)) if name]
+    if schedulers and not args.eval_only:
+        args.resume, args.overwrite = True, False
     cfg = setup_cfg(args)
     check_before_run(cfg, eval_only=args.eval_only)
     if args.eval_only:
         PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
         return
+    if schedulers:
+        logger.info(f"restarted by {schedulers[0]}: continuing the run as with --resume")
     trainer = PanopticTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 
 
-def _check_processes(args: argparse.Namespace) -> None:
+def _check_processes(args: argparse.Namespace, member: Member | None) -> None:
+    if member is not None:
+        for option, default in _OWN_PROCESSES.items():
+            value = getattr(args, option[2:].replace("-", "_"))
+            if value != default:
+                raise UserError(
+                    f"{member.launcher} has started {member.world_size} processes: leave out "
+                    f"{option} {value}, which is for runs that start their processes themselves"
+                )
+        return
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
         raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {gpus}")
     if args.num_machines > 1 and not args.dist_url:
         raise UserError("several machines need --dist-url tcp://HOST:PORT")
+    if args.machine_rank >= args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: machines "
+            "are numbered from 0"
+        )
 
 
-def _share_cores(processes: int) -> None:
+def _share_cores() -> None:
     """Divide the cores among the processes of a CPU run; each would use all of them."""
     if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
 
 
 def tune_allocation() -> None:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..batchformer import BatchFormerHook
 from ..errors import NonFiniteError, UserError
+from ..signals import StopRequest
 from .solver import GradientClipper
 
 # Random numbers.
@@ -129,19 +130,22 @@ class MetricWindow:
 class FiniteCheck:
     """Checks in every iteration whether the total loss is finite in all processes.
 
+    The same exchange tells all processes whether one of them is to stop.
+
     On CUDA, the loss is copied to pinned memory right after the forward pass and read after the
     backward pass has been queued. The host then waits only for the forward pass, while the device
     still has the backward pass to run and does not idle.
     """
 
-    def __init__(self, total: Tensor) -> None:
-        value = total.detach().float().clone()
+    def __init__(self, total: Tensor, *, stops: bool = False) -> None:
+        loss = total.detach().float()
+        value = torch.stack([loss, torch.full_like(loss, float(stops))])
         if comm.get_world_size() > 1:
             # Infinities and NaN survive the sum, so it is finite only if all losses are.
             torch.distributed.all_reduce(value)
         self._event: torch.cuda.Event | None = None
         if value.is_cuda:
-            self._value = torch.empty((), pin_memory=True)
+            self._value = torch.empty(value.shape, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -157,7 +161,11 @@ class FiniteCheck:
         """Whether the loss is finite in every process."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(torch.isfinite(self._value))
+        return bool(torch.isfinite(self._value[0]))
+
+    def stops(self) -> bool:
+        """Whether a process is to stop; after `passed`."""
+        return bool(self._value[1] > 0)
 
 
 # Losses of the streams.
@@ -240,6 +248,7 @@ class StreamTrainLoop(SimpleTrainer):
         amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
         accumulation: number of batches whose gradients are averaged for one step (an iteration).
         ema: moving average that is updated after each step.
+        stop: a signal to stop; its attribute ``agreed`` is set if any process has got one.
         log_period: iterations between two transfers of metrics; the first and the last iteration
             are always logged.
     """
@@ -255,6 +264,7 @@ class StreamTrainLoop(SimpleTrainer):
         amp: bool = False,
         accumulation: int = 1,
         ema: WeightAverage | None = None,
+        stop: StopRequest | None = None,
         log_period: int = LOG_PERIOD,
     ) -> None:
         super().__init__(model, None, optimizer)
@@ -264,6 +274,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._stream_weights = dict(stream_weights)
         self._accumulation = accumulation
         self._ema = ema
+        self._stop = stop or StopRequest()
         self._log_period = log_period
         self._window = MetricWindow()
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
@@ -327,12 +338,13 @@ class StreamTrainLoop(SimpleTrainer):
             total = (
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
             )
-            check = FiniteCheck(total)
+            check = FiniteCheck(total, stops=self._stop.received)
             if combined is None or (check.is_ready and not check.passed()):
                 raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
             raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
+        self._stop.agreed = self._stop.agreed or check.stops()
         return {**combined.logged, **getattr(losses, "metrics", {})}
 
     def _forward(

@@ -3,13 +3,10 @@
 import contextlib
 import logging
 import shlex
-import signal
 import textwrap
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,11 +25,13 @@ from ..config import classifies
 from ..data import build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import read_json
-from ..errors import UserError, one_line
+from ..errors import Stopped, UserError, one_line
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
+from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
 from ..visualization.report import example_pictures, has_examples, write_report
+from .processes import is_failed_collective
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
 from .writers import BestCheckpointer, ConsoleWriter, LogWriter
@@ -62,6 +61,7 @@ class PanopticTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
         self._unwrapped = model
+        self._stop = StopRequest()
         self._trainer = StreamTrainLoop(
             _distribute(model, has_rests=_block_rests(cfg)),
             optimizer,
@@ -73,6 +73,7 @@ class PanopticTrainer(DefaultTrainer):
             amp=cfg.SOLVER.AMP.ENABLED,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
+            stop=self._stop,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = PanopticCheckpointer(
@@ -89,7 +90,7 @@ class PanopticTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: dict[str, Any] | None = None
-        self._is_between_steps = self._is_evaluating = self._is_interrupted = False
+        self._is_between_steps = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -121,73 +122,78 @@ class PanopticTrainer(DefaultTrainer):
     def train(self) -> dict[str, Any] | None:
         """Train to ``SOLVER.MAX_ITER`` and return the results of the last evaluation.
 
-        Ctrl-C ends a run of one process after its current step, or in its evaluation, with a
-        checkpoint to resume from. Pressed twice, it ends the run at once.
+        Ctrl-C, SIGTERM and the other `STOP_SIGNALS` end the run after its current step, or in its
+        evaluation, with a checkpoint to resume from. Several processes stop after the same step,
+        whichever of them gets the signal. Ctrl-C pressed twice ends the run at once.
 
         Raises:
             NonFiniteError: after the state before the failing step was saved as
                 ``model_nonfinite.pth``.
-            KeyboardInterrupt: after Ctrl-C.
+            Stopped: after a signal.
         """
         self._trainer.start_iter, self._trainer.max_iter = self.start_iter, self.max_iter
         if self.start_iter < self.max_iter:
             first_batch = self.start_iter * self.cfg.SOLVER.GRADIENT_ACCUMULATION
             self.data_loader = self.build_train_loader(self.cfg, start_iter=first_batch)
-        with _without_traceback_of_user_errors(), self._stopping_on_interrupt():
+        with _without_traceback_of_user_errors(), self._stopping_on_signals():
             super().train()
         if comm.is_main_process():
             self._log_outcome()
         return self._last_eval_results
 
     @contextlib.contextmanager
-    def _stopping_on_interrupt(self) -> Iterator[None]:
-        """Save the state after a Ctrl-C and name the file in the `KeyboardInterrupt`.
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Save the state after a signal and name the file in `Stopped`."""
+        with handling(self._stop):
+            try:
+                yield
+            except Stopped as stop:
+                with handling(ignore):  # saving takes a moment
+                    logging.disable(logging.INFO)  # the user gets one line
+                    raise self._save_stopped(stop) from None
+            except RuntimeError as error:
+                # The main process has left an evaluation to save, without the others.
+                if self._stop.number is None or not is_failed_collective(error):
+                    raise
+                raise Stopped("", self._stop.number) from None
+            finally:
+                logging.disable(logging.NOTSET)
 
-        Several processes would stop at different iterations, and other threads get no signals.
-        """
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if comm.get_world_size() > 1 or not is_main_thread:
-            yield
-            return
-
-        def interrupt(_number: int, _frame: FrameType | None) -> None:
-            if self._is_interrupted or self._is_evaluating:
-                raise KeyboardInterrupt
-            self._is_interrupted = True
-
-        before = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment
-            logging.disable(logging.INFO)  # the user gets one line
-            raise KeyboardInterrupt(self._save_interrupted()) from None
-        finally:
-            logging.disable(logging.NOTSET)
-            signal.signal(signal.SIGINT, before)
-
-    def _save_interrupted(self) -> str:
-        """Save the state between two iterations; return the line for the user."""
-        folder = self.cfg.OUTPUT_DIR
+    def _save_stopped(self, stop: Stopped) -> Stopped:
+        """Save the state between two iterations; return the exception with the user's line."""
+        number = stop.number
+        if stop.together:  # the signal may have reached only some processes
+            number = next(n for n in comm.all_gather(self._stop.number) if n is not None)
+        if not comm.is_main_process():
+            return Stopped("", number, stop.together)
+        folder, reason = self.cfg.OUTPUT_DIR, describe(number)
         if self.iter >= self.max_iter:
-            return f"interrupted in the last evaluation: the weights are {folder}/model_final.pth"
-        if not self._is_between_steps:
-            return "interrupted in a step, without saving: --resume continues the last checkpoint"
-        name = f"model_{self.iter:07d}"
-        self.checkpointer.save(name, iteration=self.iter)
-        older = ", but the evaluation is of earlier ones" if self._last_eval_results else ""
-        _write_report(self.cfg, self._last_eval_results, f"{name}.pth{older}")
-        return (
-            f"interrupted after iteration {self.iter + 1} of {self.max_iter}: --resume continues "
-            f"from {folder}/{name}.pth"
-        )
+            line = f"{reason} in the last evaluation: the weights are {folder}/model_final.pth"
+        elif not self._is_between_steps:
+            line = f"{reason} in a step, without saving: --resume continues the last checkpoint"
+        else:
+            name = f"model_{self.iter:07d}"
+            self.checkpointer.save(name, iteration=self.iter)
+            older = ", but the evaluation is of earlier ones" if self._last_eval_results else ""
+            _write_report(self.cfg, self._last_eval_results, f"{name}.pth{older}")
+            line = (
+                f"{reason} after iteration {self.iter + 1} of {self.max_iter}: --resume continues "
+                f"from {folder}/{name}.pth"
+            )
+        return Stopped(line, number, stop.together)
 
     def after_step(self) -> None:
-        """Run the hooks; stop here after a Ctrl-C."""
+        """Run the hooks; stop here after a signal."""
         self._is_between_steps = True
         super().after_step()
-        if self._is_interrupted:
-            raise KeyboardInterrupt
+        self._stop_if_due()
+        self._is_between_steps = False
+
+    def _stop_if_due(self) -> None:
+        """Raise `Stopped` if all processes know of a signal."""
+        together = comm.get_world_size() > 1
+        if self._stop.agreed if together else self._stop.received:
+            raise Stopped("", self._stop.number or 0, together)
 
     def _log_outcome(self) -> None:
         """Write the report, and log the last lines: best file, its values, what to look at."""
@@ -216,7 +222,6 @@ class PanopticTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """Run one iteration; keep the state when its loss is not finite."""
-        self._is_between_steps = False
         try:
             super().run_step()
         except NonFiniteError:
@@ -235,15 +240,13 @@ class PanopticTrainer(DefaultTrainer):
         main = comm.is_main_process()
 
         def evaluate() -> dict[str, Any]:
-            if self._is_interrupted:  # in the last step
-                raise KeyboardInterrupt
+            self._stop_if_due()
             model = self._unwrapped if self.ema is None else self.ema.model
-            self._is_evaluating = True
-            self._last_eval_results = self.test(cfg, model)
-            if main:
-                with _warning_of_failure("drawing predictions"):
-                    self._store_pictures(_by_dataset(cfg, self._last_eval_results))
-            self._is_evaluating = False
+            with self._stop.raising() if main else contextlib.nullcontext():
+                self._last_eval_results = self.test(cfg, model)
+                if main:
+                    with _warning_of_failure("drawing predictions"):
+                        self._store_pictures(_by_dataset(cfg, self._last_eval_results))
             return self._last_eval_results
 
         built = [hooks.IterationTimer(), hooks.LRScheduler()]
@@ -379,9 +382,10 @@ def _block_rests(cfg: CfgNode) -> bool:
 
 
 def _distribute(model: nn.Module, *, has_rests: bool) -> nn.Module:
-    device_ids = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    # The current GPU, since srun may show each process only one.
+    device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return create_ddp_model(
-        model, broadcast_buffers=False, find_unused_parameters=has_rests, **device_ids
+        model, broadcast_buffers=False, find_unused_parameters=has_rests, device_ids=device_ids
     )
 
 
@@ -457,7 +461,8 @@ def _without_traceback_of_user_errors() -> Iterator[None]:
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
 
     def keep(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, UserError) and not is_failed_collective(error)
 
     loop_logger.addFilter(keep)
     try:

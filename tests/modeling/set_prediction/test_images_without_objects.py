@@ -7,7 +7,7 @@ import torch
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from helpers.tiny_model import random_inputs, tiny_model, total
 
 COUNTS = [[3, 2], [0, 0]]  # objects of the images of each process
