@@ -184,6 +184,8 @@ def _other_annotations(place: Place) -> None:
 
 def _second_writer(place: Place, *options: object) -> None:
     output = _killed(place)
+    arguments = _arguments(place, output, *options)
+    arguments += ["DATASETS.TEST", place.dataset.name]
     code = (
         "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
         "file.write('process 12 on node7'); file.flush(); print(flush=True); sys.stdin.read()"
@@ -196,7 +198,7 @@ def _second_writer(place: Place, *options: object) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         before = _content(output)
-        place.command("train_net.py", *_arguments(place, output, *options))
+        place.command("train_net.py", *arguments)
         assert _content(output) == before
         holder.communicate()
 

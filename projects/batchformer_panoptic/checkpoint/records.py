@@ -284,7 +284,7 @@ class RunRecord:
         fixed = [key for key in _FIXED if key in changed]
         if fixed:
             raise UserError(
-                f"cannot resume with another {changed[fixed[0]]}: give {fixed[0]} "
+                f"cannot resume with {fixed[0]} {self._settings[fixed[0]]}: give that of the run, "
                 f"{theirs[fixed[0]]}, or start another OUTPUT_DIR with MODEL.WEIGHTS"
             )
         if changed:

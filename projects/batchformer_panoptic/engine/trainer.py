@@ -156,15 +156,15 @@ class PanopticTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
         if not self._record.is_resumed:
             logger.info(f"{path} is of an older version: changed settings are not named")
-        if self.start_iter > self.max_iter:
-            raise UserError(
-                f"SOLVER.MAX_ITER is {self.max_iter}, but {path} has {self.start_iter} iterations: "
-                "give as many or more"
-            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of a checkpoint; the schedule is that of the config."""
         super().load_state_dict(state_dict)
+        if self.iter >= self.max_iter:
+            raise UserError(
+                f"cannot resume: SOLVER.MAX_ITER is {self.max_iter}, and the checkpoint has "
+                f"{self.iter + 1} iterations; give as many or more"
+            )
         self._last_values = state_dict.get("values", {})
         self.scheduler.last_epoch = self.iter + 1
         groups = self.optimizer.param_groups
