@@ -242,18 +242,23 @@ class PanopticTrainer(DefaultTrainer):
         return self.start_iter - int(self._is_cut_off)
 
     def before_train(self) -> None:
-        """Run the hooks; make up for what a kill has cut off in the iteration of the checkpoint."""
+        """Run the hooks; complete the iteration of the checkpoint that the run is resumed from."""
         super().before_train()
-        self.iter = self.storage.iter = self.start_iter - 1
-        name = Path(self._resumed_from).name
-        if name and name != FINAL and self.start_iter == self.max_iter:
+        if self._resumed_from:
+            self.iter = self.storage.iter = self.start_iter - 1
+            self._complete_iteration()
+            self.iter = self.storage.iter = self.start_iter
+
+    def _complete_iteration(self) -> None:
+        """Make up for what a kill has cut off after the checkpoint: final file, evaluation, log."""
+        is_last = self.start_iter == self.max_iter
+        if is_last and Path(self._resumed_from).name != FINAL:
             self.checkpointer.save(Path(FINAL).stem, iteration=self.iter)
         if self._is_cut_off:
             self.storage.put_scalars(**self._last_values, smoothing_hint=False)
             for hook in self._hooks:
                 if isinstance(hook, hooks.EvalHook | BestCheckpointer | LogWriter):
                     hook.after_step()
-        self.iter = self.storage.iter = self.start_iter
 
     def after_train(self) -> None:
         """Run the hooks; without a step the iteration is the same as after one."""
