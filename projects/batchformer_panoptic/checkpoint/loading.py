@@ -182,7 +182,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
             if not self._resuming:
                 raise
             raise UserError(
-                f"cannot resume from {path}: its state of the training is damaged "
+                f"cannot resume from {path}: its state of the training cannot be restored "
                 f"({type(error).__name__}: {one_line(error, first_line_only=True)})"
             ) from error
         finally:

@@ -258,12 +258,8 @@ class RunRecord:
     def __init__(self, cfg: CfgNode, processes: int) -> None:
         self._settings = {**_flat(cfg), _PROCESSES: processes}
         self._images: Mapping[str, Any] | None = None
-        self._stored: Mapping[str, Any] | None = None
-
-    @property
-    def is_resumed(self) -> bool:
-        """Whether the checkpoint had such a record; those of older versions do not."""
-        return self._stored is not None
+        # Whether a checkpoint had such a record; those of older versions do not.
+        self.is_loaded = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, texts, and containers of them."""
@@ -275,7 +271,7 @@ class RunRecord:
         Raises:
             UserError: a setting has changed that must not.
         """
-        theirs = stored["settings"]
+        theirs, self._images = stored["settings"], stored["images"]
         changed = {
             key: f"{key} {theirs[key]} -> {value}"
             for key, value in self._settings.items()
@@ -289,7 +285,7 @@ class RunRecord:
             )
         if changed:
             logger.info(f"resuming with changed settings: {', '.join(changed.values())}")
-        self._stored = stored
+        self.is_loaded = True
 
     def set_images(self, images: Mapping[str, Any]) -> None:
         """Store what identifies the training images, and compare it with the checkpoint.
@@ -300,8 +296,8 @@ class RunRecord:
         Raises:
             UserError: the run was trained on other images or annotations until now.
         """
-        stored = None if self._stored is None else self._stored["images"]
-        if stored and stored != images:
+        stored = self._images
+        if stored is not None and stored != images:
             raise UserError(
                 f"cannot resume: the {images['count']} training images are not the "
                 f"{stored['count']} of the checkpoint, or their annotations have changed; restore "

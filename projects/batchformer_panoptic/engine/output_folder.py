@@ -37,7 +37,7 @@ def hold(folder: Path) -> None:
         OSError: the lock file cannot be written.
     """
     folder = folder.resolve()
-    if folder in _held:
+    if folder in _held and _held[folder][0] == os.getpid():
         return
     path = folder / LOCK
     while True:
@@ -146,15 +146,17 @@ def cut_metrics(folder: Path, end: int) -> None:
         end: the first iteration that is removed; it and later ones are repeated.
 
     Raises:
-        OSError: the file cannot be changed.
+        UserError: the file cannot be changed.
     """
     path = folder / METRICS
     position = kept = 0
-    with open(path, "rb") as file:
-        for line in file:
+    try:
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
             position += len(line)
             record = parse_object(line) if line.endswith(b"\n") else None
             if record is not None and record.get("iteration", end) < end:
                 kept = position
-    if kept < position:
-        os.truncate(path, kept)
+        if kept < position:
+            os.truncate(path, kept)
+    except OSError as error:
+        raise UserError(f"{path} cannot be shortened: {error.strerror}") from error

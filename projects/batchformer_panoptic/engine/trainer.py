@@ -154,7 +154,7 @@ class PanopticTrainer(DefaultTrainer):
     def _resume(self, path: str) -> None:
         self.checkpointer.load(path)
         self.start_iter = self.iter + 1
-        if not self._record.is_resumed:
+        if not self._record.is_loaded:
             logger.info(f"{path} is of an older version: changed settings are not named")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
