@@ -32,7 +32,6 @@ everything but the block. Arms differ in what only training has: another model i
 import argparse
 import contextlib
 import fcntl
-import json
 import math
 import os
 import platform
@@ -55,7 +54,13 @@ import yaml
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from batchformer_panoptic.data.io import read_coco_json, read_json, write_atomically, write_json
+from batchformer_panoptic.data.io import (
+    read_coco_json,
+    read_json,
+    read_json_lines,
+    write_atomically,
+    write_json,
+)
 from batchformer_panoptic.engine.setup import at_least, load_config
 from batchformer_panoptic.errors import UserError, command, one_line
 from batchformer_panoptic.evaluation.panoptic_evaluator import RESULTS_NAME
@@ -374,8 +379,8 @@ def measured(folder: Path, steps: int) -> dict[str, Any]:
     """Quality in percent, seconds of training, and the versions behind them."""
     (evaluation,) = folder.rglob(RESULTS_NAME)
     quality = read_json(evaluation)
-    records = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-    times = [record["time"] for record in map(json.loads, records) if "time" in record]
+    records = read_json_lines(folder / "metrics.json")
+    times = [record["time"] for record in records if "time" in record]
     result: dict[str, Any] = {
         metric.upper(): {group: percent((quality[group] or {}).get(metric)) for group in GROUPS}
         for metric in ("pq", "sq", "rq")

@@ -420,6 +420,9 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1  # largest norm, or largest value
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    # Number of the newest model_*.pth that are kept besides model_best.pth and model_final.pth.
+    # 0: all.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # Number of batches whose gradients are averaged for one optimizer step, which is one iteration.
     # Each has SOLVER.IMS_PER_BATCH images; BatchFormerV2 attends over these, and the losses are
     # normalised by the number of objects in them. The result is a mean over batches, not the

@@ -21,7 +21,7 @@ from batchformer_panoptic.data import (
     build_train_loader,
     register_panoptic_dataset,
 )
-from batchformer_panoptic.data.loader import seeded
+from batchformer_panoptic.data.loader import identity_of, seeded
 from batchformer_panoptic.errors import UserError
 
 
@@ -270,3 +270,13 @@ def test_a_data_set_that_detectron2_cannot_read(
     register_coco_panoptic(name, metadata, *tiny_panoptic_dataset.row[1:3], str(path))
     with pytest.raises(UserError, match="segments_info"):
         build_test_loader(cfg, name)
+
+
+def test_a_data_set_is_identified_by_its_content_not_its_place() -> None:
+    image = {"file_name": "/a/1.png", "image_id": 1, "segments_info": [{"id": 7, "iscrowd": 0}]}
+    same = identity_of([image, {"file_name": "/a/2.png"}])
+    assert identity_of([{**image, "file_name": "/b/1.png"}, {"file_name": "/b/2.png"}]) == same
+    assert same["count"] == 2
+    changed = [{**image, "segments_info": []}, {**image, "image_id": 2}]
+    digests = {identity_of([one])["digest"] for one in (image, *changed)}
+    assert len(digests) == 3

@@ -86,3 +86,111 @@ def test_best_checkpoint_is_kept_and_no_point_to_resume_from(tmp_path: Path) -> 
     assert best["value"] == pytest.approx(max(scores))
     assert (tmp_path / "model_best.pth").is_file()
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def _stopped(folder: Path, *opts: Any) -> None:
+    """A run of 6 iterations that ends after 3."""
+    trainer = StandInTrainer(stand_in_cfg(folder, *opts))
+    trainer.resume_or_load(resume=False)
+    trainer.max_iter = 3
+    trainer.train()
+
+
+def _resumed(folder: Path, *opts: Any) -> StandInTrainer:
+    trainer = StandInTrainer(stand_in_cfg(folder, *opts))
+    trainer.resume_or_load(resume=True)
+    return trainer
+
+
+def _moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: state["optimizer"]["state"][index]["exp_avg"]
+        for index, name in enumerate(state["parameters"])
+    }
+
+
+def test_other_groups_of_parameters_keep_their_moments(tmp_path: Path) -> None:
+    _stopped(tmp_path)
+    stored = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
+    opts = ["SOLVER.WEIGHT_DECAY_NORM", 0.0, "SOLVER.BACKBONE_MULTIPLIER", 1.0]
+    resumed = _resumed(tmp_path, *opts)._trainer.state_dict()
+    assert stored["parameters"] != resumed["parameters"]  # the groups have another order
+    assert_same_state(_moments(resumed), _moments(stored))
+    assert {g["weight_decay"] for g in resumed["optimizer"]["param_groups"]} == {0.0, 1e-4}
+    assert {g["initial_lr"] for g in resumed["optimizer"]["param_groups"]} == {0.01}
+
+
+def test_the_schedule_is_that_of_the_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _stopped(tmp_path)
+    opts = ["SOLVER.STEPS", (2,), "SOLVER.GAMMA", 0.5, "SOLVER.BASE_LR", 0.02]
+    with caplog.at_level("INFO"):
+        resumed = _resumed(tmp_path, *opts)
+    changes = [line for line in caplog.messages if line.startswith("resuming with changed")]
+    expected = {"SOLVER.BASE_LR 0.01 -> 0.02", "SOLVER.GAMMA 0.1 -> 0.5", "SOLVER.STEPS [4] -> [2]"}
+    assert set(changes[0].partition(": ")[2].split(", ")) == expected
+    group = resumed.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(0.5 * group["initial_lr"])
+    assert {g["initial_lr"] for g in resumed.optimizer.param_groups} == {0.02, 0.002}
+    assert resumed.scheduler.last_epoch == 3
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2, "MODEL.MASK_ON", True]
+    killed = tmp_path / "killed"
+    trained(stand_in_cfg(tmp_path / "through", *opts))
+    # As if killed after the first checkpoint was written.
+    trained(stand_in_cfg(killed, *opts))
+    for path in (*killed.glob("model_[fb]*"), killed / "model_0000003.pth"):
+        path.unlink()
+    (killed / "last_checkpoint").write_text("model_0000001.pth")
+    lines = (killed / "metrics.json").read_text().splitlines(keepends=True)
+    (killed / "metrics.json").write_text(lines[0])
+    resumed = _resumed(killed, *opts)
+    resumed.train()
+    best, metrics = (
+        [(folder / name).read_text() for folder in (killed, tmp_path / "through")]
+        for name in ("model_best.json", "metrics.json")
+    )
+    assert best[0] == best[1]
+    ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in metrics)
+    assert [x["iteration"] for x in ours] == [x["iteration"] for x in theirs] == [0, 1, 3, 5, 6]
+    for name in ("panoptic_seg/PQ", "total_loss", "grad_norm", "lr"):
+        assert [x.get(name) for x in ours] == [x.get(name) for x in theirs]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_KEPT", 2, "MODEL.MASK_ON", True]
+    opts += ["TEST.EVAL_PERIOD", 2]
+    trained(stand_in_cfg(tmp_path, *opts))
+    expected = ["model_0000004.pth", "model_0000005.pth", "model_best.pth", "model_final.pth"]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == expected
+    resumed = _resumed(tmp_path, *opts, "SOLVER.MAX_ITER", 7)
+    resumed.train()
+    expected[:2] = ["model_0000005.pth", "model_0000006.pth"]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == expected
+
+
+def test_a_checkpoint_of_the_last_iteration_becomes_the_final_one(tmp_path: Path) -> None:
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 6]
+    trainer = trained(stand_in_cfg(tmp_path, *opts))
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    before = (tmp_path / "metrics.json").read_text()
+    _resumed(tmp_path, *opts).train()
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert_same_state(final["model"], trainer.model.state_dict())
+    assert final["iteration"] == 5
+    assert (tmp_path / "metrics.json").read_text() == before
+
+
+def test_the_best_of_later_iterations_is_kept(tmp_path: Path) -> None:
+    """Its file was written after the checkpoint that the run is resumed from."""
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2, "MODEL.MASK_ON", True]
+    trained(stand_in_cfg(tmp_path, *opts))
+    best = {"metric": "panoptic_seg/PQ", "value": 99.0, "iteration": 5}
+    (tmp_path / "model_best.json").write_text(json.dumps(best))
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    _resumed(tmp_path, *opts).train()
+    assert json.loads((tmp_path / "model_best.json").read_text()) == best

@@ -2,11 +2,12 @@
 
 from .files import read_weights
 from .loading import PanopticCheckpointer
-from .records import ClassTableRecord, SettingsRecord, read_class_table
+from .records import ClassTableRecord, RunRecord, SettingsRecord, read_class_table
 
 __all__ = [
     "ClassTableRecord",
     "PanopticCheckpointer",
+    "RunRecord",
     "SettingsRecord",
     "read_class_table",
     "read_weights",

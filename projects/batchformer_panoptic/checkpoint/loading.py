@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
 from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
-from ..data.io import write_atomically
+from ..data.io import write_atomically, write_text
 from ..errors import UserError, one_line
 from .files import check_is_file, read_weights
 from .mismatch import (
@@ -26,6 +28,7 @@ from .mismatch import (
 from .records import CLASS_TABLE_KEY as CLASS_TABLE
 from .records import SETTINGS_KEY as SETTINGS
 from .records import ClassTableRecord, SettingsRecord, implied_settings
+from .search import LAST_CHECKPOINT, FoundCheckpoint, find_checkpoint
 
 LIVE_MODEL = "live_model"
 # Checkpoints that are saved next to the regular ones and are not resumed from.
@@ -85,6 +88,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         self._resuming = False
         self._other_classes = False
         self._path = ""
+        self._found: FoundCheckpoint | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save model, class table, settings and all checkpointables to ``save_dir/name.pth``.
@@ -109,7 +113,39 @@ class PanopticCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record the file to resume from, except for the best and the non-finite checkpoint."""
         if not last_filename_basename.startswith(_SIDE_CHECKPOINTS):
-            super().tag_last_checkpoint(last_filename_basename)
+            write_text(os.path.join(self.save_dir, LAST_CHECKPOINT), last_filename_basename)
+
+    def find_checkpoint(self) -> str:
+        """Return the checkpoint of ``save_dir`` to continue from, by the rule of `search`.
+
+        The main process decides for all.
+
+        Returns:
+            The path; "" if there are no checkpoints.
+
+        Raises:
+            UserError: no checkpoint is whole, or some process cannot see it.
+        """
+        path = reason = ""
+        if comm.is_main_process():
+            try:
+                self._found = find_checkpoint(
+                    Path(self.save_dir), with_trainer="trainer" in self.checkpointables
+                )
+                path = "" if self._found is None else str(self._found.path)
+            except UserError as error:
+                reason = str(error)
+        path, reason = comm.all_gather((path, reason))[0]
+        if reason:
+            raise UserError(reason)
+        if path and not all(comm.all_gather(os.path.isfile(path))):
+            raise UserError(f"checkpoint {path} is not there for all processes")
+        return path
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load what `find_checkpoint` finds, to resume from it, or else the weights of a path."""
+        found = self.find_checkpoint() if resume else ""
+        return self.load(found) if found else self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load the model and, by default, everything that is needed to resume.
@@ -142,12 +178,15 @@ class PanopticCheckpointer(DetectionCheckpointer):
                 f"cannot resume from {path}: {one_line(error)}; resume with the config of the run, "
                 "or start another OUTPUT_DIR with MODEL.WEIGHTS"
             ) from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if not self._resuming:
+                raise
+            raise UserError(
+                f"cannot resume from {path}: its state of the training cannot be restored "
+                f"({type(error).__name__}: {one_line(error, first_line_only=True)})"
+            ) from error
         finally:
             self._parsed_url_during_load = None
-        if self._resuming and self._ema is None and LIVE_MODEL in rest:
-            raise UserError(
-                f"checkpoint {path} was trained with SOLVER.EMA_DECAY > 0; resume with the same"
-            )
         return rest
 
     def load_for_other_classes(self, path: str) -> None:
@@ -169,9 +208,18 @@ class PanopticCheckpointer(DetectionCheckpointer):
             self._other_classes = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        found, self._found = self._found, None
+        if found is not None and str(found.path) == filename:
+            return found.content
         return read_weights(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
+        if self._resuming and (LIVE_MODEL in checkpoint) != (self._ema is not None):
+            had = "> 0" if self._ema is None else "0"
+            raise UserError(
+                f"checkpoint {self._path} was trained with SOLVER.EMA_DECAY {had}: resume with the "
+                "same, or start another OUTPUT_DIR with MODEL.WEIGHTS"
+            )
         weights = checkpoint["model"]
         _strip_prefix_if_present(weights, "module.")
         self._compare(checkpoint)

@@ -1,8 +1,9 @@
-"""The records stored in a checkpoint: its class table and the settings that weights depend on.
+"""The records stored in a checkpoint: classes, settings that weights depend on, and the run.
 
 Settings are those that affect predictions but neither names nor shapes of weights.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from ..data.class_table import ClassTable
 from ..errors import UserError
 from .files import read_weights
 from .mismatch import start_from
+
+logger = logging.getLogger(__name__)
 
 # --- classes ---
 
@@ -227,6 +230,89 @@ def implied_settings(
         "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
         "MODEL.RESNETS.STRIDE_IN_1X1": True,
     }
+
+
+# --- the run ---
+
+# With another value the saved state would mean something else.
+_FIXED = ("SOLVER.OPTIMIZER", "SOLVER.IMS_PER_BATCH", "SOLVER.GRADIENT_ACCUMULATION")
+# A resumed run does not read these, or keeps its own (SEED).
+_UNUSED = {"MODEL.INIT_FROM", "MODEL.WEIGHTS", "OUTPUT_DIR", "SEED", "VERSION"}
+_PROCESSES = "number of processes"
+
+
+class RunRecord:
+    """The settings and the images of a training, stored in its checkpoints to be resumed.
+
+    The rule for a resumed run with other settings: the optimizer, the size of a batch, the
+    accumulation of gradients and the training images are part of what the saved state means, and a
+    change is refused. (So is one of the model, the classes, and averaging of weights on or off, by
+    `PanopticCheckpointer`.) Every other setting is that of the config, from the next iteration on,
+    and a line of the log names each change.
+
+    Args:
+        cfg: the config in use; read, never changed.
+        processes: number of processes that train.
+    """
+
+    def __init__(self, cfg: CfgNode, processes: int) -> None:
+        self._settings = {**_flat(cfg), _PROCESSES: processes}
+        self._images: Mapping[str, Any] | None = None
+        # Whether a checkpoint had such a record; those of older versions do not.
+        self.is_loaded = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers, texts, and containers of them."""
+        return {"settings": self._settings, "images": self._images}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Compare with the record of the checkpoint that the run is resumed from.
+
+        Raises:
+            UserError: a setting has changed that must not.
+        """
+        theirs, self._images = stored["settings"], stored["images"]
+        changed = {
+            key: f"{key} {theirs[key]} -> {value}"
+            for key, value in self._settings.items()
+            if key not in _UNUSED and key in theirs and theirs[key] != value
+        }
+        fixed = [key for key in _FIXED if key in changed]
+        if fixed:
+            raise UserError(
+                f"cannot resume with {fixed[0]} {self._settings[fixed[0]]}: give that of the run, "
+                f"{theirs[fixed[0]]}, or start another OUTPUT_DIR with MODEL.WEIGHTS"
+            )
+        if changed:
+            logger.info(f"resuming with changed settings: {', '.join(changed.values())}")
+        self.is_loaded = True
+
+    def set_images(self, images: Mapping[str, Any]) -> None:
+        """Store what identifies the training images, and compare it with the checkpoint.
+
+        Args:
+            images: "count" and "digest" of the data set.
+
+        Raises:
+            UserError: the run was trained on other images or annotations until now.
+        """
+        stored = self._images
+        if stored is not None and stored != images:
+            raise UserError(
+                f"cannot resume: the {images['count']} training images are not the "
+                f"{stored['count']} of the checkpoint, or their annotations have changed; restore "
+                "the data set, or start another OUTPUT_DIR with MODEL.WEIGHTS"
+            )
+        self._images = images
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Return all values of a config by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in cfg.items():
+        name = prefix + key
+        found |= _flat(value, f"{name}.") if isinstance(value, CfgNode) else {name: _plain(value)}
+    return found
 
 
 _MISSING = object()

@@ -13,6 +13,7 @@ from .datasets import (
     setup_datasets,
 )
 from .loader import (
+    CheckedLoader,
     ResumableSampler,
     SampledItem,
     build_test_loader,
@@ -22,6 +23,7 @@ from .loader import (
 from .panoptic_mapper import PanopticDatasetMapper, build_augmentations
 
 __all__ = [
+    "CheckedLoader",
     "ClassTable",
     "ClassificationMapper",
     "PanopticDatasetMapper",

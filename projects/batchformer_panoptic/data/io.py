@@ -8,6 +8,7 @@ import functools
 import glob
 import json
 import os
+import re
 import shutil
 import struct
 import unicodedata
@@ -452,6 +453,30 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one of them on each line, such as ``metrics.json``.
+
+    A line that is not an object is left out: a process that is killed may leave half of one.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    return [found for found in map(parse_object, lines) if found is not None]
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line, or None if it has none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 # Parsed annotations take several times the size of their file and stay for the whole run, so that
 # only files up to this many bytes together are kept. COCO's panoptic_val2017.json has 12 MB.
 _CACHED_BYTES = 64 * 2**20
@@ -538,6 +563,20 @@ def write_atomically(path: str, save: Callable[[str], None]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)
+
+
+# A temporary file of `write_atomically`: a dot, the stem, 32 hexadecimal digits and the ending.
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}(\.[^.]+)?")
+
+
+def name_of_temporary(name: str) -> str | None:
+    """Return the name of the file that `write_atomically` was writing, or None.
+
+    Args:
+        name: of a file that may be one of its temporary files, which only a killed process leaves.
+    """
+    found = _TEMPORARY.fullmatch(name)
+    return None if found is None else found[1] + (found[2] or "")
 
 
 def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> None:

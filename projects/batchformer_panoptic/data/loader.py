@@ -6,10 +6,13 @@ can be resumed anywhere, with any number of workers.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +102,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
         # The base seed of workers is drawn from this generator; the global one is the model's.
         generator=torch.Generator(),
     )
-    return CheckedLoader(loader)
+    return CheckedLoader(loader, identity_of(dataset_dicts))
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "CheckedLoader":
@@ -150,6 +153,21 @@ def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict
         reason = one_line(error)
         raise UserError(f"data set {', '.join(names)} cannot be read: {reason}") from error
     return dataset_dicts
+
+
+def identity_of(dataset_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return "count" and "digest" of the images and annotations of a data set, in their order.
+
+    Of paths only the file name counts, so that a data set can be moved.
+    """
+    digest = hashlib.sha256()
+    for dataset_dict in dataset_dicts:
+        content = {
+            key: os.path.basename(value) if key.endswith("file_name") else value
+            for key, value in dataset_dict.items()
+        }
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return {"count": len(dataset_dicts), "digest": digest.hexdigest()}
 
 
 def _build_mapper(cfg: CfgNode, dataset_name: str, is_train: bool) -> Mapper:
@@ -400,8 +418,15 @@ class SampledDataset(Dataset[dict[str, Any] | Failure]):
 class CheckedLoader:
     """Iterates a DataLoader whose mapper reports failures, and raises them as `UserError`."""
 
-    def __init__(self, loader: "DataLoader[Any]") -> None:
+    def __init__(self, loader: "DataLoader[Any]", images: Mapping[str, Any] | None = None) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: of batches of dicts or `Failure`.
+            images: the `identity_of` its data set, None for an evaluation.
+        """
         self.loader = loader
+        self.images = images
 
     def __len__(self) -> int:
         """Number of batches; TypeError for an endless loader."""

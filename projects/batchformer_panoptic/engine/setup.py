@@ -23,9 +23,11 @@ from ..batchformer.batchformer import TWO_STREAMS
 from ..command_line import ROOT
 from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
+from ..data.io import write_text
 from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 from ..visualization.report import REPORT_NAME
+from .output_folder import METRICS, hold, release, remove_temporaries
 from .solver import apply_epochs
 from .writers import start_logging
 
@@ -215,21 +217,36 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 _RUN_FILES = (
     "model_[0-9]*.pth",
     *("model_final.pth", "model_best.pth", "model_best.json", "model_nonfinite.pth"),
-    *("last_checkpoint", "metrics.json", "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+    *("last_checkpoint", METRICS, "events.out.tfevents.*", "log.txt*", REPORT_NAME),
 )
+_CONFIG = "config.yaml"
 
 
 def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Create the folder and write ``config.yaml``; delete an earlier run with ``--overwrite``.
+    """Create and lock the folder, and write ``config.yaml``; with ``--overwrite``, empty it first.
 
-    An evaluation leaves the ``config.yaml`` of a training as it is.
+    An evaluation leaves the ``config.yaml`` of a training as it is; a resumed training writes it
+    when it is clear that it can be resumed.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if args.overwrite and (args.resume or args.eval_only):
         raise UserError("--overwrite starts a training anew: leave out --resume and --eval-only")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
+        remove_temporaries(folder, (*_RUN_FILES, _CONFIG))
+        _start_folder(folder, cfg, args)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {folder} cannot be used: {error.strerror}") from None
+    except UserError:
+        release(folder)
+        raise
+
+
+def _start_folder(folder: Path, cfg: CfgNode, args: argparse.Namespace) -> None:
     files = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
     # A training that has made a step has metrics; weights may also come from elsewhere.
-    metrics = folder / "metrics.json"
+    metrics = folder / METRICS
     is_used = (metrics.is_file() and metrics.stat().st_size > 0) or any(
         path.suffix == ".pth" for path in files
     )
@@ -244,16 +261,12 @@ def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
                 f"--overwrite would delete {weights}, from which the training starts: name "
                 "another OUTPUT_DIR"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for path in files:
-                path.unlink()
-            shutil.rmtree(folder / "inference", ignore_errors=True)
-        if not (args.eval_only and (folder / "config.yaml").exists()):
-            (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {folder} cannot be used: {error.strerror}") from None
+    if args.overwrite:
+        for path in files:
+            path.unlink()
+        shutil.rmtree(folder / "inference", ignore_errors=True)
+    if not ((folder / _CONFIG).exists() if args.eval_only else args.resume):
+        write_text(folder / _CONFIG, cfg.dump())
 
 
 def _set_start(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -370,19 +383,16 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
             f"MODEL.ACTIVATION_CHECKPOINTING names {sorted(unknown)[0]!r}; "
             f"known: {', '.join(_CHECKPOINTED_PARTS)}"
         )
-    if cfg.SOLVER.GRADIENT_ACCUMULATION < 1:
-        raise UserError(
-            "SOLVER.GRADIENT_ACCUMULATION must be at least 1 batch, "
-            f"not {cfg.SOLVER.GRADIENT_ACCUMULATION}"
-        )
-    if cfg.SOLVER.EPOCHS < 0:
-        raise UserError(f"SOLVER.EPOCHS must be at least 0 (off), not {cfg.SOLVER.EPOCHS}")
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise UserError(f"SOLVER.EMA_DECAY must be in [0, 1), not {cfg.SOLVER.EMA_DECAY}")
-    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
-        raise UserError(
-            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, not {cfg.SOLVER.CHECKPOINT_PERIOD}"
-        )
+    for key, least, unit in (
+        ("GRADIENT_ACCUMULATION", 1, " batch"),
+        ("EPOCHS", 0, " (off)"),
+        ("CHECKPOINT_PERIOD", 1, ""),
+        ("CHECKPOINTS_KEPT", 0, " (all)"),
+    ):
+        if cfg.SOLVER[key] < least:
+            raise UserError(f"SOLVER.{key} must be at least {least}{unit}, not {cfg.SOLVER[key]}")
     if cfg.MODEL.INIT_FROM and cfg.MODEL.MASK_HEAD.FREEZE_DETR and not eval_only:
         raise UserError(
             "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head, whose rows of new classes "

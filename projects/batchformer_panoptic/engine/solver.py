@@ -1,7 +1,7 @@
 """Optimizer, gradient clipping and learning-rate schedule of a config."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,66 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if _clip_type(cfg) in ("value", "norm"):
         optimizer = maybe_add_gradient_clipping(cfg, optimizer)
     return optimizer
+
+
+# What an optimizer stores for a parameter; tensors of the parameter's shape except "step".
+_STATE = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
+
+def resumed_state(
+    optimizer: torch.optim.Optimizer,
+    names: Sequence[str],
+    saved: Mapping[str, Any],
+    saved_names: Sequence[str],
+) -> dict[str, Any]:
+    """Combine the saved state of the parameters with the settings of this optimizer.
+
+    Parameters are found by name, since other learning rates or weight decays group them otherwise.
+
+    Args:
+        optimizer: of this config, before the first step.
+        names: of its parameters, in their order in its groups.
+        saved: the ``state_dict()`` of the optimizer of the checkpoint.
+        saved_names: of its parameters.
+
+    Returns:
+        What ``optimizer.load_state_dict`` takes.
+
+    Raises:
+        UserError: another kind of optimizer, other trained parameters, or an incomplete state.
+    """
+    different = sorted(set(names) ^ set(saved_names))
+    if different:
+        raise UserError(
+            f"cannot resume: only one of checkpoint and config trains {different[0]} "
+            f"({len(different)} such parameters); see MODEL.*FREEZE*, or start another OUTPUT_DIR "
+            "with MODEL.WEIGHTS"
+        )
+    of_name = {name: saved["state"].get(index) for index, name in enumerate(saved_names)}
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = next(keys for kind, keys in _STATE.items() if isinstance(optimizer, kind))
+    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        state = of_name[name]
+        if state is None:  # it has not had a gradient yet
+            continue
+        shapes = [torch.as_tensor(v).shape for k, v in state.items() if k != "step"]
+        if set(state) != expected or any(shape != parameter.shape for shape in shapes):
+            raise UserError(
+                f"cannot resume: the checkpoint has the state of another optimizer for {name}, or "
+                "a damaged one; resume with the SOLVER.OPTIMIZER of the run, or start another "
+                "OUTPUT_DIR with MODEL.WEIGHTS"
+            )
+        own["state"][index] = state
+    if not own["state"] and expected is _STATE[torch.optim.AdamW]:
+        raise UserError(
+            "cannot resume: the checkpoint has no state of AdamW; start another OUTPUT_DIR with "
+            "MODEL.WEIGHTS"
+        )
+    return own
 
 
 def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:

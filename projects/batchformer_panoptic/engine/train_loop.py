@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..batchformer import BatchFormerHook
 from ..errors import NonFiniteError, UserError
 from ..signals import StopRequest
-from .solver import GradientClipper
+from .solver import GradientClipper, resumed_state
 
 # Random numbers.
 
@@ -251,6 +251,8 @@ class StreamTrainLoop(SimpleTrainer):
         stop: a signal to stop; its attribute ``agreed`` is set if any process has got one.
         log_period: iterations between two transfers of metrics; the first and the last iteration
             are always logged.
+        checkpoint_period: iterations between two checkpoints, whose iterations are logged, too, so
+            that a resumed run averages metrics over the same iterations; 0: none.
     """
 
     def __init__(
@@ -266,6 +268,7 @@ class StreamTrainLoop(SimpleTrainer):
         ema: WeightAverage | None = None,
         stop: StopRequest | None = None,
         log_period: int = LOG_PERIOD,
+        checkpoint_period: int = 0,
     ) -> None:
         super().__init__(model, None, optimizer)
         self.seed = seed
@@ -275,10 +278,13 @@ class StreamTrainLoop(SimpleTrainer):
         self._accumulation = accumulation
         self._ema = ema
         self._stop = stop or StopRequest()
-        self._log_period = log_period
+        self._log_periods = [period for period in (log_period, checkpoint_period) if period]
         self._window = MetricWindow()
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
+        names = {id(parameter): name for name, parameter in unwrapped.named_parameters()}
+        self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device.type
         self._amp = amp
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
@@ -314,15 +320,21 @@ class StreamTrainLoop(SimpleTrainer):
         self._log({**metrics, "grad_norm": grad_norm}, data_time)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return iteration, optimizer, seed and loss scale."""
+        """Return iteration, optimizer, the names of its parameters, seed and loss scale."""
         state: dict[str, Any] = super().state_dict()
+        state["parameters"] = self._names
         state["seed"] = self.seed
         state["grad_scaler"] = self._scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
-        super().load_state_dict(state_dict)
+        """Restore the result of `state_dict`; learning rate and decay stay those of the config."""
+        saved = state_dict["optimizer"]
+        # Checkpoints of older versions have no names, but their parameters in the same order.
+        optimizer = resumed_state(
+            self.optimizer, self._names, saved, state_dict.get("parameters") or self._names
+        )
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
         self.seed = state_dict["seed"]
         if self._scaler.is_enabled() and state_dict["grad_scaler"]:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
@@ -381,8 +393,8 @@ class StreamTrainLoop(SimpleTrainer):
 
     def is_logged(self, iteration: int) -> bool:
         """Whether the metrics are transferred and logged after an iteration."""
-        first, last = self.start_iter, self.max_iter - 1
-        return iteration in (first, last) or (iteration + 1) % self._log_period == 0
+        is_due = any((iteration + 1) % period == 0 for period in self._log_periods)
+        return is_due or iteration in (0, self.max_iter - 1)
 
 
 def _describe_non_finite(

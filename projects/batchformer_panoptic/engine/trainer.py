@@ -16,25 +16,39 @@ from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hoo
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    EventWriter,
+    JSONWriter,
+    get_event_storage,
+    has_event_storage,
+)
 from torch import nn
 
 from ..batchformer.batchformer import TWO_STREAMS
-from ..checkpoint import PanopticCheckpointer, SettingsRecord
+from ..checkpoint import PanopticCheckpointer, RunRecord, SettingsRecord
+from ..checkpoint.search import FINAL
 from ..config import classifies
-from ..data import build_test_loader, build_train_loader
+from ..data import CheckedLoader, build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
-from ..data.io import read_json
+from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
 from ..visualization.report import example_pictures, has_examples, write_report
+from .output_folder import METRICS, cut_metrics, hold, last_logged, logged_values, release
 from .processes import is_failed_collective
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
-from .writers import BestCheckpointer, ConsoleWriter, LogWriter
+from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
+from .writers import (
+    BestCheckpointer,
+    ConsoleWriter,
+    KeptCheckpoints,
+    LogWriter,
+    TensorBoardWriter,
+    best_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +88,10 @@ class PanopticTrainer(DefaultTrainer):
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
             stop=self._stop,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._record = RunRecord(cfg, comm.get_world_size())
         self.checkpointer = PanopticCheckpointer(
             self.model,
             cfg.OUTPUT_DIR,
@@ -83,33 +99,50 @@ class PanopticTrainer(DefaultTrainer):
             class_table=_classes_of(cfg.DATASETS.TRAIN[0]),
             settings=SettingsRecord(cfg),
             ema=self.ema,
+            run=self._record,
             # A proxy, as in DefaultTrainer: no reference cycle.
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
+        self.is_resumed = False
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: dict[str, Any] | None = None
         self._is_between_steps = False
+        # Of a resumed run: the file, the values logged in its last iteration, and whether what
+        # followed it in that iteration was cut off.
+        self._resumed_from = ""
+        self._last_values: dict[str, float] = {}
+        self._is_cut_off = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of ``OUTPUT_DIR``, or load initial weights.
+        """Resume from the last whole checkpoint of ``OUTPUT_DIR``, or load initial weights.
 
         Initial weights are ``MODEL.INIT_FROM``, a model of other classes, or ``MODEL.WEIGHTS``.
 
         Raises:
-            UserError: the checkpoint cannot be read or does not fit.
+            UserError: the checkpoint cannot be read or does not fit, or the folder has a run but no
+                whole checkpoint.
         """
         source, weights = self.cfg.MODEL.INIT_FROM, self.cfg.MODEL.WEIGHTS
-        if not source or (resume and self.checkpointer.has_checkpoint()):
+        self.is_resumed = resume
+        self._resumed_from = self.checkpointer.find_checkpoint() if resume else ""
+        if self._resumed_from:
             if source:
                 logger.info(f"resuming the run: --init-from {source} is ignored")
-            super().resume_or_load(resume)
-        else:
+            self._resume(self._resumed_from)
+        elif resume and last_logged(Path(self.cfg.OUTPUT_DIR)) >= self.cfg.SOLVER.CHECKPOINT_PERIOD:
+            raise UserError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} has the metrics of a run, but none of its "
+                "checkpoints: restore them, or start anew with --overwrite"
+            )
+        elif source:
             if weights:
                 logger.warning(f"--init-from overrides MODEL.WEIGHTS {weights}")
             self.checkpointer.load_for_other_classes(source)
+        else:
+            self.checkpointer.load(weights, checkpointables=[])
         if self.start_iter == 0 and self.ema is not None:
             self.ema.copy_live()
         if self._trainer.seed != self.cfg.SEED:
@@ -118,6 +151,38 @@ class PanopticTrainer(DefaultTrainer):
             self.cfg.defrost()
             self.cfg.SEED = self._trainer.seed
             self.cfg.freeze()
+
+    def _resume(self, path: str) -> None:
+        self.checkpointer.load(path)
+        self.start_iter = self.iter + 1
+        if not self._record.is_loaded:
+            logger.info(f"{path} is of an older version: changed settings are not named")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint; the schedule is that of the config."""
+        super().load_state_dict(state_dict)
+        if self.iter >= self.max_iter:
+            raise UserError(
+                f"cannot resume: SOLVER.MAX_ITER is {self.max_iter}, and the checkpoint has "
+                f"{self.iter + 1} iterations; give as many or more"
+            )
+        self._last_values = state_dict.get("values", {})
+        self.scheduler.last_epoch = self.iter + 1
+        groups = self.optimizer.param_groups
+        self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return iteration, optimizer and what this iteration has logged so far."""
+        state: dict[str, Any] = super().state_dict()
+        if has_event_storage():
+            storage = get_event_storage()
+            hints = storage.smoothing_hints()
+            latest = storage.latest().items()
+            # Those with a hint are times.
+            state["values"] = {k: v for k, (v, i) in latest if i == self.iter and not hints[k]}
+        return state
 
     def train(self) -> dict[str, Any] | None:
         """Train to ``SOLVER.MAX_ITER`` and return the results of the last evaluation.
@@ -135,10 +200,13 @@ class PanopticTrainer(DefaultTrainer):
         if self.start_iter < self.max_iter:
             first_batch = self.start_iter * self.cfg.SOLVER.GRADIENT_ACCUMULATION
             self.data_loader = self.build_train_loader(self.cfg, start_iter=first_batch)
-        with _without_traceback_of_user_errors(), self._stopping_on_signals():
-            super().train()
-        if comm.is_main_process():
-            self._log_outcome()
+            if isinstance(self.data_loader, CheckedLoader) and self.data_loader.images:
+                self._record.set_images(self.data_loader.images)
+        with self._owning_output():
+            with _without_traceback_of_user_errors(), self._stopping_on_signals():
+                super().train()
+            if comm.is_main_process():
+                self._log_outcome()
         return self._last_eval_results
 
     @contextlib.contextmanager
@@ -158,6 +226,64 @@ class PanopticTrainer(DefaultTrainer):
                 raise Stopped("", self._stop.number) from None
             finally:
                 logging.disable(logging.NOTSET)
+
+    @contextlib.contextmanager
+    def _owning_output(self) -> Iterator[None]:
+        """Keep other runs out of ``OUTPUT_DIR``; make its files those of a resumed checkpoint."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        try:
+            if comm.is_main_process():
+                hold(folder)
+                if self.is_resumed:
+                    self._continue_files(folder)
+            self._is_cut_off = comm.all_gather(self._is_cut_off)[0]
+            yield
+        finally:
+            if comm.is_main_process():
+                release(folder)
+
+    def _continue_files(self, folder: Path) -> None:
+        """Find out what a kill has cut off after the checkpoint, and drop what is repeated."""
+        best_record(folder)  # a damaged one ends the run here
+        last = self.start_iter - 1
+        if last >= 0:
+            values = logged_values(folder, last)
+            period = self.cfg.TEST.EVAL_PERIOD if len(self.cfg.DATASETS.TEST) else 0
+            is_evaluated = period > 0 and self.start_iter % period == 0
+            if is_evaluated and self.start_iter < self.max_iter:
+                self._is_cut_off = _best_metric(self.cfg) not in values
+            else:
+                self._is_cut_off = self._trainer.is_logged(last) and not values
+        cut_metrics(folder, self._first_written())
+        write_text(folder / "config.yaml", self.cfg.dump())
+
+    def _first_written(self) -> int:
+        """The first iteration that this run writes metrics of."""
+        return self.start_iter - int(self._is_cut_off)
+
+    def before_train(self) -> None:
+        """Run the hooks; complete the iteration of the checkpoint that the run is resumed from."""
+        super().before_train()
+        if self._resumed_from:
+            self.iter = self.storage.iter = self.start_iter - 1
+            self._complete_iteration()
+            self.iter = self.storage.iter = self.start_iter
+
+    def _complete_iteration(self) -> None:
+        """Make up for what a kill has cut off after the checkpoint: final file, evaluation, log."""
+        is_last = self.start_iter == self.max_iter
+        if is_last and Path(self._resumed_from).name != FINAL:
+            self.checkpointer.save(Path(FINAL).stem, iteration=self.iter)
+        if self._is_cut_off:
+            self.storage.put_scalars(**self._last_values, smoothing_hint=False)
+            for hook in self._hooks:
+                if isinstance(hook, hooks.EvalHook | BestCheckpointer | LogWriter):
+                    hook.after_step()
+
+    def after_train(self) -> None:
+        """Run the hooks; without a step the iteration is the same as after one."""
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def _save_stopped(self, stop: Stopped) -> Stopped:
         """Save the state between two iterations; return the exception with the user's line."""
@@ -198,9 +324,8 @@ class PanopticTrainer(DefaultTrainer):
     def _log_outcome(self) -> None:
         """Write the report, and log the last lines: best file, its values, what to look at."""
         folder = Path(self.cfg.OUTPUT_DIR)
-        best = folder / "model_best.json"
-        if best.is_file():
-            record = read_json(best)
+        record = best_record(folder)
+        if record is not None:
             weights = folder / "model_best.pth"
             # The last evaluation is logged as one iteration after the last step.
             iteration = min(record["iteration"] + 1, self.max_iter)
@@ -251,8 +376,8 @@ class PanopticTrainer(DefaultTrainer):
 
         built = [hooks.IterationTimer(), hooks.LRScheduler()]
         if main:
-            period = cfg.SOLVER.CHECKPOINT_PERIOD
-            built.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
+            period, kept = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT
+            built.append(KeptCheckpoints(self.checkpointer, period, kept, cfg.OUTPUT_DIR))
         if len(cfg.DATASETS.TEST):
             built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if main:
@@ -266,7 +391,8 @@ class PanopticTrainer(DefaultTrainer):
                         lambda: per_class_values(cfg, self._last_eval_results or {}),
                     )
                 )
-            built.append(LogWriter(self.build_writers(), LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+            is_logged = self._trainer.is_logged
+            built.append(LogWriter(self.build_writers(), is_logged, cfg.TEST.EVAL_PERIOD))
         return built
 
     def _store_pictures(self, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -282,13 +408,17 @@ class PanopticTrainer(DefaultTrainer):
                 self.storage.put_image(f"{name}/{pictures.file_name}", picture.transpose(2, 0, 1))
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the writers of console, ``metrics.json`` and TensorBoard."""
+        """Return the writers of console, TensorBoard and ``metrics.json``.
+
+        The last one comes last: an iteration in it is complete.
+        """
         output_dir = Path(self.cfg.OUTPUT_DIR)
         output_dir.mkdir(parents=True, exist_ok=True)
+        trainer = weakref.proxy(self)
         return [
             ConsoleWriter(self.max_iter),
-            JSONWriter(str(output_dir / "metrics.json")),
-            TensorboardXWriter(str(output_dir)),
+            TensorBoardWriter(str(output_dir), lambda: trainer._first_written()),
+            JSONWriter(str(output_dir / METRICS)),
         ]
 
     @classmethod
@@ -358,13 +488,13 @@ class PanopticTrainer(DefaultTrainer):
             class_table=_classes_of(cfg.DATASETS.TEST[0]),
             settings=SettingsRecord(cfg),
         )
-        if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        weights = (checkpointer.find_checkpoint() if resume else "") or cfg.MODEL.WEIGHTS
+        if not weights:
             raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        checkpointer.load(weights)
         results: dict[str, Any] = cls.test(cfg, model)
         if not comm.is_main_process():
             return results
-        weights = cfg.MODEL.WEIGHTS or "last checkpoint"
         _write_report(cfg, results, weights, trained=False)
         if cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)

@@ -1,7 +1,6 @@
 """Output of a run: log, console line, periodic writing, best checkpoint, and the last lines."""
 
 import datetime
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -10,14 +9,23 @@ from typing import Any
 
 import torch
 from detectron2.engine.hooks import BestCheckpointer as Detectron2BestCheckpointer
-from detectron2.engine.hooks import PeriodicWriter
+from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.events import (
+    EventStorage,
+    EventWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 from detectron2.utils.logger import setup_logger
 
-from ..data.io import write_json
+from ..checkpoint.search import numbered_checkpoints
+from ..data.io import read_json, write_json
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
+
+BEST_RECORD = "model_best.json"
 
 
 def start_logging(output_dir: str, *, with_tables: bool) -> None:
@@ -49,29 +57,86 @@ def _is_one_line(record: logging.LogRecord) -> bool:
 
 
 class LogWriter(PeriodicWriter):
-    """Detectron2's periodic writer; also writes after the first iteration and each evaluation.
+    """Detectron2's periodic writer; writes when the training loop does, and after evaluations.
 
     Args:
         writers: called at each of these iterations.
-        period: iterations between two calls.
+        is_logged: tells whether the training loop logs an iteration.
         eval_period: iterations between two evaluations, 0: none. Without a call in between, the
             results of the next evaluation would overwrite those of the last one.
     """
 
-    def __init__(self, writers: list[EventWriter], period: int, eval_period: int) -> None:
-        super().__init__(writers, period)
+    def __init__(
+        self, writers: list[EventWriter], is_logged: Callable[[int], bool], eval_period: int
+    ) -> None:
+        super().__init__(writers)
         self._all_writers = writers
+        self._is_logged = is_logged
         self._eval_period = eval_period
 
     def after_step(self) -> None:
         """Write if the training loop has just logged or the model was just evaluated."""
         iteration = self.trainer.iter
         evaluated = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
-        if iteration == self.trainer.start_iter or evaluated:
+        if evaluated or self._is_logged(iteration):
             for writer in self._all_writers:
                 writer.write()
-        else:
-            super().after_step()
+
+
+class TensorBoardWriter(TensorboardXWriter):
+    """Detectron2's writer of TensorBoard events, for runs that are killed and resumed.
+
+    Args:
+        log_dir: the folder of ``events.out.tfevents.*``.
+        first_step: returns the first iteration of this run, known when it starts. TensorBoard does
+            not show what an earlier run has written of it and later ones.
+    """
+
+    def __init__(self, log_dir: str, first_step: Callable[[], int]) -> None:
+        super().__init__(log_dir)
+        self._first_step = first_step
+
+    def write(self) -> None:
+        """Write to the disk; torch would keep values for two minutes, which a kill would lose."""
+        self._writer_args["purge_step"] = self._first_step()
+        super().write()
+        self._writer.flush()
+
+
+class KeptCheckpoints(PeriodicCheckpointer):
+    """Detectron2's periodic checkpointer, which can delete all but the newest numbered files.
+
+    Detectron2's own limit does not count the files from before a resumed run.
+
+    Args:
+        checkpointer: writes the files.
+        period: iterations between two of them.
+        kept: how many are kept; 0: all.
+        folder: the folder of the checkpoints.
+    """
+
+    def __init__(self, checkpointer: Any, period: int, kept: int, folder: str) -> None:
+        super().__init__(checkpointer, period)
+        self._kept = kept
+        self._folder = Path(folder)
+
+    def before_train(self) -> None:
+        """Delete what a killed run has not deleted any more."""
+        super().before_train()
+        self._thin(self.trainer.start_iter - 1)
+
+    def after_step(self) -> None:
+        """Save if it is time to, and delete the oldest."""
+        super().after_step()
+        if (self.trainer.iter + 1) % self.period == 0:
+            self._thin(self.trainer.iter)
+
+    def _thin(self, iteration: int) -> None:
+        # Files of later iterations are of a run from before, and no reason to delete this one's.
+        numbered = numbered_checkpoints(self._folder)
+        paths = [path for number, path in numbered.items() if number <= iteration]
+        for path in paths[: -self._kept] if self._kept else []:
+            path.unlink()
 
 
 class ConsoleWriter(EventWriter):
@@ -120,6 +185,25 @@ class ConsoleWriter(EventWriter):
         return str(datetime.timedelta(seconds=int(seconds)))
 
 
+def best_record(folder: Path) -> dict[str, Any] | None:
+    """Return the content of ``model_best.json``, None without the file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / BEST_RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        if isinstance(record, dict) and {"metric", "value", "iteration"} <= record.keys():
+            return record
+        reason = f"{path} is no record of the best evaluation"
+    except UserError as error:
+        reason = str(error)
+    raise UserError(f"{reason}; restore it, or delete it to look for the best among later ones")
+
+
 class BestCheckpointer(Detectron2BestCheckpointer):
     """Detectron2's best checkpointer; a resumed run continues with the best value so far.
 
@@ -145,16 +229,16 @@ class BestCheckpointer(Detectron2BestCheckpointer):
         super().__init__(eval_period, checkpointer, metric)
         self._per_class = per_class
         self._metric = metric
-        self._record = Path(output_dir) / "model_best.json"
+        self._folder = Path(output_dir)
         self._written: int | None = None  # the iteration
 
     def before_train(self) -> None:
         """Read the best value of a resumed run."""
-        if self.trainer.start_iter > 0 and self._record.is_file():
-            record = json.loads(self._record.read_text())
-            if record["metric"] == self._metric and record["iteration"] < self.trainer.start_iter:
-                self.best_metric, self.best_iter = record["value"], record["iteration"]
-                self._written = self.best_iter
+        record = best_record(self._folder) if self.trainer.is_resumed else None
+        has_weights = (self._folder / "model_best.pth").is_file()
+        if record is not None and record["metric"] == self._metric and has_weights:
+            self.best_metric, self.best_iter = record["value"], record["iteration"]
+            self._written = self.best_iter
 
     def after_step(self) -> None:
         """Save if the evaluation of this iteration is the best so far."""
@@ -175,5 +259,5 @@ class BestCheckpointer(Detectron2BestCheckpointer):
             "iteration": self.best_iter,
             "per_class": self._per_class(),
         }
-        write_json(self._record, record, indent=2)
+        write_json(self._folder / BEST_RECORD, record, indent=2)
         self._written = self.best_iter

@@ -6,7 +6,6 @@ evaluation. The pictures of a panoptic evaluation are those of its ``examples``.
 
 import base64
 import io
-import json
 import platform
 import re
 from collections import Counter
@@ -26,7 +25,14 @@ from matplotlib.figure import Figure
 
 from ..config import classifies
 from ..data.class_table import ClassTable
-from ..data.io import ImageArray, read_image, read_json, read_segment_map, write_text
+from ..data.io import (
+    ImageArray,
+    read_image,
+    read_json,
+    read_json_lines,
+    read_segment_map,
+    write_text,
+)
 from ..evaluation.panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
 from ..evaluation.top_k import RESULTS_NAME as TOP_K_RESULTS
 from .drawing import automatic_scale, draw_scene, enlarge
@@ -146,7 +152,7 @@ def _curves(path: Path) -> str:
     """Charts of the metrics over the iterations; "" without a training."""
     if not path.is_file():
         return ""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_json_lines(path)
     steps = max((r["iteration"] + 1 for r in records if "total_loss" in r), default=0)
     series: dict[str, dict[int, float]] = {}
     for record in records:
