@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
 from ..data.io import write_atomically
-from ..errors import UserError, one_line
-from .files import check_is_file, read_weights
+from ..errors import NonFiniteError, UserError, one_line
+from .files import check_is_file, non_finite, read_weights, refuse_non_finite
 from .mismatch import (
     Mismatch,
     describe,
@@ -90,6 +90,10 @@ class PanopticCheckpointer(DetectionCheckpointer):
         """Save model, class table, settings and all checkpointables to ``save_dir/name.pth``.
 
         An existing file is replaced only after the new one is complete.
+
+        Raises:
+            NonFiniteError: something to save is NaN or infinite.
+            UserError: the file cannot be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -101,6 +105,11 @@ class PanopticCheckpointer(DetectionCheckpointer):
         if self._settings is not None:
             data[SETTINGS] = self._settings.state_dict()
         data |= kwargs
+        if found := non_finite(data):
+            raise NonFiniteError(
+                f"checkpoint {name} is not saved: NaN or infinite values in {first(found)} "
+                f"({len(found)} in all); lower SOLVER.BASE_LR, and continue from an earlier one"
+            )
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda temporary: torch.save(data, temporary))
@@ -169,7 +178,10 @@ class PanopticCheckpointer(DetectionCheckpointer):
             self._other_classes = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return read_weights(filename)
+        content = read_weights(filename)
+        if self._resuming:  # optimizer and moving average, too
+            refuse_non_finite(filename, content)
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         weights = checkpoint["model"]
