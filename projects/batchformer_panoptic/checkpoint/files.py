@@ -87,7 +87,7 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     return _with_weights(_read_torch(path, head, allow_pickle), path)
 
 
-def non_finite(values: Mapping[str, Any]) -> list[str]:
+def non_finite(values: Mapping[Any, Any]) -> list[str]:
     """Return the names of the floating-point tensors and arrays that hold NaN or an infinity.
 
     Args:
@@ -106,7 +106,7 @@ def non_finite(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def refuse_non_finite(path: str, values: Mapping[str, Any]) -> None:
+def refuse_non_finite(path: str, values: Mapping[Any, Any]) -> None:
     """Raise UserError if values of a checkpoint, as for `non_finite`, are NaN or infinite."""
     if found := non_finite(values):
         raise UserError(

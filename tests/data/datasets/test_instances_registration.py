@@ -118,7 +118,7 @@ def test_mistakes_in_the_records_are_named(
     files = write_instances(tmp_path / "set", **changes)
     register_instances_dataset(*files.row(name))
     with pytest.raises(UserError, match=words) as caught:
-        load_instances_json(str(files.json_file), str(files.image_root), name)
+        load_instances_json(str(files.json_file), str(files.image_root))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(files.json_file))
     with pytest.raises(UserError, match=words):
