@@ -14,7 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -142,10 +142,17 @@ def _opened(path: str | Path, role: str, *, check: bool = True) -> Iterator[Imag
     with _reading(path, role), PathManager.open(str(path), "rb") as file:
         if check and file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE:
             file.seek(0)
-            Image.open(file, formats=("PNG",)).verify()
+            _verify_png(file)
         file.seek(0)
         with Image.open(file, formats=_known_formats()) as image:
             yield image
+
+
+def _verify_png(file: IO[bytes]) -> None:
+    try:
+        Image.open(file, formats=("PNG",)).verify()
+    except (OSError, SyntaxError):
+        raise ValueError("it is cut off, or one of its checksums is wrong") from None
 
 
 def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
