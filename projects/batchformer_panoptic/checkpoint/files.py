@@ -35,6 +35,7 @@ _HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
 _JSON_METADATA = ("settings", "class_table")
 _HEAD_BYTES = 4096
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_DOS_FOLDER = 0x10
 _WRAPPED = "module."
 
 
@@ -110,7 +111,7 @@ def refuse_non_finite(path: str, values: Mapping[Any, Any]) -> None:
     """Raise UserError if values of a checkpoint, as for `non_finite`, are NaN or infinite."""
     if found := non_finite(values):
         raise UserError(
-            f"checkpoint {path} is of no use: NaN or infinite values in {first(found)} "
+            f"checkpoint {path} is unusable: NaN or infinite values in {first(found)} "
             f"({len(found)} in all); take an earlier one"
         )
 
@@ -252,8 +253,8 @@ def _check_zip(path: str) -> None:
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            names = archive.namelist()
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
             # torch.load does not compare the checksums.
             damaged = archive.testzip() if unpacked <= size else None
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
@@ -261,12 +262,16 @@ def _check_zip(path: str) -> None:
             f"checkpoint {path} cannot be read: it is truncated or damaged; copy or download it "
             "again"
         ) from error
-    if any(name.endswith("/constants.pkl") for name in names):
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         _refuse(path, "it is a TorchScript program; use the checkpoint that it was made from")
     if unpacked > size:
         _refuse(path, f"its {size} bytes would unpack to {unpacked}, which torch.save never writes")
+    # torch.load skips an entry with the attribute of a folder, and leaves its tensor uninitialised.
+    folders = (e.filename for e in entries if e.external_attr & _DOS_FOLDER and not e.is_dir())
+    damaged = damaged or next(folders, None)
     if damaged is not None:
-        _refuse(path, f"the checksum of its part {damaged} is wrong; copy or download it again")
+        part = damaged.partition("/")[2]  # behind the name of the archive
+        _refuse(path, f"its part {part} is damaged; copy or download it again")
 
 
 def _with_weights(loaded: Any, path: str) -> dict[str, Any]:

@@ -237,6 +237,8 @@ class PanopticTrainer(DefaultTrainer):
         words = f"the state before this iteration is in {self.cfg.OUTPUT_DIR}/{name}.pth"
         try:
             self.checkpointer.save(name, iteration=self.iter)
+        except NonFiniteError:
+            words = "there is no state worth saving"
         except UserError as error:
             words = f"the state before this iteration is not saved: {error}"
         of_main: str = comm.all_gather(words)[0]

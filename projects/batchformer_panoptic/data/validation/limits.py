@@ -49,7 +49,7 @@ def _objects(content: Record, *, things_only: bool) -> Counter[str]:
         for category in records(content, "categories")
         if things_only and category.get("isthing", 1) == 0
     }
-    counts: Counter[str] = Counter()
+    counts = Counter(dict.fromkeys(names.values(), 0))
     for annotation in records(content, "annotations"):
         name = names.get(repr(annotation.get("image_id")), image_name(annotation))
         found = segments_of(annotation) if "segments_info" in annotation else [annotation]
