@@ -3,10 +3,10 @@
     python tools/check_dataset.py --config-file FILE [--opts KEY VALUE ...]
     python tools/check_dataset.py --json J --image-root I --panoptic-root P [--fix FOLDER]
 
-With a config, all sets of DATASETS.TRAIN and DATASETS.TEST are checked, and whether they share
-images. Exit status: 0 if the data sets can be used (warnings and notes are allowed), 1 if there are
-errors, for which training exits in the same words, 2 if the check itself cannot run, for example
-for a missing file.
+With a config, all sets of DATASETS.TRAIN and DATASETS.TEST are checked, whether they share images,
+and whether images have more objects than the model has queries. Exit status: 0 if the data sets can
+be used (warnings and notes are allowed), 1 if there are errors, for which training exits in the
+same words, 2 if the check itself cannot run, for example for a missing file.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from batchformer_panoptic.data import setup_datasets
-from batchformer_panoptic.data.check import CheckedSet, check_files, check_sharing, paths_of
+from batchformer_panoptic.data.check import CheckedSet, check_files, check_use, paths_of
 from batchformer_panoptic.data.importers import refuse_foreign
 from batchformer_panoptic.data.importers.coco import is_panoptic
 from batchformer_panoptic.data.io import read_coco_json, write_json
@@ -166,7 +166,7 @@ def check_config(cfg: CfgNode, depth: Depth) -> dict[str, CheckedSet]:
         if paths is None:
             raise UserError(f"data set {name!r} is not a local data set of a known format")
         checked[name] = check_files(paths, depth)
-    together = check_sharing(cfg, checked)
+    together = check_use(cfg, checked)
     if not any(found.errors for found in checked.values()):
         try:
             setup_datasets(cfg)

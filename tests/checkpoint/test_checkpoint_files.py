@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from batchformer_panoptic.checkpoint import read_class_table, read_weights
+from batchformer_panoptic.checkpoint.files import non_finite
 from batchformer_panoptic.errors import UserError
 from helpers.small_checkpoint import CATEGORIES, WEIGHTS, write_pkl, write_pth, write_safetensors
 
@@ -305,3 +307,66 @@ def test_names_of_a_wrapped_model_are_unwrapped(tmp_path: Path) -> None:
     assert set(read_weights(str(path))["model"]) == {"a", "b"}
     torch.save({"model": {"module.a": torch.ones(1), "b": torch.ones(2)}}, path)
     assert set(read_weights(str(path))["model"]) == {"module.a", "b"}
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """Most of those that are read are in the padding between the parts."""
+    content = {"model": WEIGHTS, "iteration": 3}
+    path = write_pth(tmp_path / "w.pth", content)
+    data = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(data), 41):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = read_weights(str(path))
+        except UserError:
+            refused += 1
+        else:
+            assert found["iteration"] == 3
+            _assert_weights(found)
+    assert refused > 100
+
+
+def test_a_part_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """``torch.load`` leaves its tensor uninitialised."""
+    path = write_pth(tmp_path / "w.pth", {"model": WEIGHTS})
+    data = bytearray(path.read_bytes())
+    name = data.rindex(b"w/data/1")  # in the directory at the end of the file
+    data[name - 8] = 0x10  # of the attributes, which precede the name by 8 bytes
+    path.write_bytes(data)
+    assert "part data/1 is damaged" in _refusal(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.pkl"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    weights = {"fine": torch.ones(3), "spoiled": torch.tensor([1.0, value])}
+    path = tmp_path / name
+    if name == "w.pth":
+        write_pth(path, {"model": weights})
+    elif name == "w.pkl":
+        _plain_pickle(path, {"model": {k: v.numpy() for k, v in weights.items()}})
+    else:
+        save_file(weights, path)
+    assert "NaN or infinite values in spoiled (1 in all)" in _refusal(path)
+
+
+def test_non_finite_looks_into_all_types_and_containers() -> None:
+    nan = float("nan")
+    spoiled = {
+        "half": torch.tensor(nan, dtype=torch.bfloat16),
+        "eighth": torch.tensor([nan]).to(torch.float8_e4m3fn),
+        "array": np.array([nan]),
+        "state": {0: {"exp_avg": torch.tensor([1.0, -nan])}},
+        "groups": [{"lr": torch.tensor(float("inf"))}],
+    }
+    fine = {
+        "integers": torch.arange(3),
+        "text": "nan",
+        "empty": torch.zeros(0),
+        "large": torch.full((3,), 3e38),  # their sum overflows
+    }
+    names = ["half", "eighth", "array", "state.0.exp_avg", "groups.0.lr"]
+    assert non_finite({**spoiled, **fine}) == names

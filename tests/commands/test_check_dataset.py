@@ -19,6 +19,7 @@ from helpers.data_faults import (
     append,
     change,
     make_segment_map,
+    only_crowds,
     repeat,
     set_value,
     sound_content,
@@ -63,6 +64,23 @@ def test_a_config_has_all_its_sets_checked(
     out = capsys.readouterr().out
     assert "  11.png, segment 70000: area is 8, but the PNG has 9 pixels" in out
     assert f"1 images of {names[0]} are in {names[1]}, too" in out
+
+
+def test_the_limits_of_a_model_are_named(config: list[str], capsys: Lines) -> None:
+    model = ["MODEL.META_ARCHITECTURE", "PanopticDETR", "MODEL.DETR.NUM_OBJECT_QUERIES", "1"]
+    assert check_dataset.main([*config, "--opts", *model, "TEST.DETECTIONS_PER_IMAGE", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: more objects than queries (2)" in out
+    assert "warning: more objects than detections (1)" in out
+    assert "AP then counts at most 0 % of the objects of the set as found" in out
+
+
+def test_a_training_set_without_targets_is_an_error(
+    config: list[str], tmp_path: Path, capsys: Lines
+) -> None:
+    change(only_crowds)(tmp_path / "train")
+    assert check_dataset.main(config) == 1
+    assert "has a segment or box that is not a crowd" in capsys.readouterr().out
 
 
 def test_sets_with_other_classes_do_not_fit(

@@ -12,7 +12,7 @@ from batchformer_panoptic.data import check, setup_datasets
 from batchformer_panoptic.data.check import check_before_run
 from batchformer_panoptic.errors import UserError
 from helpers.config_files import default_config
-from helpers.data_faults import delete, set_value, write_sound_set
+from helpers.data_faults import change, delete, only_crowds, set_value, write_sound_set
 
 
 @pytest.fixture
@@ -114,6 +114,37 @@ def test_a_set_that_becomes_one_for_validation_is_checked_again(
     # The same sets, but images in both of them are now in training and validation.
     check_before_run(cfg, eval_only=False)
     assert len(checked) == 4
+
+
+def test_limits_of_the_model_are_compared_again_when_they_change(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_before_run(cfg, eval_only=False)
+    assert "more objects" not in caplog.text
+    cfg.MODEL.DETR.NUM_OBJECT_QUERIES, cfg.TEST.DETECTIONS_PER_IMAGE = 1, 1
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check_before_run(cfg, eval_only=False)
+        lines = [record.message for record in caplog.records]
+        # A person and a wall in each image; the wall is no thing, so that AP is not affected.
+        said = "2 of 2 images have more objects (up to 2, in 11.jpg) than the model has queries"
+        names = (cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST[0])
+        assert [line.partition(" (MODEL")[0] for line in lines] == [f"{n}: {said}" for n in names]
+
+
+def test_a_training_without_targets_is_refused_and_an_evaluation_is_not(
+    cfg: CfgNode, roots: dict[str, Path]
+) -> None:
+    for root in roots.values():
+        change(only_crowds)(root)
+    check_before_run(cfg, eval_only=True)
+    with pytest.raises(UserError, match=r"no image of DATASETS.TRAIN \(train_.*nothing to learn"):
+        check_before_run(cfg, eval_only=False)
+    # One set with targets is enough.
+    cfg.DATASETS.TRAIN = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    set_value("annotations.0.segments_info.0.iscrowd", 0)(roots["val"])
+    check_before_run(cfg, eval_only=False)
 
 
 def test_data_sets_of_other_formats_are_left_to_their_owners(

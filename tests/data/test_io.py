@@ -13,10 +13,13 @@ from PIL import Image
 
 from batchformer_panoptic.data import io, register_panoptic_dataset
 from batchformer_panoptic.data.io import (
+    IMAGE_SUFFIXES,
     missing_file,
+    possible_segment_maps,
     read_coco_json,
     read_image,
     read_image_facts,
+    read_index_map,
     read_segment_map,
 )
 from batchformer_panoptic.errors import UserError
@@ -177,11 +180,49 @@ def test_damaged_images_are_refused(tmp_path: Path, suffix: str) -> None:
                 read(path)
 
 
+def test_a_png_whose_end_was_never_written_is_refused(tmp_path: Path) -> None:
+    """Pillow decodes it, and the rest of the pixels is black, or void."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((64, 64, 3), 9, dtype=np.uint8)).save(path)
+    data = path.read_bytes()
+    for end in range(40, len(data) - 4):  # the last 4 bytes are the checksum of nothing
+        path.write_bytes(data[:end] + bytes(len(data) - end))
+        readers = (read_image, read_image_facts, read_segment_map, read_index_map)
+        for read in (*readers, possible_segment_maps):
+            with pytest.raises(UserError, match="cut off, or one of its checksums is wrong"):
+                read(path)
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES - {".heic", ".heif"}))
+def test_flipped_bits_give_pixels_or_a_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    try:
+        Image.fromarray(pixels).save(path)
+    except (KeyError, OSError, ValueError):
+        pytest.skip("this Pillow does not write the format")
+    data = path.read_bytes()
+    refusals = []
+    for bit in range(0, 8 * min(len(data), 600), 13):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        for read in (read_image, read_image_facts):
+            try:
+                read(path)
+            except UserError as error:
+                refusals.append(str(error))
+    assert refusals
+    assert "\n" not in "".join(refusals)
+
+
 def test_other_programs_are_not_started_for_an_image(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png cannot be read: unknown image format \(datasets"):
         read_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png cannot be read: unknown image format \(datasets"):
+        read_index_map(tmp_path / "a.png")
 
 
 def test_heic_is_read_with_its_package(tmp_path: Path) -> None:

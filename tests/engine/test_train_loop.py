@@ -2,14 +2,16 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.utils import comm
+from torch import nn
 
-from batchformer_panoptic.engine.train_loop import MetricWindow, combine_streams
+from batchformer_panoptic.engine.train_loop import KeptBuffers, MetricWindow, combine_streams
 from batchformer_panoptic.engine.trainer import _warn_about_single_images
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
@@ -159,6 +161,83 @@ def test_model_that_refuses_counts_as_non_finite(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"iteration 0: matching cost .*0_0\.jpg"):
         trainer.train()
     assert (tmp_path / "model_nonfinite.pth").is_file()
+
+
+def _spoil_gradients(
+    trainer: StandInTrainer, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    trainer.model.head.weight.register_hook(spoil)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def _loss_scaling(trainer: StandInTrainer) -> torch.amp.GradScaler:
+    """Scale losses as on CUDA, which CPU tests do not have."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer._trainer._scaler = scaler
+    return scaler
+
+
+def test_overflow_under_loss_scaling_skips_the_step_and_halves_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchformer_panoptic.engine.trainer.LOG_PERIOD", 1)
+    trainer = StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.MAX_ITER", 3))
+    trainer._trainer._log_period = 1
+    scaler = _loss_scaling(trainer)
+    steps = []
+
+    def overflow_in_the_second(gradient: torch.Tensor) -> torch.Tensor:
+        steps.append(trainer.model.head.weight.detach().clone())
+        return gradient / 0 if len(steps) == 2 else gradient
+
+    _spoil_gradients(trainer, overflow_in_the_second)
+    trainer.train()
+    assert scaler.get_scale() == 2.0**15
+    assert not torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[1], steps[2])
+    records = [r for r in _records(tmp_path) if "total_loss" in r]
+    assert [r["skipped_steps"] for r in records] == [0, 1, 0]
+    assert ["grad_norm" in r for r in records] == [True, False, True]
+
+
+def test_loss_scaling_gives_up_when_no_scale_helps(tmp_path: Path) -> None:
+    trainer = StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.MAX_ITER", 100))
+    _loss_scaling(trainer)
+    _spoil_gradients(trainer, lambda gradient: gradient * float("nan"))
+    # 2 ** 16 halved 30 times is below 1e-4.
+    with pytest.raises(
+        NonFiniteError, match=r"iteration 30: .* nan, though .* fallen to 6.1\d*e-05"
+    ):
+        trainer.train()
+
+
+def test_buffers_of_several_types_are_restored() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].register_buffer("empty", torch.zeros(0, 4))
+    kept = KeptBuffers(model)
+    kept.keep()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model[:1](torch.randn(5, 3))
+    model[1](torch.randn(5, 2))
+    assert model[1].num_batches_tracked == 1
+    kept.restore()
+    assert_same_state(dict(model.named_buffers()), before)
+
+
+def test_a_state_that_cannot_be_saved_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = RefusingTrainer(stand_in_cfg(tmp_path))
+
+    def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(trainer.checkpointer, "save", refuse_to_save)
+    with pytest.raises(NonFiniteError, match=r"iteration 0: .*is not saved: No space left"):
+        trainer.train()
 
 
 def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:

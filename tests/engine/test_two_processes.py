@@ -51,6 +51,15 @@ def _train(output_dir: Path) -> None:
         trainer.train()
     (output_dir / f"error_{comm.get_rank()}.txt").write_text(str(error.value))
 
+    trainer = SplitTrainer(stand_in_cfg(output_dir / "gradient"))
+    if comm.get_rank() == 1:
+        trainer.model.module.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    # The others wait until the state is saved: their end would be the end of the one that saves.
+    assert (output_dir / "gradient" / "model_nonfinite.pth").is_file()
+    (output_dir / f"gradient_{comm.get_rank()}.txt").write_text(str(error.value))
+
 
 @pytest.mark.distributed
 def test_processes_agree_on_weights_metrics_and_errors(tmp_path: Path) -> None:
@@ -64,6 +73,11 @@ def test_processes_agree_on_weights_metrics_and_errors(tmp_path: Path) -> None:
     assert "1000 (100_0.jpg)" in errors[0]
     assert "(0_0.jpg)" not in errors[0]
     assert (tmp_path / "poisoned" / "model_nonfinite.pth").is_file()
+    errors = [(tmp_path / f"gradient_{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "gradient is not finite at iteration 0" in errors[0]
+    assert "0 (0_0.jpg)" in errors[0]
+    assert "1000 (100_0.jpg)" in errors[0]
 
 
 def _thread_names() -> set[str]:

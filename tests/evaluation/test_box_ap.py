@@ -71,6 +71,23 @@ def test_the_users_files_and_metadata_stay_as_they_are(name: str, tmp_path: Path
     assert set(MetadataCatalog.list()) == names
 
 
+@pytest.mark.parametrize(("max_detections", "expected"), [(100, 66), (150, 100)])
+def test_ap_counts_more_than_100_detections_if_the_model_returns_them(
+    tmp_path: Path, max_detections: int, expected: int
+) -> None:
+    annotations = [
+        {"image_id": 10, "category_id": 9, "bbox": [k % 15 * 4, k // 15 * 4, 4, 4], "iscrowd": 0}
+        for k in range(150)
+    ]
+    numbered = [{**annotation, "id": k + 1} for k, annotation in enumerate(annotations)]
+    name = f"box_ap_many_{max_detections}_{id(tmp_path)}"
+    register_instances_dataset(*write_instances(tmp_path / "set", annotations=numbered).row(name))
+    evaluator = build_box_evaluator(name, str(tmp_path / "out"), max_detections=max_detections)
+    evaluator.reset()
+    evaluator.process([{"image_id": 10}], predictions(annotations)[:1])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(expected, abs=0.5)
+
+
 def test_what_is_completed() -> None:
     original = content()
     before = copy.deepcopy(original)

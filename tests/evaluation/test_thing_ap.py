@@ -218,6 +218,26 @@ def test_an_existing_instances_json_is_preferred(tmp_path):
             ThingAPEvaluator(name, str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("annotations", "image_id", r"image_id '\d+' is not among the images \(a text"),
+        ("annotations", "category_id", r"category_id '\d+' is not among the categories"),
+        ("annotations", "iscrowd", r"iscrowd is '0'; write 0 or 1"),
+        ("categories", "id", r"instances\.json are not the things"),
+    ],
+)
+def test_texts_for_numbers_in_an_instances_json_are_refused(tmp_path, section, key, words):
+    truths, _ = random_set(0, num_images=2)
+    path = tmp_path / "instances.json"
+    with registered("ap_set", tmp_path / "truth", truths, json_file=str(path)) as name:
+        content = thing_annotations(PanopticGroundTruth(MetadataCatalog.get(name)))
+        content[section][0][key] = str(content[section][0][key])
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            ThingAPEvaluator(name, str(tmp_path / "out"))
+
+
 def _config(mask_on):
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)

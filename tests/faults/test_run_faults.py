@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from faults import batch, resuming, settings, signals
+from faults import batch, numerics, resuming, settings, signals
 from helpers.run_faults import DOCUMENT, Outcome, Place, RunFault, outcome_of, render
 from helpers.tiny_dataset import TinyPanopticDataset
 
-FAULTS = [*batch.FAULTS, *resuming.FAULTS, *settings.FAULTS, *signals.FAULTS]
+FAULTS = [*batch.FAULTS, *numerics.FAULTS, *resuming.FAULTS, *settings.FAULTS, *signals.FAULTS]
 OUTCOMES: dict[str, Outcome] = {}
 
 

@@ -66,9 +66,11 @@ class Outcome(NamedTuple):
 
 
 def outcome_of(place: Place) -> Outcome:
-    """The outcome, with ``DIR`` for the folder of the test and without colours."""
-    words = re.sub(r"\x1b\[[0-9;]*m", "", place.words)
-    return Outcome(words.replace(str(place.folder), "DIR"), place.status)
+    """The outcome, with ``DIR`` and ``SET`` for the folders of the test and of the data set."""
+    words = re.sub(r"\x1b\[[0-9;]*m", "", place.words)  # without colours
+    for folder, name in ((place.folder, "DIR"), (place.dataset.panoptic_json.parent, "SET")):
+        words = words.replace(str(folder), name)
+    return Outcome(words, place.status)
 
 
 def render(faults: Iterable[RunFault], outcomes: dict[str, Outcome]) -> str:
@@ -83,8 +85,8 @@ def render(faults: Iterable[RunFault], outcomes: dict[str, Outcome]) -> str:
 
 HEADER = """# Faults of runs, and what is left afterwards
 
-Made by the tests, with a tiny model and data set in the folder `DIR`. The words are the last line
-of standard error. `UPDATE_FAULT_TABLE=1 pytest tests/faults` writes this file;
+Made by the tests, with a tiny model in the folder `DIR` and a data set in `SET`. The words are the
+last line of standard error. `UPDATE_FAULT_TABLE=1 pytest tests/faults` writes this file;
 [data_faults.md](data_faults.md) has the faults of data sets.
 
 | fault | command | words | exit status | afterwards |

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from batchformer_panoptic.data import register_panoptic_dataset
@@ -23,6 +24,13 @@ class TinyPanopticDataset:
     def row(self) -> list[str]:
         """Its row of DATASETS.CUSTOM_PANOPTIC."""
         return [self.name, str(self.image_root), str(self.panoptic_root), str(self.panoptic_json)]
+
+
+def forget_dataset(name: str) -> None:
+    """Remove a name from Detectron2's catalogs, so that other paths can be registered under it."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def write_tiny_dataset(root: Path) -> TinyPanopticDataset:

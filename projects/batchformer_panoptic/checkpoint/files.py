@@ -7,6 +7,8 @@ import pickle
 import re
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
+from .mismatch import first
 
 # The names that unpickling dictionaries of arrays needs; all others are refused.
 _PICKLED_NAMES = {
@@ -32,6 +35,7 @@ _HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
 _JSON_METADATA = ("settings", "class_table")
 _HEAD_BYTES = 4096
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_DOS_FOLDER = 0x10
 _WRAPPED = "module."
 
 
@@ -60,6 +64,10 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Weights at the top level or under "state_dict" are returned under "model". The prefix "module."
     of models wrapped for distributed training is removed.
 
+    Only files that ``torch.save`` has written as zip (since torch 1.6) have checksums, which are
+    compared. In the other formats, a changed bit is noticed if it affects the structure or a value
+    that becomes NaN or infinite.
+
     Args:
         path: a local file.
         allow_pickle: read any pickle and run the code in it. Only for trusted files.
@@ -68,8 +76,8 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         ``{"model": {name: Tensor or ndarray}}``, and the other entries of the file.
 
     Raises:
-        UserError: the file does not exist, is damaged, is not a checkpoint, or contains no weights
-            or Python objects other than weights.
+        UserError: the file does not exist, is damaged, is not a checkpoint, or contains no weights,
+            weights that are not finite, or Python objects other than weights.
     """
     head = _head_of(path)
     if path.endswith(".safetensors"):
@@ -78,6 +86,40 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     if path.endswith(".pkl") and not head.startswith(_ZIP):
         return _with_weights(_zoo_layout(_read_pickled_arrays(path, allow_pickle), path), path)
     return _with_weights(_read_torch(path, head, allow_pickle), path)
+
+
+def non_finite(values: Mapping[Any, Any]) -> list[str]:
+    """Return the names of the floating-point tensors and arrays that hold NaN or an infinity.
+
+    Args:
+        values: a state dict; the names in nested dicts and lists are joined by dots.
+    """
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += [f"{name}.{inner}" for inner in non_finite(value)]
+        elif isinstance(value, list | tuple):
+            found += [f"{name}.{inner}" for inner in non_finite(dict(enumerate(value)))]
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            found += [] if _is_finite(value) else [str(name)]
+        elif isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+            found += [] if np.isfinite(value).all() else [str(name)]
+    return found
+
+
+def refuse_non_finite(path: str, values: Mapping[Any, Any]) -> None:
+    """Raise UserError if values of a checkpoint, as for `non_finite`, are NaN or infinite."""
+    if found := non_finite(values):
+        raise UserError(
+            f"checkpoint {path} is unusable: NaN or infinite values in {first(found)} "
+            f"({len(found)} in all); take an earlier one"
+        )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    value = value.float() if value.itemsize == 1 else value
+    # NaN and infinities survive in the sum, which is ten times faster.
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def check_is_file(path: str, *, hint: str = "") -> None:
@@ -204,23 +246,32 @@ def _read_torch(path: str, head: bytes, allow_pickle: bool) -> Any:
 
 
 def _check_zip(path: str) -> None:
-    """Refuse a zip file that is incomplete, contains a program, or is compressed.
+    """Refuse a zip file that is damaged, contains a program, or is compressed.
 
     ``torch.save`` stores without compression, so a file that grows when unpacked is not its own.
     """
+    size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            # torch.load does not compare the checksums.
+            damaged = archive.testzip() if unpacked <= size else None
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
         raise UserError(
-            f"checkpoint {path} cannot be read: it is truncated; copy or download it again"
+            f"checkpoint {path} cannot be read: it is truncated or damaged; copy or download it "
+            "again"
         ) from error
-    if any(name.endswith("/constants.pkl") for name in names):
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         _refuse(path, "it is a TorchScript program; use the checkpoint that it was made from")
-    size = os.path.getsize(path)
     if unpacked > size:
         _refuse(path, f"its {size} bytes would unpack to {unpacked}, which torch.save never writes")
+    # torch.load skips an entry with the attribute of a folder, and leaves its tensor uninitialised.
+    folders = (e.filename for e in entries if e.external_attr & _DOS_FOLDER and not e.is_dir())
+    damaged = damaged or next(folders, None)
+    if damaged is not None:
+        part = damaged.partition("/")[2]  # behind the name of the archive
+        _refuse(path, f"its part {part} is damaged; copy or download it again")
 
 
 def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
@@ -239,6 +290,7 @@ def _with_weights(loaded: Any, path: str) -> dict[str, Any]:
                 f"checkpoint {path} is not a dictionary of weights: {name!r} is a "
                 f"{type(value).__name__}"
             )
+    refuse_non_finite(path, weights)
     if all(name.startswith(_WRAPPED) for name in weights):
         loaded["model"] = {name.removeprefix(_WRAPPED): v for name, v in weights.items()}
     return loaded

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
 from ..data.io import write_atomically, write_text
-from ..errors import UserError, one_line
-from .files import check_is_file, read_weights
+from ..errors import NonFiniteError, UserError, one_line
+from .files import check_is_file, non_finite, read_weights, refuse_non_finite
 from .mismatch import (
     Mismatch,
     describe,
@@ -94,6 +94,10 @@ class PanopticCheckpointer(DetectionCheckpointer):
         """Save model, class table, settings and all checkpointables to ``save_dir/name.pth``.
 
         An existing file is replaced only after the new one is complete.
+
+        Raises:
+            NonFiniteError: something to save is NaN or infinite.
+            UserError: the file cannot be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -105,6 +109,11 @@ class PanopticCheckpointer(DetectionCheckpointer):
         if self._settings is not None:
             data[SETTINGS] = self._settings.state_dict()
         data |= kwargs
+        if found := non_finite(data):
+            raise NonFiniteError(
+                f"checkpoint {name} is not saved: NaN or infinite values in {first(found)} "
+                f"({len(found)} in all); lower SOLVER.BASE_LR, and continue from an earlier one"
+            )
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda temporary: torch.save(data, temporary))
@@ -209,9 +218,13 @@ class PanopticCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         found, self._found = self._found, None
-        if found is not None and str(found.path) == filename:
-            return found.content
-        return read_weights(filename)
+        if found is None or str(found.path) != filename:
+            content = read_weights(filename)
+        else:
+            content = found.content
+        if self._resuming:  # optimizer and moving average, too
+            refuse_non_finite(filename, content)
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         if self._resuming and (LIVE_MODEL in checkpoint) != (self._ema is not None):

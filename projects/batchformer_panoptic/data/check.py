@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ from .io import read_coco_json, read_json, write_json
 from .validation import (
     Depth,
     Problem,
+    check_detections,
     check_images,
     check_instances_content,
     check_panoptic_content,
+    check_queries,
     check_shared_images,
+    no_training_targets,
+    raise_first_error,
     records,
 )
 
@@ -142,8 +146,31 @@ def paths_of(cfg: CfgNode, name: str) -> dict[str, str] | None:
     return paths if is_local else None
 
 
-def check_sharing(cfg: CfgNode, checked: Mapping[str, CheckedSet]) -> list[Problem]:
-    """Check that DATASETS.TRAIN and DATASETS.TEST share no images; sets not given are left out."""
+def check_use(cfg: CfgNode, checked: Mapping[str, CheckedSet]) -> list[Problem]:
+    """Check what a config does with its data sets; those that are not given are left out.
+
+    DATASETS.TRAIN has targets, it shares no images with DATASETS.TEST, and no image has more
+    objects than the model can find.
+    """
+    problems = _check_sharing(cfg, checked)
+    trained = [checked[name].problems for name in cfg.DATASETS.TRAIN if name in checked]
+    if trained and all(any(p.kind == "no targets" for p in found) for found in trained):
+        problems.append(no_training_targets(cfg.DATASETS.TRAIN))
+    return problems + [
+        replace(problem, message=f"{name}: {problem.message}")
+        for name, found in checked.items()
+        for problem in _check_limits(cfg, found.content, is_test=name in cfg.DATASETS.TEST)
+    ]
+
+
+def _check_limits(cfg: CfgNode, content: dict[str, Any], *, is_test: bool) -> Iterator[Problem]:
+    if cfg.MODEL.META_ARCHITECTURE == "PanopticDETR":
+        yield from check_queries(content, cfg.MODEL.DETR.NUM_OBJECT_QUERIES)
+        if is_test and cfg.MODEL.PANOPTIC.INSTANCES_TEST:
+            yield from check_detections(content, cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def _check_sharing(cfg: CfgNode, checked: Mapping[str, CheckedSet]) -> list[Problem]:
     train, test = (
         {name: checked[name].images for name in names if name in checked}
         for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
@@ -203,14 +230,18 @@ def _check_sets(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> list[st
         if kinds:
             listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
             lines.append(f"{name}: {listed}; tools/check_dataset.py explains these warnings")
-    return lines + [str(problem) for problem in check_sharing(cfg, checked)]
+    together = check_use(cfg, checked)
+    raise_first_error(together)
+    return lines + [str(problem) for problem in together]
 
 
 def _cache_file(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> Path:
     """Return the file that says that exactly these data sets have been checked."""
     # Which images may be shared depends on which sets are for training.
     split = [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]
-    digest = hashlib.sha256(json.dumps([paths, split]).encode())
+    limits = [cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DETR.NUM_OBJECT_QUERIES]
+    limits += [cfg.MODEL.PANOPTIC.INSTANCES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE]
+    digest = hashlib.sha256(json.dumps([paths, split, limits]).encode())
     # Rules that change make the old results invalid.
     folder = Path(__file__).parent
     for source in (folder / "io.py", *sorted((folder / "validation").glob("*.py"))):

@@ -10,13 +10,12 @@ import json
 import os
 import re
 import shutil
-import struct
 import unicodedata
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -93,9 +92,11 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
         if Path(path).suffix.lower() in _HEIC_SUFFIXES and "HEIF" not in _known_formats():
             reason = "HEIC needs the package pillow-heif (pip install pillow-heif)"
         raise UserError(f"{role} {path} cannot be read: {reason}") from None
-    # Pillow reports damaged files with any of these; struct.error comes from damaged EXIF data.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{role} {path} cannot be read: {one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise anything in Pillow's many readers
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"{role} {path} cannot be read: {reason}") from error
 
 
 def missing_file(path: str | Path, role: str) -> str:
@@ -130,14 +131,29 @@ def _files_by_stem(folder: Path, _modified_ns: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path, role: str) -> Iterator[Image.Image]:
-    """Open an image or a PNG, whose errors become `UserError`."""
-    with (
-        _reading(path, role),
-        PathManager.open(str(path), "rb") as file,
-        Image.open(file, formats=_known_formats()) as image,
-    ):
-        yield image
+def _opened(path: str | Path, role: str, *, check: bool = True) -> Iterator[Image.Image]:
+    """Open an image or a PNG, whose errors become `UserError`.
+
+    Args:
+        path: the file.
+        role: see `_reading`.
+        check: compare the checksums of a PNG, which Pillow does not compare while it decodes; False
+            for readers of the header.
+    """
+    with _reading(path, role), PathManager.open(str(path), "rb") as file:
+        if check and file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE:
+            file.seek(0)
+            _verify_png(file)
+        file.seek(0)
+        with Image.open(file, formats=_known_formats()) as image:
+            yield image
+
+
+def _verify_png(file: IO[bytes]) -> None:
+    try:
+        Image.open(file, formats=("PNG",)).verify()
+    except (OSError, SyntaxError):
+        raise ValueError("it is cut off, or one of its checksums is wrong") from None
 
 
 def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
@@ -241,7 +257,7 @@ def read_image_facts(path: str | Path, *, decode: bool = True) -> ImageFacts:
     Raises:
         UserError: as for `read_image`.
     """
-    with _opened(path, "image") as image:
+    with _opened(path, "image", check=decode) as image:
         # The photographs of some telephones hold a preview as their second page.
         pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         orientation, mode, (width, height) = _orientation(image), image.mode, image.size
@@ -297,7 +313,7 @@ def read_index_map(path: str | Path) -> npt.NDArray[np.int32]:
     Raises:
         UserError: the file is missing or damaged, or has several channels.
     """
-    with _reading(path, "label image"), Image.open(path) as image:
+    with _opened(path, "label image") as image:
         mode, pixels = image.mode, np.asarray(image)
     if pixels.ndim != 2:
         raise UserError(
@@ -336,7 +352,7 @@ def read_png_size(path: str | Path) -> tuple[int, int]:
     Raises:
         UserError: the file is missing or is not an image.
     """
-    with _opened(path, "panoptic PNG") as image:
+    with _opened(path, "panoptic PNG", check=False) as image:
         width, height = image.size
     return height, width
 
@@ -664,7 +680,7 @@ def turn_by_exif(segment_map: npt.NDArray[np.int32], image: str | Path) -> npt.N
     Raises:
         UserError: the image is missing or is not readable.
     """
-    with _opened(image, "image") as stored:
+    with _opened(image, "image", check=False) as stored:
         orientation = _orientation(stored)
     if orientation not in _EXIF_TRANSPOSITIONS:
         return segment_map

@@ -24,7 +24,10 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.build import trivial_batch_collator
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    trivial_batch_collator,
+)
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -35,6 +38,7 @@ from .datasets.catalog import check_paths
 from .datasets.image_folder import CLASSIFICATION
 from .datasets.setup import check_registered
 from .panoptic_mapper import PanopticDatasetMapper
+from .validation import no_training_targets
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
     dataset_dicts = load_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
+    if not (_is_image_folder(cfg.DATASETS.TRAIN[0]) or any(map(_has_target, dataset_dicts))):
+        raise UserError(str(no_training_targets(cfg.DATASETS.TRAIN)))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logger.info("%d training images, %d per process and step", len(dataset_dicts), batch_size)
     if len(dataset_dicts) < cfg.SOLVER.IMS_PER_BATCH:
@@ -145,13 +151,15 @@ def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict
         check_paths(name, {key: metadata.get(key) for key in _paths_to_check(metadata)})
     try:
         dataset_dicts: list[dict[str, Any]] = get_detection_dataset_dicts(
-            list(names), filter_empty=filter_empty
+            list(names), filter_empty=False
         )
     except UserError:
         raise
     except (OSError, AssertionError, KeyError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"data set {', '.join(names)} cannot be read: {reason}") from error
+    if filter_empty and "annotations" in dataset_dicts[0]:
+        dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)
     return dataset_dicts
 
 
@@ -168,6 +176,11 @@ def identity_of(dataset_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return {"count": len(dataset_dicts), "digest": digest.hexdigest()}
+
+
+def _has_target(dataset_dict: dict[str, Any]) -> bool:
+    found = dataset_dict.get("segments_info") or dataset_dict.get("annotations") or ()
+    return any(not item.get("iscrowd", 0) for item in found)
 
 
 def _build_mapper(cfg: CfgNode, dataset_name: str, is_train: bool) -> Mapper:

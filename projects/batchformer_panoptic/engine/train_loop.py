@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..batchformer import BatchFormerHook
+from ..checkpoint.files import non_finite
+from ..checkpoint.mismatch import first
 from ..errors import NonFiniteError, UserError
 from ..signals import StopRequest
 from .solver import GradientClipper, resumed_state
@@ -128,29 +130,26 @@ class MetricWindow:
 
 
 class FiniteCheck:
-    """Checks in every iteration whether the total loss is finite in all processes.
+    """Checks in every iteration whether a value of the step is finite.
 
-    The same exchange tells all processes whether one of them is to stop.
+    On CUDA, the values are copied to pinned memory, and `passed` waits for this copy only. That of
+    the loss is read after the backward pass has been queued, so that the device does not idle. That
+    of the gradient norm is read before the optimizer's step is queued.
 
-    On CUDA, the loss is copied to pinned memory right after the forward pass and read after the
-    backward pass has been queued. The host then waits only for the forward pass, while the device
-    still has the backward pass to run and does not idle.
+    Args:
+        values: 0-d or 1-d float, the same in all processes; the first one is checked.
     """
 
-    def __init__(self, total: Tensor, *, stops: bool = False) -> None:
-        loss = total.detach().float()
-        value = torch.stack([loss, torch.full_like(loss, float(stops))])
-        if comm.get_world_size() > 1:
-            # Infinities and NaN survive the sum, so it is finite only if all losses are.
-            torch.distributed.all_reduce(value)
+    def __init__(self, values: Tensor) -> None:
+        values = values.detach().reshape(-1)
         self._event: torch.cuda.Event | None = None
-        if value.is_cuda:
-            self._value = torch.empty(value.shape, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._value = value
+            self._values = values
 
     @property
     def is_ready(self) -> bool:
@@ -158,14 +157,43 @@ class FiniteCheck:
         return self._event is None
 
     def passed(self) -> bool:
-        """Whether the loss is finite in every process."""
+        """Whether the first value is finite."""
+        return math.isfinite(self.read()[0])
+
+    def read(self) -> list[float]:
+        """Return the values."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(torch.isfinite(self._value[0]))
+        values: list[float] = self._values.tolist()
+        return values
 
-    def stops(self) -> bool:
-        """Whether a process is to stop; after `passed`."""
-        return bool(self._value[1] > 0)
+
+class KeptBuffers:
+    """Copies of a model's buffers, such as the statistics of its batch norms.
+
+    The forward pass of a training step updates them, also if the step fails later.
+
+    Args:
+        model: its buffers are copied by one operation for each type.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            self._groups.setdefault(buffer.dtype, []).append(buffer)
+        self._copies: dict[torch.dtype, Tensor] = {}
+
+    def keep(self) -> None:
+        """Copy the current values."""
+        for dtype, buffers in self._groups.items():
+            self._copies[dtype] = torch.cat([buffer.flatten() for buffer in buffers])
+
+    def restore(self) -> None:
+        """Set the buffers to the values of the last `keep`."""
+        for dtype, buffers in self._groups.items():
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, copy in zip(buffers, self._copies[dtype].split(sizes), strict=True):
+                buffer.copy_(copy.view_as(buffer))
 
 
 # Losses of the streams.
@@ -231,6 +259,9 @@ def _add(values: list[Tensor]) -> Tensor:
 # The training loop.
 
 LOG_PERIOD = 20  # iterations
+# With float16, a gradient that overflows halves the loss scale, 65536 at first. Below this scale,
+# after 30 such steps in a row, the gradient itself is at fault.
+_SMALLEST_LOSS_SCALE = 1e-4
 
 
 class StreamTrainLoop(SimpleTrainer):
@@ -280,6 +311,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._stop = stop or StopRequest()
         self._log_periods = [period for period in (log_period, checkpoint_period) if period]
         self._window = MetricWindow()
+        self._buffers = KeptBuffers(model)
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
@@ -293,19 +325,30 @@ class StreamTrainLoop(SimpleTrainer):
         """Run one optimizer step on the mean gradient of one or several batches.
 
         Raises:
-            NonFiniteError: before the step that would spoil the weights.
+            NonFiniteError: before the step that would spoil the weights. Weights, buffers and
+                optimizer are as before this call.
         """
+        self._buffers.keep()
+        try:
+            self._run_step()
+        except NonFiniteError:
+            self._buffers.restore()
+            raise
+
+    def _run_step(self) -> None:
         self.optimizer.zero_grad()
         for hook in self._block_hooks:
             hook.step = self.iter
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
+        images: list[str] = []
         for part in range(self._accumulation):
             number = self.iter * self._accumulation + part
             seed_iteration(self.seed, number, comm.get_rank())
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
+            images += _names_of(batch)
             for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
                 share = value.detach() / self._accumulation
                 metrics[name] = metrics[name] + share if name in metrics else share
@@ -313,11 +356,16 @@ class StreamTrainLoop(SimpleTrainer):
 
         self._scaler.unscale_(self.optimizer)
         grad_norm = self._clip(self._parameters)
+        is_finite = FiniteCheck(grad_norm).passed()
+        if not is_finite:
+            self._refuse_gradient(grad_norm, images)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        self._log({**metrics, "grad_norm": grad_norm}, data_time)
+        if self._scaler.is_enabled():
+            metrics["skipped_steps"] = ~torch.isfinite(grad_norm)
+        self._log({**metrics, "grad_norm": grad_norm} if is_finite else metrics, data_time)
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, optimizer, the names of its parameters, seed and loss scale."""
@@ -350,14 +398,57 @@ class StreamTrainLoop(SimpleTrainer):
             total = (
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
             )
-            check = FiniteCheck(total, stops=self._stop.received)
+            check = FiniteCheck(self._over_processes(total))
             if combined is None or (check.is_ready and not check.passed()):
-                raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
+                raise NonFiniteError(self._describe_losses(losses, failure, batch))
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
-            raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
-        self._stop.agreed = self._stop.agreed or check.stops()
+            raise NonFiniteError(self._describe_losses(losses, failure, batch))
+        self._stop.agreed = self._stop.agreed or check.read()[1] > 0
         return {**combined.logged, **getattr(losses, "metrics", {})}
+
+    def _over_processes(self, total: Tensor) -> Tensor:
+        """Sum over the processes: a loss, finite only if all are, and how many are to stop."""
+        loss = total.detach().float()
+        values = torch.stack([loss, torch.full_like(loss, float(self._stop.received))])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def _refuse_gradient(self, norm: Tensor, images: Sequence[str]) -> None:
+        """Raise `NonFiniteError` unless it is an overflow of float16, whose step is skipped."""
+        found = f"the gradient is not finite at iteration {self.iter}: its norm is {norm.item()}"
+        if self._scaler.is_enabled():
+            scale = self._scaler.get_scale()
+            if scale >= _SMALLEST_LOSS_SCALE:
+                return
+            found += f", though the loss scale has fallen to {scale:g}"
+        everyone = [name for names in comm.all_gather(images) for name in names]
+        raise NonFiniteError(self._describe(found, everyone))
+
+    def _describe_losses(
+        self, losses: Mapping[str, Tensor], failure: str, batch: Sequence[Mapping[str, Any]]
+    ) -> str:
+        """Describe losses that are not finite, for the whole run; all processes must call."""
+        terms = [f"{k}={v.item()}" for k, v in losses.items() if not torch.isfinite(v)]
+        terms += [failure] if failure else []
+        everyone = comm.all_gather((terms, _names_of(batch) if terms else []))
+        all_terms = list(dict.fromkeys(term for found, _ in everyone for term in found))
+        found = f"the loss is not finite at iteration {self.iter}: "
+        found += ", ".join(all_terms or ["their sum"])
+        return self._describe(found, [name for _, names in everyone for name in names])
+
+    def _describe(self, found: str, images: Sequence[str]) -> str:
+        """Add the cause: weights that were not finite before the step, or else the images."""
+        spoiled = non_finite(dict(self.model.named_parameters()))
+        if spoiled:
+            return (
+                f"{found}; an earlier iteration has spoiled {first(spoiled)}: lower SOLVER.BASE_LR"
+            )
+        return (
+            f"{found}; images of the batch: {', '.join(images)}; look at these images, lower "
+            "SOLVER.BASE_LR or switch SOLVER.AMP.ENABLED off"
+        )
 
     def _forward(
         self, batch: list[dict[str, Any]]
@@ -386,8 +477,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._window.add(metrics)
         if not self.is_logged(self.iter):
             return
-        # With loss scaling, the gradient norm overflows occasionally; JSON has no infinity.
-        means = {k: v for k, v in self._window.flush().items() if math.isfinite(v)}
+        means = self._window.flush()
         if comm.is_main_process():
             storage.put_scalars(**means, smoothing_hint=False)
 
@@ -397,23 +487,5 @@ class StreamTrainLoop(SimpleTrainer):
         return is_due or iteration in (0, self.max_iter - 1)
 
 
-def _describe_non_finite(
-    iteration: int,
-    losses: Mapping[str, Tensor],
-    failure: str,
-    batch: Sequence[Mapping[str, Any]],
-) -> str:
-    """One line for the whole run; all processes must call."""
-    terms = [f"{k}={v.item()}" for k, v in losses.items() if not torch.isfinite(v)]
-    terms += [failure] if failure else []
-    images = [f"{x.get('image_id')} ({x.get('file_name')})" for x in batch] if terms else []
-    everyone = comm.all_gather((terms, images))
-    all_terms = list(dict.fromkeys(term for found, _ in everyone for term in found))
-    all_images = [image for _, found in everyone for image in found]
-    if not all_terms:
-        all_terms, all_images = ["their sum"], []
-    return (
-        f"the loss is not finite at iteration {iteration}: {', '.join(all_terms)}; images of the "
-        f"batch: {', '.join(all_images)}; the state before this step is in model_nonfinite.pth; "
-        "look at these images, lower SOLVER.BASE_LR or switch SOLVER.AMP.ENABLED off"
-    )
+def _names_of(batch: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{x.get('image_id')} ({x.get('file_name')})" for x in batch]

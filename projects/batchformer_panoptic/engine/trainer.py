@@ -311,7 +311,11 @@ class PanopticTrainer(DefaultTrainer):
     def after_step(self) -> None:
         """Run the hooks; stop here after a signal."""
         self._is_between_steps = True
-        super().after_step()
+        try:
+            super().after_step()
+        except NonFiniteError:  # the weights are not worth saving, nor evaluating
+            self.iter -= 1
+            raise
         self._stop_if_due()
         self._is_between_steps = False
 
@@ -346,14 +350,29 @@ class PanopticTrainer(DefaultTrainer):
             logger.info(f"look at predictions: python {command}")
 
     def run_step(self) -> None:
-        """Run one iteration; keep the state when its loss is not finite."""
+        """Run one iteration; keep the state when its loss or gradient is not finite."""
         try:
             super().run_step()
-        except NonFiniteError:
+        except NonFiniteError as error:
             # This iteration has not happened.
             self.iter -= 1
-            self.checkpointer.save("model_nonfinite", iteration=self.iter)
-            raise
+            raise NonFiniteError(f"{error}; {self._keep_state()}", error.entries) from None
+
+    def _keep_state(self) -> str:
+        """Save the state before an iteration that failed; return the words about it.
+
+        All processes must call. The first one to leave would end the one that is saving.
+        """
+        name = "model_nonfinite"
+        words = f"the state before this iteration is in {self.cfg.OUTPUT_DIR}/{name}.pth"
+        try:
+            self.checkpointer.save(name, iteration=self.iter)
+        except NonFiniteError:
+            words = "there is no state worth saving"
+        except UserError as error:
+            words = f"the state before this iteration is not saved: {error}"
+        of_main: str = comm.all_gather(words)[0]
+        return of_main
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """Return Detectron2's hooks: timer, schedule, checkpoints, evaluation, writers.

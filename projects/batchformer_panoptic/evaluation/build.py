@@ -85,14 +85,16 @@ def _panoptic_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> Da
     if cfg.MODEL.MASK_ON and not cfg.MODEL.PANOPTIC.INSTANCES_TEST:
         logger.info("MODEL.PANOPTIC.INSTANCES_TEST is False: AP is not measured")
     elif MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id:
-        evaluators.append(ThingAPEvaluator(dataset_name, output_dir, _tasks(cfg)))
+        evaluators.append(
+            ThingAPEvaluator(dataset_name, output_dir, _tasks(cfg), cfg.TEST.DETECTIONS_PER_IMAGE)
+        )
     else:
         logger.info("%s has no thing classes: AP is not measured", dataset_name)
     return DatasetEvaluators(evaluators)
 
 
 def _instance_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    return build_box_evaluator(dataset_name, output_dir, _tasks(cfg))
+    return build_box_evaluator(dataset_name, output_dir, _tasks(cfg), cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
 def _top_k_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:

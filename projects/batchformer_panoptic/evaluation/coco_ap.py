@@ -30,6 +30,7 @@ from ..data.validation import (
     check_boxes,
     check_lists,
     raise_first_error,
+    records,
     segment_without_pixels,
 )
 from ..errors import UserError
@@ -38,6 +39,7 @@ from .panoptic_ground_truth import PanopticGroundTruth, TrueImage
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")
+COCO_DETECTIONS = 100
 
 
 class _COCOEvaluator(COCOEvaluator):
@@ -51,7 +53,11 @@ class _COCOEvaluator(COCOEvaluator):
 
 
 def _coco_evaluator(
-    name: str, metadata: Mapping[str, Any], tasks: Sequence[str], output_dir: str
+    name: str,
+    metadata: Mapping[str, Any],
+    tasks: Sequence[str],
+    output_dir: str,
+    max_detections: int,
 ) -> COCOEvaluator:
     """Build Detectron2's evaluator, which reads its metadata from the catalog by name.
 
@@ -60,6 +66,7 @@ def _coco_evaluator(
         metadata: ``json_file``, ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
         tasks: "bbox", and "segm" for a model that predicts masks.
         output_dir: for predictions and result files.
+        max_detections: predictions of an image that AP counts for each class, at least COCO's 100.
     """
     MetadataCatalog.get(name).set(**{**metadata, "name": name})
     try:
@@ -68,6 +75,7 @@ def _coco_evaluator(
             tasks=tuple(tasks),
             distributed=True,
             output_dir=output_dir,
+            max_dets_per_image=max(COCO_DETECTIONS, max_detections),
             use_fast_impl=False,  # the fast one is a compiled module that need not be installed
         )
     finally:
@@ -81,7 +89,10 @@ def _coco_evaluator(
 
 
 def build_box_evaluator(
-    dataset_name: str, output_dir: str, tasks: Sequence[str] = ("bbox",)
+    dataset_name: str,
+    output_dir: str,
+    tasks: Sequence[str] = ("bbox",),
+    max_detections: int = COCO_DETECTIONS,
 ) -> COCOEvaluator:
     """Build Detectron2's COCO evaluator for a registered data set of boxes.
 
@@ -93,6 +104,7 @@ def build_box_evaluator(
         dataset_name: a registered data set with the metadata of ``register_coco_instances``.
         output_dir: for the copy, the predictions and the result files.
         tasks: "bbox", and "segm" for a model that predicts masks.
+        max_detections: TEST.DETECTIONS_PER_IMAGE. AP counts that many, if they are more than 100.
 
     Raises:
         UserError: the metadata has no JSON, or the file cannot be read.
@@ -105,7 +117,7 @@ def build_box_evaluator(
         )
     json_file = _complete_json(metadata.json_file, output_dir)
     entries = {**metadata.as_dict(), "json_file": json_file}
-    return _coco_evaluator(f"{dataset_name} (boxes)", entries, tasks, output_dir)
+    return _coco_evaluator(f"{dataset_name} (boxes)", entries, tasks, output_dir, max_detections)
 
 
 def _complete_json(path: str, output_dir: str) -> str:
@@ -158,7 +170,13 @@ class ThingAPEvaluator(DatasetEvaluator):
     things; predicted stuff is left out. Model outputs are not modified.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str, tasks: Sequence[str] = TASKS) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str,
+        tasks: Sequence[str] = TASKS,
+        max_detections: int = COCO_DETECTIONS,
+    ) -> None:
         """Prepare the annotations.
 
         Args:
@@ -166,6 +184,7 @@ class ThingAPEvaluator(DatasetEvaluator):
                 at least one thing class.
             output_dir: for annotations made from PNGs, predictions and Detectron2's result files.
             tasks: "bbox" and, if the model predicts masks, "segm".
+            max_detections: see `build_box_evaluator`.
         """
         metadata = MetadataCatalog.get(dataset_name)
         truth = PanopticGroundTruth(metadata)
@@ -179,7 +198,9 @@ class ThingAPEvaluator(DatasetEvaluator):
             "thing_classes": [truth.categories[key]["name"] for key in truth.thing_ids],
             "thing_dataset_id_to_contiguous_id": {key: i for i, key in enumerate(truth.thing_ids)},
         }
-        self._evaluator = _coco_evaluator(f"{truth.name} (things)", entries, tasks, output_dir)
+        self._evaluator = _coco_evaluator(
+            f"{truth.name} (things)", entries, tasks, output_dir, max_detections
+        )
 
     def reset(self) -> None:
         """Forget all images."""
@@ -234,15 +255,18 @@ def _things_only(instances: Instances, thing_class: torch.Tensor) -> Instances:
 def _instances_json(metadata_path: str | None, truth: PanopticGroundTruth, output_dir: str) -> str:
     """Return the data set's own instances JSON if it exists, else one made from the PNGs."""
     if metadata_path and os.path.isfile(PathManager.get_local_path(metadata_path)):
-        categories = read_coco_json(metadata_path).get("categories", [])
-        if sorted(category["id"] for category in categories) != truth.thing_ids:
+        local_path = _complete_json(metadata_path, output_dir)
+        categories = records(read_coco_json(local_path), "categories")
+        if sorted((item.get("id") for item in categories), key=repr) != sorted(
+            truth.thing_ids, key=repr
+        ):
             raise UserError(
                 f"the categories of {metadata_path} are not the things of {truth.json_file}; "
                 "register the data set without an instances JSON, AP then uses the panoptic "
                 "annotation"
             )
         logger.info("AP of things is measured on the instance annotations %s", metadata_path)
-        return metadata_path
+        return local_path
     # The main process writes the file, then the others find it.
     if comm.is_main_process():
         cached_thing_annotations(truth, output_dir)

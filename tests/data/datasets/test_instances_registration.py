@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
 from batchformer_panoptic import add_batchformer_panoptic_config, register_instances_dataset
 from batchformer_panoptic.data import (
@@ -65,6 +68,59 @@ def test_images_boxes_and_crowds(cfg: CfgNode, tmp_path: Path) -> None:
     assert len(PanopticDatasetMapper(cfg, is_train=True)(dicts[2])["instances"]) == 0
 
 
+def test_dicts_equal_those_of_detectron2(tmp_path: Path) -> None:
+    code = mask_util.encode(np.asfortranarray(np.eye(48, 64, dtype=np.uint8)))
+    annotations = content()["annotations"]
+    annotations[0]["segmentation"] = [[1, 2, 3, 4, 5, 6.5], [1, 2]]
+    annotations[1]["segmentation"] = {**code, "counts": code["counts"].decode()}
+    images = content()["images"][::-1]
+    files = write_instances(tmp_path / "set", annotations=annotations, images=images)
+    name = unique_name()
+    mine = load_instances_json(str(files.json_file), str(files.image_root))
+    theirs = load_coco_json(str(files.json_file), str(files.image_root), name)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 2, 3, 4]], [], [["a"] * 6], {"counts": 3}, 7])
+def test_a_box_with_an_unusable_mask_is_still_trained_on(
+    tmp_path: Path, segmentation: object
+) -> None:
+    annotations = content()["annotations"]
+    annotations[0]["segmentation"] = segmentation
+    files = write_instances(tmp_path / "set", annotations=annotations)
+    found = load_instances_json(str(files.json_file), str(files.image_root))[0]["annotations"]
+    assert [item["bbox"] for item in found] == [item["bbox"] for item in annotations[:3]]
+    assert not any("segmentation" in item for item in found)
+    paths = {"image_root": files.image_root, "json_file": files.json_file}
+    kinds = [problem.kind for problem in check_files(paths, Depth()).problems]
+    assert kinds == ["bad segmentation"] * bool(segmentation)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "has_pixels"),
+    [
+        ([0, 0, 64, 48], True),
+        ([63.5, 47.5, 10, 10], True),
+        ([-5, -5, 6, 6], True),
+        ([3, 4, 0, 5], False),
+        ([64, 4, 5, 5], False),
+        ([3, 48, 5, 5], False),
+        ([-5, 4, 5, 5], False),
+    ],
+)
+def test_a_box_that_training_leaves_out_is_named(
+    cfg: CfgNode, tmp_path: Path, bbox: list[float], has_pixels: bool
+) -> None:
+    annotations = [{**content()["annotations"][0], "bbox": bbox}, *content()["annotations"][1:]]
+    files = write_instances(tmp_path / "set", annotations=annotations)
+    paths = {"image_root": files.image_root, "json_file": files.json_file}
+    kinds = [problem.kind for problem in check_files(paths, Depth()).problems]
+    assert kinds == ([] if has_pixels else ["box without pixels"])
+    cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "RGB", "none", (48,)
+    found = load_instances_json(str(files.json_file), str(files.image_root))[0]
+    assert len(PanopticDatasetMapper(cfg, is_train=True)(found)["instances"]) == 1 + has_pixels
+
+
 def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
     records = content()[key]
     records[index] = {k: v for k, v in {**records[index], **changes}.items() if v != "absent"}
@@ -105,6 +161,7 @@ def changed(key: str, index: int, **changes: Any) -> dict[str, Any]:
         (changed("annotations", 3, iscrowd=None), "annotation 3: iscrowd is None; write 0 or 1"),
         (changed("annotations", 3, area="120"), "annotation 3: area is '120'; write a number"),
         (changed("annotations", 3, area=None), "annotation 3: area is None; write a number"),
+        (changed("annotations", 3, ignore=1), "annotation 3: ignore is 1, which COCO's evaluation"),
         (changed("annotations", 3, bbox=None), "annotation 3: bbox is None; give"),
         (changed("images", 1, file_name="absent"), "image 11 has no 'file_name'"),
         (changed("images", 0, file_name="gone.png"), r"gone.png does not exist; is .*images the"),
@@ -118,7 +175,7 @@ def test_mistakes_in_the_records_are_named(
     files = write_instances(tmp_path / "set", **changes)
     register_instances_dataset(*files.row(name))
     with pytest.raises(UserError, match=words) as caught:
-        load_instances_json(str(files.json_file), str(files.image_root), name)
+        load_instances_json(str(files.json_file), str(files.image_root))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(files.json_file))
     with pytest.raises(UserError, match=words):

@@ -24,7 +24,13 @@ from .files import (
     check_png_size,
     check_shared_images,
 )
-from .instances import check_box_categories, check_boxes, check_instances_json
+from .instances import (
+    check_box_categories,
+    check_boxes,
+    check_instances_json,
+    usable_segmentation,
+)
+from .limits import check_detections, check_queries, no_training_targets
 from .pixels import check_area, check_segment_ids, segment_without_pixels
 from .problems import Problem, raise_first_error, records, segments_of, stated_size
 from .repair import PNG_FOLDER, repair_panoptic_set
@@ -40,6 +46,7 @@ __all__ = [
     "check_boxes",
     "check_categories",
     "check_color",
+    "check_detections",
     "check_entries",
     "check_image_size",
     "check_images",
@@ -49,13 +56,16 @@ __all__ = [
     "check_panoptic_content",
     "check_panoptic_json",
     "check_png_size",
+    "check_queries",
     "check_repeated_ids",
     "check_segment_ids",
     "check_shared_images",
+    "no_training_targets",
     "raise_first_error",
     "records",
     "repair_panoptic_set",
     "segment_without_pixels",
     "segments_of",
     "stated_size",
+    "usable_segmentation",
 ]

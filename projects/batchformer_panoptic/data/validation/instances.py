@@ -1,6 +1,7 @@
 """Checks of COCO-instances JSON, of which boxes are read."""
 
 from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 from .annotations import (
     SECTIONS,
@@ -16,6 +17,7 @@ from .problems import (
     Record,
     check_crowd,
     check_stated_area,
+    image_name,
     is_integer,
     is_number,
     is_size,
@@ -30,6 +32,7 @@ def check_instances_json(content: Record) -> Iterator[Problem]:
     yield from check_box_categories(content)
     yield from check_entries(content, "images")
     yield from check_boxes(content)
+    yield from _check_unused(content)
 
 
 def check_box_categories(content: Record) -> Iterator[Problem]:
@@ -94,6 +97,64 @@ def _check_annotation(
     ):
         if fault:
             yield Problem(kind, f"{where}: {fault}")
+
+    if annotation.get("ignore"):
+        message = (
+            f"{where}: ignore is {annotation['ignore']!r}, which COCO's evaluation overlooks; "
+        )
+        yield Problem("ignored annotation", message + "write iscrowd 1, or remove the annotation")
+
+
+def _check_unused(content: Record) -> Iterator[Problem]:
+    """Check boxes that training leaves out and evaluation counts, and masks that are not drawn."""
+    sizes = {repr(image.get("id")): image for image in records(content, "images")}
+    annotations = records(content, "annotations")
+    if all(annotation.get("iscrowd", 0) == 1 for annotation in annotations):
+        what = "every box is a crowd" if annotations else "there are no boxes"
+        message = f"{what}, so training has no targets and AP is n/a"
+        yield Problem("no targets", message, severity="warning")
+    for annotation in annotations:
+        where = f"annotation {annotation.get('id')!r}"
+        image = sizes.get(repr(annotation.get("image_id")), {})
+        box: Any = annotation.get("bbox")
+        if _is_box(box) and not _has_pixels(box, image):
+            message = f"{where}: bbox {box} covers nothing of the image: training leaves it out, "
+            message += "and evaluation counts it as not found"
+            yield Problem("box without pixels", message, image_name(image), severity="warning")
+        if annotation.get("segmentation") and not usable_segmentation(annotation):
+            message = f"{where}: its segmentation is neither a polygon of three points or more nor "
+            message += "a run-length code; its box is used"
+            yield Problem("bad segmentation", message, image_name(image), severity="warning")
+
+
+def usable_segmentation(annotation: Record) -> list[list[float]] | Record | None:
+    """Return the polygons of three points or more, or the run-length code, or None.
+
+    Only drawings of the annotations use it.
+    """
+    found = annotation.get("segmentation")
+    if isinstance(found, dict):
+        size = found.get("size")
+        is_code = isinstance(size, list) and len(size) == 2 and all(map(is_size, size))
+        return found if is_code and isinstance(found.get("counts"), str | list) else None
+    polygons = [item for item in found if _is_polygon(item)] if isinstance(found, list) else []
+    return polygons or None
+
+
+def _is_polygon(value: object) -> bool:
+    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
+        return False
+    return set(map(type, value)) <= {int, float}
+
+
+def _has_pixels(box: Sequence[float], image: Record) -> bool:
+    left, top, width, height = box
+    for start, length, key in ((left, width, "width"), (top, height, "height")):
+        limit = image.get(key)
+        end = min(start + length, limit) if is_size(limit) else start + length
+        if end <= max(start, 0):
+            return False
+    return True
 
 
 def _is_box(value: object) -> bool:
