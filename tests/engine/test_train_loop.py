@@ -180,12 +180,9 @@ def _loss_scaling(trainer: StandInTrainer) -> torch.amp.GradScaler:
     return scaler
 
 
-def test_overflow_under_loss_scaling_skips_the_step_and_halves_the_scale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("batchformer_panoptic.engine.trainer.LOG_PERIOD", 1)
+def test_overflow_under_loss_scaling_skips_the_step_and_halves_the_scale(tmp_path: Path) -> None:
     trainer = StandInTrainer(stand_in_cfg(tmp_path, "SOLVER.MAX_ITER", 3))
-    trainer._trainer._log_period = 1
+    trainer._trainer._log_periods = [1]
     scaler = _loss_scaling(trainer)
     steps = []
 

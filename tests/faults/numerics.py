@@ -212,6 +212,8 @@ def _resumed(place: Place, spoil: Callable[[Path], None]) -> None:
     output = _train(place, SOLVER__MAX_ITER=1)
     assert place.status == 0, place.words
     last = output / (output / "last_checkpoint").read_text()
+    for path in set(output.glob("*.pth")) - {last}:  # or else the run would continue from it
+        path.unlink()
     spoil(last)
     before = {path: path.read_bytes() for path in output.glob("*.pth")}
     arguments = ["--config-file", place.folder / "run/config.yaml", "--resume"]
