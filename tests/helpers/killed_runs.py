@@ -10,10 +10,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from detectron2.engine.launch import _distributed_worker
 from detectron2.utils import comm
@@ -171,8 +173,12 @@ def _train(folder: Path, resume: bool, place: str, call: int) -> None:
 
 @functools.cache
 def _context() -> Any:
+    """Processes are forked from one that has imported everything, and trained nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not get this sys.path otherwise
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
     return context
 
 
