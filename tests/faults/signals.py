@@ -154,6 +154,7 @@ def _one_rank_stopped(place: Place) -> None:
 
 def _one_rank_killed(place: Place) -> None:
     assert not list(_to_rank(place, signal.SIGKILL).glob("*.pth"))
+    assert not multiprocessing.active_children()
 
 
 def _launched_by(variables: dict[str, str], *options: object) -> Callable[[Place], None]:
@@ -209,7 +210,7 @@ FAULTS = [
     _fault("SIGTERM for one of two processes", STEP, _one_rank_stopped, 143, " --num-gpus 2"),
     _fault(
         "one of two processes killed",
-        "no process is left; the last checkpoint is",
+        "no process is left",
         _one_rank_killed,
         2,
         " --num-gpus 2",

@@ -94,25 +94,31 @@ def launch_processes(
         lost = _describe_lost(error, machine_rank * processes)
         if lost and not received:
             raise UserError(lost) from None
-        # The exception may come from another process, whose collective failed as a consequence.
-        _raise_first(mistakes)
         number = received[0] if received else getattr(error, "exit_code", 0) - 128
-        if number in STOP_SIGNALS:
+        is_stopped = number in STOP_SIGNALS
+        # The exception may come from another process, whose collective failed as a consequence. The
+        # others get a SIGTERM, which is the reason only if the first one was stopped, too.
+        _raise_first(mistakes, UserError if not is_stopped else (UserError, Stopped))
+        if is_stopped:
             raise Stopped(describe(number), number) from None
         unmet = re.search(r"torch\.distributed\.Dist(?:Network|Store)Error: (.*)", error.msg)
         if unmet:
             raise UserError(f"the processes do not meet at {dist_url}: {unmet[1]}") from None
         raise
-    _raise_first(mistakes)
+    _raise_first(mistakes, (UserError, Stopped))
 
 
-def _raise_first(mistakes: "SimpleQueue[UserError | Stopped] | None") -> None:
-    """Raise what a process has passed on, the first with a line for the user."""
+def _raise_first(
+    mistakes: "SimpleQueue[UserError | Stopped] | None",
+    kinds: type[BaseException] | tuple[type[BaseException], ...],
+) -> None:
+    """Raise what a process has passed on: the first mistake, or else a stop with its line."""
     found = []
     while mistakes is not None and not mistakes.empty():
         found.append(mistakes.get())
+    found = [reason for reason in found if isinstance(reason, kinds)]
     if found:
-        raise max(found, key=lambda reason: bool(str(reason))) from None
+        raise max(found, key=lambda r: (isinstance(r, UserError), bool(str(r)))) from None
 
 
 def _pass_on(processes: int, received: list[int]) -> Handler:
