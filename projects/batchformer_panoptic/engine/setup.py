@@ -27,6 +27,7 @@ from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 from ..visualization.report import REPORT_NAME
 from .solver import apply_epochs
+from .trackers import check_loggers
 from .writers import start_logging
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,14 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 _RUN_FILES = (
     "model_[0-9]*.pth",
     *("model_final.pth", "model_best.pth", "model_best.json", "model_nonfinite.pth"),
-    *("last_checkpoint", "metrics.json", "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+    *(
+        "last_checkpoint",
+        "metrics.json",
+        "events.out.tfevents.*",
+        "log.txt*",
+        "*_run_id",
+        REPORT_NAME,
+    ),
 )
 
 
@@ -355,6 +363,7 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
     if not cfg.DATASETS[split]:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
     check_fast(cfg)
+    check_loggers(cfg.LOGGERS)
     if len(cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS) != TWO_STREAMS.num_streams:
         raise UserError(
             "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..batchformer import BatchFormerHook
 from ..errors import NonFiniteError, UserError
 from .solver import GradientClipper
+from .writers import LOG_PERIOD, memory_in_use
 
 # Random numbers.
 
@@ -222,8 +223,6 @@ def _add(values: list[Tensor]) -> Tensor:
 
 # The training loop.
 
-LOG_PERIOD = 20  # iterations
-
 
 class StreamTrainLoop(SimpleTrainer):
     """Detectron2's simple training loop with a step for the losses of several streams.
@@ -266,6 +265,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
+        self._images, self._seconds = 0, 0.0  # of the window
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device.type
@@ -278,9 +278,10 @@ class StreamTrainLoop(SimpleTrainer):
         Raises:
             NonFiniteError: before the step that would spoil the weights.
         """
+        begin = time.perf_counter()
         self.optimizer.zero_grad()
         for hook in self._block_hooks:
-            hook.step = self.iter
+            hook.step, hook.measures_entropy = self.iter, self.is_logged(self.iter)
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
         for part in range(self._accumulation):
@@ -289,6 +290,7 @@ class StreamTrainLoop(SimpleTrainer):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
+            self._images += len(batch)
             for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
                 share = value.detach() / self._accumulation
                 metrics[name] = metrics[name] + share if name in metrics else share
@@ -300,7 +302,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        self._log({**metrics, "grad_norm": grad_norm}, data_time)
+        self._log(metrics, grad_norm, data_time, begin)
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, optimizer, seed and loss scale."""
@@ -333,7 +335,14 @@ class StreamTrainLoop(SimpleTrainer):
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
             raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
-        return {**combined.logged, **getattr(losses, "metrics", {})}
+        entropies = {
+            f"attention_entropy_{layer}": value
+            for hook in self._block_hooks
+            for layer, value in hook.entropies.items()
+        }
+        for hook in self._block_hooks:
+            hook.entropies.clear()
+        return {**combined.logged, **getattr(losses, "metrics", {}), **entropies}
 
     def _forward(
         self, batch: list[dict[str, Any]]
@@ -356,16 +365,35 @@ class StreamTrainLoop(SimpleTrainer):
         dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
         return torch.autocast(self._device, dtype=dtype)
 
-    def _log(self, metrics: Mapping[str, Tensor], data_time: float) -> None:
+    def _log(
+        self, metrics: Mapping[str, Tensor], grad_norm: Tensor, data_time: float, begin: float
+    ) -> None:
+        """Add an iteration to the window of metrics; store them if it is logged.
+
+        Loss scaling skips the steps in which the gradient overflows; the gradient norm is the mean
+        over the others, and infinite only if there are none.
+        """
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
-        self._window.add(metrics)
-        if not self.is_logged(self.iter):
+        of_step = {"grad_norm": grad_norm}
+        if self._scaler.is_enabled():
+            taken = grad_norm.isfinite()
+            of_step = {
+                "grad_norm": grad_norm.where(taken, 0.0),
+                "skipped_steps": 1.0 - taken.float(),
+            }
+        self._window.add({**metrics, **of_step})
+        means = self._window.flush() if self.is_logged(self.iter) else {}
+        self._seconds += time.perf_counter() - begin  # `flush` has waited for the device
+        if not means:
             return
-        # With loss scaling, the gradient norm overflows occasionally; JSON has no infinity.
-        means = {k: v for k, v in self._window.flush().items() if math.isfinite(v)}
+        if "skipped_steps" in means:
+            share = 1.0 - means["skipped_steps"]
+            means["grad_norm"] = means["grad_norm"] / share if share else math.inf
+        means["images_per_second"] = self._images * comm.get_world_size() / self._seconds
+        self._images, self._seconds = 0, 0.0
         if comm.is_main_process():
-            storage.put_scalars(**means, smoothing_hint=False)
+            storage.put_scalars(**means, **memory_in_use(), smoothing_hint=False)
 
     def is_logged(self, iteration: int) -> bool:
         """Whether the metrics are transferred and logged after an iteration."""

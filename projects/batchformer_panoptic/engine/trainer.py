@@ -19,7 +19,7 @@ from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hoo
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 
 from ..batchformer.batchformer import TWO_STREAMS
@@ -34,8 +34,15 @@ from ..modeling.fast_inference import model_for_evaluation
 from ..visualization import side_by_side
 from ..visualization.report import example_pictures, has_examples, write_report
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
-from .writers import BestCheckpointer, ConsoleWriter, LogWriter
+from .trackers import LOGGERS
+from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
+from .writers import (
+    LOG_PERIOD,
+    BestCheckpointer,
+    ConsoleWriter,
+    LogWriter,
+    warning_of_failure,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +247,9 @@ class PanopticTrainer(DefaultTrainer):
             model = self._unwrapped if self.ema is None else self.ema.model
             self._is_evaluating = True
             self._last_eval_results = self.test(cfg, model)
-            if main:
-                with _warning_of_failure("drawing predictions"):
+            # Only TensorBoard takes pictures; those that it does not take would pile up.
+            if main and "tensorboard" in cfg.LOGGERS:
+                with warning_of_failure("drawing predictions"):
                     self._store_pictures(_by_dataset(cfg, self._last_eval_results))
             self._is_evaluating = False
             return self._last_eval_results
@@ -279,13 +287,13 @@ class PanopticTrainer(DefaultTrainer):
                 self.storage.put_image(f"{name}/{pictures.file_name}", picture.transpose(2, 0, 1))
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the writers of console, ``metrics.json`` and TensorBoard."""
+        """Return the writers of console, ``metrics.json`` and ``LOGGERS``."""
         output_dir = Path(self.cfg.OUTPUT_DIR)
         output_dir.mkdir(parents=True, exist_ok=True)
         return [
             ConsoleWriter(self.max_iter),
             JSONWriter(str(output_dir / "metrics.json")),
-            TensorboardXWriter(str(output_dir)),
+            *(LOGGERS[name](self.cfg) for name in self.cfg.LOGGERS),
         ]
 
     @classmethod
@@ -415,20 +423,10 @@ def _log_per_class(cfg: CfgNode, values: Mapping[str, float]) -> None:
             logger.info(line)
 
 
-@contextlib.contextmanager
-def _warning_of_failure(action: str) -> Iterator[None]:
-    """Log an error as a warning: a run is worth more than what describes it."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning(f"{action} failed: {type(error).__name__}: {one_line(error)}")
-        logger.debug(f"{action} failed", exc_info=True)
-
-
 def _write_report(
     cfg: CfgNode, results: dict[str, Any] | None, weights: str, *, trained: bool = True
 ) -> None:
-    with _warning_of_failure("the report"):
+    with warning_of_failure("the report"):
         by_dataset = _by_dataset(cfg, results) if results else None
         logger.info(f"report: {write_report(cfg, by_dataset, weights=weights, trained=trained)}")
 
