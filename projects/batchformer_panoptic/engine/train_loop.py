@@ -265,7 +265,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._ema = ema
         self._log_period = log_period
         self._window = MetricWindow()
-        self._images, self._seconds = 0, 0.0  # of the window
+        self._images, self._seconds, self._begin = 0, 0.0, 0.0  # of the window, and of the step
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device.type
@@ -278,10 +278,10 @@ class StreamTrainLoop(SimpleTrainer):
         Raises:
             NonFiniteError: before the step that would spoil the weights.
         """
-        begin = time.perf_counter()
         self.optimizer.zero_grad()
         for hook in self._block_hooks:
             hook.step, hook.measures_entropy = self.iter, self.is_logged(self.iter)
+        self._begin = time.perf_counter()
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
         for part in range(self._accumulation):
@@ -302,7 +302,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        self._log(metrics, grad_norm, data_time, begin)
+        self._log({**metrics, "grad_norm": grad_norm}, data_time)
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, optimizer, seed and loss scale."""
@@ -365,32 +365,18 @@ class StreamTrainLoop(SimpleTrainer):
         dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
         return torch.autocast(self._device, dtype=dtype)
 
-    def _log(
-        self, metrics: Mapping[str, Tensor], grad_norm: Tensor, data_time: float, begin: float
-    ) -> None:
-        """Add an iteration to the window of metrics; store them if it is logged.
-
-        Loss scaling skips the steps in which the gradient overflows; the gradient norm is the mean
-        over the others, and infinite only if there are none.
-        """
+    def _log(self, metrics: Mapping[str, Tensor], data_time: float) -> None:
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
-        of_step = {"grad_norm": grad_norm}
-        if self._scaler.is_enabled():
-            taken = grad_norm.isfinite()
-            of_step = {
-                "grad_norm": grad_norm.where(taken, 0.0),
-                "skipped_steps": 1.0 - taken.float(),
-            }
-        self._window.add({**metrics, **of_step})
-        means = self._window.flush() if self.is_logged(self.iter) else {}
-        self._seconds += time.perf_counter() - begin  # `flush` has waited for the device
-        if not means:
+        self._window.add(metrics)
+        if not self.is_logged(self.iter):
+            self._seconds += time.perf_counter() - self._begin
             return
-        if "skipped_steps" in means:
-            share = 1.0 - means["skipped_steps"]
-            means["grad_norm"] = means["grad_norm"] / share if share else math.inf
-        means["images_per_second"] = self._images * comm.get_world_size() / self._seconds
+        # With loss scaling, the gradient norm overflows occasionally; JSON has no infinity.
+        means = {k: v for k, v in self._window.flush().items() if math.isfinite(v)}
+        # The device has finished the steps of the window: the transfer has waited for it.
+        seconds = self._seconds + time.perf_counter() - self._begin
+        means["images_per_second"] = self._images * comm.get_world_size() / seconds
         self._images, self._seconds = 0, 0.0
         if comm.is_main_process():
             storage.put_scalars(**means, **memory_in_use(), smoothing_hint=False)
