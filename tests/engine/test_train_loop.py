@@ -2,13 +2,20 @@
 
 import json
 import logging
+import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from batchformer_panoptic.engine.train_loop import MetricWindow, combine_streams
+from batchformer_panoptic.engine.train_loop import (
+    MetricWindow,
+    StreamTrainLoop,
+    combine_streams,
+)
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
@@ -178,3 +185,43 @@ def test_one_image_per_process_is_warned_about(
     opts = ["SOLVER.IMS_PER_BATCH", images, "MODEL.BATCHFORMER.ATTEND", attend]
     StandInTrainer(stand_in_cfg(tmp_path, *opts))
     assert ("ONE image" in caplog.text) == warned
+
+
+def test_metrics_of_block_speed_and_memory_reach_the_file(tmp_path: Path) -> None:
+    opts = ["MODEL.BATCHFORMER.EVERY", 2, "SOLVER.GRADIENT_ACCUMULATION", 2]
+    trained(stand_in_cfg(tmp_path, *opts))
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    first, last = (r for r in map(json.loads, lines) if "total_loss" in r)
+    assert 0 < first["attention_entropy_0"] < math.log(4)  # images of a batch
+    assert "attention_entropy_0" not in last  # the block rests in iteration 5
+    assert last["images_per_second"] > 0
+    if sys.platform == "linux":
+        assert 100 < last["cpu_memory"] < 100_000  # MiB
+
+
+def test_images_per_second_are_those_of_the_window(tmp_path: Path) -> None:
+    trainer = SlowTrainer(stand_in_cfg(tmp_path))
+    trainer.train()
+    rate = trainer.storage.latest()["images_per_second"][0]
+    assert 0.5 * 4 / 0.05 < rate < 4 / 0.05  # 4 images in 0.05 s and a little more
+
+
+class SlowTrainer(StandInTrainer):
+    """A batch takes 50 ms."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any, *, start_iter: int = 0) -> Any:
+        """Wait for each batch."""
+        for batch in super().build_train_loader(cfg, start_iter=start_iter):
+            time.sleep(0.05)
+            yield batch
+
+
+def test_monitoring_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for is_logged in (True, False):
+        monkeypatch.setattr(StreamTrainLoop, "is_logged", lambda self, number, on=is_logged: on)
+        trainer = trained(stand_in_cfg(tmp_path / str(is_logged)))
+        weights.append(trainer.model.state_dict())
+    assert_same_state(*weights)
+    assert "attention_entropy_0" in (tmp_path / "True" / "metrics.json").read_text()

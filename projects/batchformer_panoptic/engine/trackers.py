@@ -13,7 +13,8 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_s
 
 from ..data.io import write_text
 from ..errors import UserError, did_you_mean, one_line
-from .writers import LOG_PERIOD, warning_of_failure
+from .train_loop import LOG_PERIOD
+from .writers import warning_of_failure
 
 
 class TrackerWriter(EventWriter):

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..batchformer import BatchFormerHook
 from ..errors import NonFiniteError, UserError
 from .solver import GradientClipper
-from .writers import LOG_PERIOD, memory_in_use
+from .writers import memory_in_use
 
 # Random numbers.
 
@@ -223,6 +223,8 @@ def _add(values: list[Tensor]) -> Tensor:
 
 # The training loop.
 
+LOG_PERIOD = 20  # iterations
+
 
 class StreamTrainLoop(SimpleTrainer):
     """Detectron2's simple training loop with a step for the losses of several streams.
@@ -335,14 +337,11 @@ class StreamTrainLoop(SimpleTrainer):
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
             raise NonFiniteError(_describe_non_finite(self.iter, losses, failure, batch))
-        entropies = {
-            f"attention_entropy_{layer}": value
-            for hook in self._block_hooks
-            for layer, value in hook.entropies.items()
-        }
+        metrics = {**combined.logged, **getattr(losses, "metrics", {})}
         for hook in self._block_hooks:
+            metrics |= {f"attention_entropy_{k}": value for k, value in hook.entropies.items()}
             hook.entropies.clear()
-        return {**combined.logged, **getattr(losses, "metrics", {}), **entropies}
+        return metrics
 
     def _forward(
         self, batch: list[dict[str, Any]]

@@ -35,14 +35,8 @@ from ..visualization import side_by_side
 from ..visualization.report import example_pictures, has_examples, write_report
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from .trackers import LOGGERS
-from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
-from .writers import (
-    LOG_PERIOD,
-    BestCheckpointer,
-    ConsoleWriter,
-    LogWriter,
-    warning_of_failure,
-)
+from .train_loop import LOG_PERIOD, NonFiniteError, StreamTrainLoop, WeightAverage
+from .writers import BestCheckpointer, ConsoleWriter, LogWriter, warning_of_failure
 
 logger = logging.getLogger(__name__)
 

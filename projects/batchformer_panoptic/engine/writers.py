@@ -22,8 +22,6 @@ from ..errors import one_line
 
 logger = logging.getLogger(__name__)
 
-LOG_PERIOD = 20  # iterations
-
 
 def start_logging(output_dir: str, *, with_tables: bool) -> None:
     """Log everything to ``log.txt``, and what helps to follow the run to the console.

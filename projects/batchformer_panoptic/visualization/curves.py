@@ -61,11 +61,10 @@ def read_curves(path: Path) -> Curves:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{path} cannot be read: {reason}") from None
-    complete = text[: text.rfind("\n") + 1]
-    records = [
-        _record(line, f"{path}, line {number}")
-        for number, line in enumerate(complete.splitlines(), 1)
-    ]
+    lines = text.splitlines()
+    if not text.endswith(("\n", "}")):
+        del lines[-1:]
+    records = [_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
     # The last evaluation is logged as one iteration after the last step.
     steps = max((r["iteration"] for r in records if "total_loss" in r), default=math.inf)
     curves: Curves = {}
