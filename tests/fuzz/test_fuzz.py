@@ -130,11 +130,25 @@ class Workshop:
             options = ["--opts", "MODEL.WEIGHTS", weights]
             shutil.rmtree(self.folder / "out", ignore_errors=True)
             ended_well("tools/predict.py", *config, *image, *output, *options)
-            converted = [weights, self.folder / "converted.pth", "--overwrite"]
-            ended_well("tools/convert_checkpoint.py", *converted, "--source", "detr")
             assert not self._canary.exists()
 
         return case, check
+
+    def resuming(self) -> Target:
+        """The last checkpoint of a training, which has the state of optimizer and schedule."""
+        folder = self.folder / "resumed"
+        command = ["train_net.py", "--config-file", self.run.config_file, "OUTPUT_DIR", folder]
+        command += ["DATASETS.TEST", (), *ONE_STEP]
+        assert ended_well(*command) == 0
+        last = folder / (folder / "last_checkpoint").read_text()
+        state = torch.load(last, weights_only=True)
+        originals = last.read_bytes(), _saved(state, _use_new_zipfile_serialization=False)
+
+        def check(data: bytes) -> None:
+            last.write_bytes(data)
+            ended_well(*command, "--resume", "SOLVER.MAX_ITER", 2)
+
+        return changed_bytes(*originals), check
 
     def images(self) -> Target:
         """Eight pictures of all formats."""
@@ -193,7 +207,7 @@ def _pictures() -> list[bytes]:
     return found
 
 
-TARGETS = ("annotations", "instances", "doctor", "checkpoint", "images")
+TARGETS = ("annotations", "instances", "doctor", "checkpoint", "resuming", "images")
 
 
 @pytest.mark.parametrize("target", TARGETS)
