@@ -1,4 +1,4 @@
-"""A long run with the real loader and evaluation: memory, files, threads and step time stay flat."""
+"""A long run with real loader and evaluation: memory, files, threads and step time stay flat."""
 
 import os
 import statistics
