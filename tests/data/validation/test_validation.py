@@ -291,6 +291,17 @@ def test_the_command_survives_a_wholly_wrong_json(
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["category_id", "id", "area", "bbox", "iscrowd"])
+@pytest.mark.parametrize("value", [[], {}, None])
+def test_the_command_survives_values_of_other_types(
+    root: Path, content: Content, key: str, value: object
+) -> None:
+    content["annotations"][0]["segments_info"][0][key] = value
+    run_command(root, content)
+    content["categories"][0]["id"] = value
+    assert run_command(root, content) == 1
+
+
 def test_the_command_says_in_one_line_what_is_missing(
     root: Path, content: Content, capsys: pytest.CaptureFixture[str]
 ) -> None:
