@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-
 from batchformer_panoptic.data.io import write_atomically
 from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.visualization.curves import (
@@ -25,13 +23,17 @@ from batchformer_panoptic.visualization.curves import (
     run_names,
 )
 
+FORMATS = (".png", ".svg", ".pdf")
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG, SVG, PDF")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="PNG, SVG or PDF"
+    )
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -45,9 +47,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if args.output.suffix[1:].lower() not in formats:
-        raise UserError(f"--output {args.output} must end with one of {', '.join(formats)}")
+    if args.output.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {args.output} must end with one of {', '.join(FORMATS)}")
     paths = list(dict.fromkeys(find_metrics(run) for run in args.runs))
     runs = dict(zip(run_names(paths), map(read_curves, paths), strict=True))
     metrics = choose_metrics(list(runs.values()), args.metrics)

@@ -18,7 +18,7 @@ from helpers.trained_files import write_run
 
 ITERATIONS = 2000
 SETTLED = 500  # from here on, caches and pools are filled
-MEMORY = 40.0  # MiB, most growth from there to the end
+MEMORY = 20.0  # MiB, most growth from there to the end
 SLOWER = 1.5  # at most, median step of the last quarter over that of the second
 
 

@@ -59,7 +59,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
 
 def module(name: str) -> ModuleType:
     made = ModuleType(name)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="made by a test")
     return made
 
 
@@ -135,8 +135,14 @@ def test_unknown_loggers_are_refused(names: Any) -> None:
         check_loggers(names)
 
 
-def test_a_logger_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_that_is_not_installed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_loggers(["tensorboard"])
+    (tmp_path / "mlflow").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="names mlflow, which is not installed"):
+        check_loggers(["mlflow"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in LOGGERS:
         with pytest.raises(UserError, match=f"names {name}, .*: pip install {name}"):

@@ -47,7 +47,11 @@ def test_a_resumed_run_counts_and_a_torn_last_line_does_not(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "record", ["text", [1], {"total_loss": 1.0}, {"iteration": -1}, {"iteration": 3, "lr": "high"}]
+    "record",
+    [
+        *("text", [1], {"total_loss": 1.0}, {"iteration": -1}, {"iteration": 3, "lr": "high"}),
+        {"iteration": float("inf")},
+    ],
 )
 def test_other_files_are_refused_with_their_line(tmp_path: Path, record: Any) -> None:
     path = write_metrics(tmp_path, [RECORDS[0], record])

@@ -216,14 +216,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 _RUN_FILES = (
     "model_[0-9]*.pth",
     *("model_final.pth", "model_best.pth", "model_best.json", "model_nonfinite.pth"),
-    *(
-        "last_checkpoint",
-        "metrics.json",
-        "events.out.tfevents.*",
-        "log.txt*",
-        "*_run_id",
-        REPORT_NAME,
-    ),
+    *("last_checkpoint", "metrics.json", "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+    "*_run_id",
 )
 
 

@@ -159,5 +159,6 @@ def check_loggers(names: Any) -> None:
                 f"LOGGERS is a list of {', '.join(LOGGERS)}, not {names!r}"
                 f"{did_you_mean(str(name), LOGGERS)}"
             )
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of this name, as trackers make them
             raise UserError(f"LOGGERS names {name}, which is not installed: pip install {name}")

@@ -64,8 +64,8 @@ def warning_of_failure(action: str) -> Iterator[None]:
 def memory_in_use() -> dict[str, float]:
     """Return the memory of this process in MiB, by the name of the metric.
 
-    ``gpu_memory`` is the most that PyTorch has allocated on the current GPU since the start, and
-    only there with CUDA. ``cpu_memory`` is what the process occupies now; only Linux tells it.
+    ``gpu_memory``, with CUDA: the most that PyTorch has allocated on the current GPU since the
+    start. ``cpu_memory``, on Linux: what the process occupies now.
     """
     memory = {}
     if torch.cuda.is_initialized():

@@ -78,7 +78,7 @@ def read_curves(path: Path) -> Curves:
 def _record(line: str, where: str) -> dict[str, float]:
     try:
         record = json.loads(line)
-        if isinstance(record, dict) and record["iteration"] >= 0:
+        if isinstance(record, dict) and 0 <= record["iteration"] < math.inf:
             return {name: float(value) for name, value in record.items()}
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         pass
