@@ -310,3 +310,12 @@ def test_the_command_says_in_one_line_what_is_missing(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: image folder not found: {root / 'images'}\n"
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 20, 24, 25, 26, 40])
+def test_the_command_survives_a_png_cut_off_anywhere(
+    root: Path, content: Content, size: int
+) -> None:
+    path = root / "panoptic" / content["annotations"][0]["file_name"]
+    path.write_bytes(path.read_bytes()[:size])
+    assert run_command(root, content) == 1
