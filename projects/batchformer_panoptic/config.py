@@ -25,6 +25,9 @@ def add_batchformer_panoptic_config(cfg: CN) -> None:
     _add_classifier_keys(cfg)
     _add_solver_keys(cfg)
     _add_test_keys(cfg)
+    # Where metrics go besides the console and metrics.json: any of "tensorboard", "wandb" (Weights
+    # & Biases) and "mlflow". The last two read their own environment variables.
+    cfg.LOGGERS = ["tensorboard"]
 
 
 def classifies(cfg: CN) -> bool:

@@ -51,6 +51,25 @@ def test_padding_is_not_attended_to():
     torch.testing.assert_close(block(tokens, mask), slow_block(block, tokens, mask))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 400])
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_entropy_is_that_of_the_attention(num_tokens: int, has_padding: bool) -> None:
+    block, tokens = make_block(), torch.randn(3, num_tokens, 16)
+    mask = torch.zeros(3, num_tokens, dtype=torch.bool)
+    mask[1, num_tokens // 2 :] = has_padding
+    _, weights = block.self_attn(*[tokens] * 3, key_padding_mask=mask.T, average_attn_weights=False)
+    expected = torch.special.entr(weights).sum(-1).mean()
+    found = block.attention_entropy(tokens, mask)
+    # Of 400 positions, only some are looked at.
+    torch.testing.assert_close(found, expected, rtol=0.05 if num_tokens == 400 else 1e-5, atol=1e-6)
+
+
+def test_entropy_is_between_that_of_one_image_and_of_all() -> None:
+    block, tokens = make_block(), torch.randn(1, 4, 16).expand(3, 4, 16)
+    torch.testing.assert_close(block.attention_entropy(tokens), torch.tensor(math.log(3)))
+    assert block.attention_entropy(tokens[:1]).item() == 0.0
+
+
 def test_positions_that_are_padding_everywhere_stay_finite():
     tokens = torch.randn(2, 3, 16, requires_grad=True)
     out = make_block()(tokens, torch.ones(2, 3, dtype=torch.bool))

@@ -228,3 +228,24 @@ def test_a_copy_is_not_written_over_files(tmp_path: Path, target: str, capsys: L
     root = write_sound_set(tmp_path / "set")
     assert check_dataset.main([*paths(root), "--fix", str(tmp_path / target)]) == 2
     assert "holds other files; name a new or empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("annotations.0.area", float("nan"), "the annotations have NaN or an infinity"),
+        ("images.0.height", float("inf"), "the annotations have NaN or an infinity"),
+        ("annotations.0.file_name", "../images/11.jpg", "'../images/11.jpg' leads out of"),
+        ("annotations.0.file_name", "{root}/panoptic/11.png", "leads out of the folder"),
+    ],
+)
+def test_a_copy_stays_in_its_folder_and_is_json(
+    tmp_path: Path, path: str, value: Any, words: str, capsys: Lines
+) -> None:
+    root = write_sound_set(tmp_path / "set")
+    set_value(path, value.format(root=root) if isinstance(value, str) else value)(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert check_dataset.main([*paths(root), "--fix", str(tmp_path / "fixed")]) == 2
+    assert words in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "fixed" / "panoptic.json").exists()

@@ -30,6 +30,7 @@ COMMANDS = {
         *("src.pth", "{tmp}/exported.pth", "--format", "official"),
         *CONFIG,
     ],
+    "tools/plot_metrics.py": [ABSENT, "--output", "{tmp}/curves.png"],
     "tools/predict.py": [*CONFIG, "--input", "a.png", "--output", "{tmp}/predictions"],
     "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
     "tools/study.py": [f"{ABSENT}.yaml"],

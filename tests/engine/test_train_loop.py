@@ -2,6 +2,9 @@
 
 import json
 import logging
+import math
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,12 @@ import torch
 from detectron2.utils import comm
 from torch import nn
 
-from batchformer_panoptic.engine.train_loop import KeptBuffers, MetricWindow, combine_streams
+from batchformer_panoptic.engine.train_loop import (
+    KeptBuffers,
+    MetricWindow,
+    StreamTrainLoop,
+    combine_streams,
+)
 from batchformer_panoptic.engine.trainer import _warn_about_single_images
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
@@ -270,3 +278,43 @@ def test_one_image_in_each_of_two_processes_is_enough_with_sync(
     _warn_about_single_images(cfg)
     words = "to at least 4, or set MODEL.BATCHFORMER.SYNC True"
     assert (words in caplog.text) == ("ONE image" in caplog.text) == (not sync)
+
+
+def test_metrics_of_block_speed_and_memory_reach_the_file(tmp_path: Path) -> None:
+    opts = ["MODEL.BATCHFORMER.EVERY", 2, "SOLVER.GRADIENT_ACCUMULATION", 2]
+    trained(stand_in_cfg(tmp_path, *opts))
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    first, last = (r for r in map(json.loads, lines) if "total_loss" in r)
+    assert 0 < first["attention_entropy_0"] < math.log(4)  # images of a batch
+    assert "attention_entropy_0" not in last  # the block rests in iteration 5
+    assert last["images_per_second"] > 0
+    if sys.platform == "linux":
+        assert 100 < last["cpu_memory"] < 100_000  # MiB
+
+
+def test_images_per_second_are_those_of_the_window(tmp_path: Path) -> None:
+    trainer = SlowTrainer(stand_in_cfg(tmp_path))
+    trainer.train()
+    rate = trainer.storage.latest()["images_per_second"][0]
+    assert 0.5 * 4 / 0.05 < rate < 4 / 0.05  # 4 images in 0.05 s and a little more
+
+
+class SlowTrainer(StandInTrainer):
+    """A batch takes 50 ms."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any, *, start_iter: int = 0) -> Any:
+        """Wait for each batch."""
+        for batch in super().build_train_loader(cfg, start_iter=start_iter):
+            time.sleep(0.05)
+            yield batch
+
+
+def test_monitoring_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for is_logged in (True, False):
+        monkeypatch.setattr(StreamTrainLoop, "is_logged", lambda self, number, on=is_logged: on)
+        trainer = trained(stand_in_cfg(tmp_path / str(is_logged)))
+        weights.append(trainer.model.state_dict())
+    assert_same_state(*weights)
+    assert "attention_entropy_0" in (tmp_path / "True" / "metrics.json").read_text()

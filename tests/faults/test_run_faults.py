@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from faults import batch, numerics, resuming, settings, signals
+from faults import batch, formats, numerics, resuming, settings, signals
 from helpers.run_faults import DOCUMENT, Outcome, Place, RunFault, outcome_of, render
 from helpers.tiny_dataset import TinyPanopticDataset
 
-FAULTS = [*batch.FAULTS, *numerics.FAULTS, *resuming.FAULTS, *settings.FAULTS, *signals.FAULTS]
+THEMES = (batch, formats, numerics, resuming, settings, signals)
+FAULTS = [fault for theme in THEMES for fault in theme.FAULTS]
 OUTCOMES: dict[str, Outcome] = {}
 
 

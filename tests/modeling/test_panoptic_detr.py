@@ -287,7 +287,11 @@ def test_the_prediction_before_the_first_layer_is_supervised_as_well():
 
 def test_metrics_come_with_the_losses_and_are_detached():
     losses = tiny_model(**BLOCK).train()(random_inputs(SIZES))
-    assert set(losses.metrics) == {"class_error", "cardinality_error"}
+    expected = {"class_error", "cardinality_error", "kept_queries", "matched_objects"}
+    assert set(losses.metrics) == expected
+    assert losses.metrics["matched_objects"].item() == sum(
+        len(x["instances"]) for x in random_inputs(SIZES)
+    ) / len(SIZES)
     assert not any(value.requires_grad for value in losses.metrics.values())
 
 

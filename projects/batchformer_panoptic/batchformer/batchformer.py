@@ -140,6 +140,9 @@ The last two are controls.
 
 ATTENDS: tuple[str, ...] = get_args(Attend)
 
+# Enough for the mean over an image; a prime, so that they are not all in one column.
+_ENTROPY_POSITIONS = 127
+
 
 class BatchFormerV2(nn.TransformerEncoderLayer):
     """Lets every token attend to the tokens at the same position of the other images.
@@ -227,6 +230,33 @@ class BatchFormerV2(nn.TransformerEncoderLayer):
             return self.norm2(x + self.dropout2(self.linear2(hidden)))
         return super().forward(tokens, src_key_padding_mask=ignored)
 
+    @torch.no_grad()
+    def attention_entropy(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Mean entropy of the attention over the images, for monitoring.
+
+        It is computed from queries and keys again, at evenly spaced positions, so that the forward
+        pass keeps its fused kernel. It draws no random numbers, and dropout does not count.
+
+        Args:
+            tokens: (B, N, C), as in :meth:`forward`; with ``attend="batch"`` only.
+            key_padding_mask: (B, N) bool, as in :meth:`forward`.
+
+        Returns:
+            A 0-d float tensor in nats: 0 if every token attends to one image only, log B if it
+            attends to all of them equally.
+        """
+        positions = min(tokens.shape[1], _ENTROPY_POSITIONS)
+        chosen = torch.arange(positions, device=tokens.device) * tokens.shape[1] // positions
+        attention, width = self.self_attn, self.self_attn.embed_dim
+        weight, bias = attention.in_proj_weight[: 2 * width], attention.in_proj_bias[: 2 * width]
+        by_head = F.linear(tokens[:, chosen], weight, bias).float()
+        queries, keys = by_head.unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
+        logits = torch.einsum("inhc,jnhc->nhij", queries, keys) / attention.head_dim**0.5
+        if key_padding_mask is not None:
+            ignored = key_padding_mask & ~key_padding_mask.all(dim=0)
+            logits.masked_fill_(ignored[:, chosen].T[:, None, None], -torch.inf)
+        return torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+
     def _attend_to_self(self, tokens: Tensor) -> Tensor:
         """Attention over a sequence of one token: softmax gives 1, so only values are needed."""
         attention, width = self.self_attn, self.self_attn.embed_dim
@@ -282,6 +312,8 @@ class BatchFormerHook(nn.Module):
 
     Attributes:
         step: the training step, set by the training loop; it is needed only with ``every``.
+        measures_entropy: set by a training loop that logs the next forward pass.
+        entropies: by layer, the last `BatchFormerV2.attention_entropy` that was measured.
 
     Raises:
         ValueError: ``insert_layers`` is empty, or has negative or repeated entries; ``every`` is
@@ -313,6 +345,8 @@ class BatchFormerHook(nn.Module):
         if sync and attend != "batch":
             raise ValueError(f"sync has no effect with attend={attend!r}: leave it out")
         self.step, self.every = 0, every
+        self.measures_entropy = False
+        self.entropies: dict[int, Tensor] = {}
         self.embed_dim = embed_dim
         self.insert_layers = tuple(layers)
         self.mask_padding = mask_padding
@@ -368,11 +402,23 @@ class BatchFormerHook(nn.Module):
                 stacklevel=2,
             )
         block = self.blocks["shared" if self.shared else str(index)]
+        assert isinstance(block, BatchFormerV2)
         mask = key_padding_mask if self.mask_padding else None
+
+        # With SYNC, a process may have no position to measure; all have to measure or none.
+        measures = self.measures_entropy and self.attend == "batch"
+        measures = measures and (not synced or source.shape[1] >= num_processes())
+
+        def attend(tokens: Tensor, ignored: Tensor | None) -> Tensor:
+            if measures:
+                self.entropies[index] = block.attention_entropy(tokens, ignored)
+            attended: Tensor = block(tokens, ignored)
+            return attended
+
         if synced:
-            attended = over_all_processes(block, source, mask, map_sizes)
+            attended = over_all_processes(attend, source, mask, map_sizes)
         else:
-            attended = block(source, mask)
+            attended = attend(source, mask)
         return TWO_STREAMS.join([original, attended]), TWO_STREAMS
 
 

@@ -376,6 +376,8 @@ def png_fault(path: str | Path) -> PngFault | None:
         found, remedy = "not a PNG but a JPEG, which changes ids", "export the masks again as PNG"
     elif not header.startswith(_PNG_SIGNATURE):
         found, remedy = "not a PNG", "export the masks again as PNG"
+    elif len(header) < 26:
+        found, remedy = "cut off within its header", "copy it again"
     else:
         depth, color_type = header[24], header[25]
         if (depth, color_type) == (8, _PNG_RGB):

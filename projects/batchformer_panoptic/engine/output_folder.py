@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from ..data.io import name_of_temporary, parse_object, read_json_lines
 from ..errors import UserError
+from ..visualization.curves import METRICS_NAME
 
 if sys.platform != "win32":
     import fcntl
@@ -19,7 +20,6 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-METRICS = "metrics.json"
 
 # The locks of this process by folder, with its id, since a forked process has a copy of this dict.
 _held: dict[Path, tuple[int, TextIO]] = {}
@@ -120,7 +120,7 @@ def logged_values(folder: Path, iteration: int) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read.
     """
-    path = folder / METRICS
+    path = folder / METRICS_NAME
     records = read_json_lines(path) if path.is_file() else []
     return {k: v for r in records if r.get("iteration") == iteration for k, v in r.items()}
 
@@ -131,7 +131,7 @@ def last_logged(folder: Path) -> int:
     Raises:
         UserError: the file cannot be read.
     """
-    path = folder / METRICS
+    path = folder / METRICS_NAME
     records = read_json_lines(path) if path.is_file() else []
     return max((r["iteration"] for r in records if "iteration" in r), default=-1)
 
@@ -148,7 +148,7 @@ def cut_metrics(folder: Path, end: int) -> None:
     Raises:
         UserError: the file cannot be changed.
     """
-    path = folder / METRICS
+    path = folder / METRICS_NAME
     position = kept = 0
     try:
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():

@@ -26,9 +26,11 @@ from ..data import load_dataset_dicts, setup_datasets
 from ..data.io import write_text
 from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
+from ..visualization.curves import METRICS_NAME
 from ..visualization.report import REPORT_NAME
-from .output_folder import METRICS, hold, release, remove_temporaries
+from .output_folder import hold, release, remove_temporaries
 from .solver import apply_epochs
+from .trackers import check_loggers
 from .writers import start_logging
 
 logger = logging.getLogger(__name__)
@@ -217,7 +219,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 _RUN_FILES = (
     "model_[0-9]*.pth",
     *("model_final.pth", "model_best.pth", "model_best.json", "model_nonfinite.pth"),
-    *("last_checkpoint", METRICS, "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+    *("last_checkpoint", METRICS_NAME, "events.out.tfevents.*", "log.txt*", REPORT_NAME),
+    "*_run_id",
 )
 _CONFIG = "config.yaml"
 
@@ -246,7 +249,7 @@ def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _start_folder(folder: Path, cfg: CfgNode, args: argparse.Namespace) -> None:
     files = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
     # A training that has made a step has metrics; weights may also come from elsewhere.
-    metrics = folder / METRICS
+    metrics = folder / METRICS_NAME
     is_used = (metrics.is_file() and metrics.stat().st_size > 0) or any(
         path.suffix == ".pth" for path in files
     )
@@ -368,6 +371,7 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
     if not cfg.DATASETS[split]:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
     check_fast(cfg)
+    check_loggers(cfg.LOGGERS)
     if len(cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS) != TWO_STREAMS.num_streams:
         raise UserError(
             "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "

@@ -22,6 +22,7 @@ from ..checkpoint.mismatch import first
 from ..errors import NonFiniteError, UserError
 from ..signals import StopRequest
 from .solver import GradientClipper, resumed_state
+from .writers import memory_in_use
 
 # Random numbers.
 
@@ -311,6 +312,7 @@ class StreamTrainLoop(SimpleTrainer):
         self._stop = stop or StopRequest()
         self._log_periods = [period for period in (log_period, checkpoint_period) if period]
         self._window = MetricWindow()
+        self._images, self._seconds, self._begin = 0, 0.0, 0.0  # of the window, and of the step
         self._buffers = KeptBuffers(model)
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -338,7 +340,8 @@ class StreamTrainLoop(SimpleTrainer):
     def _run_step(self) -> None:
         self.optimizer.zero_grad()
         for hook in self._block_hooks:
-            hook.step = self.iter
+            hook.step, hook.measures_entropy = self.iter, self.is_logged(self.iter)
+        self._begin = time.perf_counter()
         data_time = 0.0
         metrics: dict[str, Tensor] = {}
         images: list[str] = []
@@ -349,6 +352,7 @@ class StreamTrainLoop(SimpleTrainer):
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
             images += _names_of(batch)
+            self._images += len(batch)
             for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
                 share = value.detach() / self._accumulation
                 metrics[name] = metrics[name] + share if name in metrics else share
@@ -405,7 +409,11 @@ class StreamTrainLoop(SimpleTrainer):
         if not check.passed():
             raise NonFiniteError(self._describe_losses(losses, failure, batch))
         self._stop.agreed = self._stop.agreed or check.read()[1] > 0
-        return {**combined.logged, **getattr(losses, "metrics", {})}
+        metrics = {**combined.logged, **getattr(losses, "metrics", {})}
+        for hook in self._block_hooks:
+            metrics |= {f"attention_entropy_{k}": value for k, value in hook.entropies.items()}
+            hook.entropies.clear()
+        return metrics
 
     def _over_processes(self, total: Tensor) -> Tensor:
         """Sum over the processes: a loss, finite only if all are, and how many are to stop."""
@@ -476,10 +484,15 @@ class StreamTrainLoop(SimpleTrainer):
         storage.put_scalar("data_time", data_time)
         self._window.add(metrics)
         if not self.is_logged(self.iter):
+            self._seconds += time.perf_counter() - self._begin
             return
         means = self._window.flush()
+        # The device has finished the steps of the window: the transfer has waited for it.
+        seconds = self._seconds + time.perf_counter() - self._begin
+        means["images_per_second"] = self._images * comm.get_world_size() / seconds
+        self._images, self._seconds = 0, 0.0
         if comm.is_main_process():
-            storage.put_scalars(**means, smoothing_hint=False)
+            storage.put_scalars(**means, **memory_in_use(), smoothing_hint=False)
 
     def is_logged(self, iteration: int) -> bool:
         """Whether the metrics are transferred and logged after an iteration."""

@@ -36,18 +36,20 @@ from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
+from ..visualization.curves import METRICS_NAME
 from ..visualization.report import example_pictures, has_examples, write_report
-from .output_folder import METRICS, cut_metrics, hold, last_logged, logged_values, release
+from .output_folder import cut_metrics, hold, last_logged, logged_values, release
 from .processes import is_failed_collective
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from .trackers import LOGGERS
 from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
 from .writers import (
     BestCheckpointer,
     ConsoleWriter,
     KeptCheckpoints,
     LogWriter,
-    TensorBoardWriter,
     best_record,
+    warning_of_failure,
 )
 
 logger = logging.getLogger(__name__)
@@ -388,8 +390,9 @@ class PanopticTrainer(DefaultTrainer):
             model = self._unwrapped if self.ema is None else self.ema.model
             with self._stop.raising() if main else contextlib.nullcontext():
                 self._last_eval_results = self.test(cfg, model)
-                if main:
-                    with _warning_of_failure("drawing predictions"):
+                # Only TensorBoard takes pictures; those that it does not take would pile up.
+                if main and "tensorboard" in cfg.LOGGERS:
+                    with warning_of_failure("drawing predictions"):
                         self._store_pictures(_by_dataset(cfg, self._last_eval_results))
             return self._last_eval_results
 
@@ -427,7 +430,7 @@ class PanopticTrainer(DefaultTrainer):
                 self.storage.put_image(f"{name}/{pictures.file_name}", picture.transpose(2, 0, 1))
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the writers of console, TensorBoard and ``metrics.json``.
+        """Return the writers of console, ``LOGGERS`` and ``metrics.json``.
 
         The last one comes last: an iteration in it is complete.
         """
@@ -436,8 +439,8 @@ class PanopticTrainer(DefaultTrainer):
         trainer = weakref.proxy(self)
         return [
             ConsoleWriter(self.max_iter),
-            TensorBoardWriter(str(output_dir), lambda: trainer._first_written()),
-            JSONWriter(str(output_dir / METRICS)),
+            *(LOGGERS[name](self.cfg, trainer._first_written) for name in self.cfg.LOGGERS),
+            JSONWriter(str(output_dir / METRICS_NAME)),
         ]
 
     @classmethod
@@ -568,20 +571,10 @@ def _log_per_class(cfg: CfgNode, values: Mapping[str, float]) -> None:
             logger.info(line)
 
 
-@contextlib.contextmanager
-def _warning_of_failure(action: str) -> Iterator[None]:
-    """Log an error as a warning: a run is worth more than what describes it."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning(f"{action} failed: {type(error).__name__}: {one_line(error)}")
-        logger.debug(f"{action} failed", exc_info=True)
-
-
 def _write_report(
     cfg: CfgNode, results: dict[str, Any] | None, weights: str, *, trained: bool = True
 ) -> None:
-    with _warning_of_failure("the report"):
+    with warning_of_failure("the report"):
         by_dataset = _by_dataset(cfg, results) if results else None
         logger.info(f"report: {write_report(cfg, by_dataset, weights=weights, trained=trained)}")
 

@@ -1,9 +1,11 @@
 """Output of a run: log, console line, periodic writing, best checkpoint, and the last lines."""
 
+import contextlib
 import datetime
 import logging
+import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint.search import numbered_checkpoints
 from ..data.io import read_json, write_json
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,31 @@ def _is_for_console(record: logging.LogRecord) -> bool:
 
 def _is_one_line(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or "\n" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def warning_of_failure(action: str) -> Iterator[None]:
+    """Log an error as a warning: a run is worth more than what describes it."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{action} failed: {type(error).__name__}: {one_line(error)}")
+        logger.debug(f"{action} failed", exc_info=True)
+
+
+def memory_in_use() -> dict[str, float]:
+    """Return the memory of this process in MiB, by the name of the metric.
+
+    ``gpu_memory``, with CUDA: the most that PyTorch has allocated on the current GPU since the
+    start. ``cpu_memory``, on Linux: what the process occupies now.
+    """
+    memory = {}
+    if torch.cuda.is_initialized():
+        memory["gpu_memory"] = torch.cuda.max_memory_allocated() / 2**20
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        memory["cpu_memory"] = int(pages.read_text().split()[1]) * mmap.PAGESIZE / 2**20
+    return memory
 
 
 class LogWriter(PeriodicWriter):
@@ -166,8 +193,11 @@ class ConsoleWriter(EventWriter):
         parts += [
             f"{name}: {latest[name]:.3f}s" for name in ("time", "data_time") if name in latest
         ]
-        if torch.cuda.is_available():
-            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        if "images_per_second" in latest:
+            parts.append(f"images/s: {latest['images_per_second']:.3g}")
+        memory = latest.get("gpu_memory", latest.get("cpu_memory"))
+        if memory is not None:
+            parts.append(f"memory: {memory:.0f}M")
         logger.info("  ".join(parts))
 
     @staticmethod

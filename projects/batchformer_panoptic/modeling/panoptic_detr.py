@@ -358,7 +358,13 @@ class PanopticDETR(nn.Module):
             losses |= self.criterion.of_pilot(
                 predictions.pilot, batch, pairs, num_objects, pilot.layout.num_groups
             )
-        metrics = matching_metrics(self.scoring, predictions, batch, matching)
+        metrics = matching_metrics(
+            self.scoring,
+            predictions,
+            batch,
+            matching,
+            score_threshold=self.inference_options.panoptic.score_threshold,
+        )
         pixel_losses = self._pixel_losses(features, targets, size, counts.pixels)
         return Losses({**streams.sum_losses(losses), **pixel_losses}, metrics)
 

@@ -25,16 +25,10 @@ from matplotlib.figure import Figure
 
 from ..config import classifies
 from ..data.class_table import ClassTable
-from ..data.io import (
-    ImageArray,
-    read_image,
-    read_json,
-    read_json_lines,
-    read_segment_map,
-    write_text,
-)
+from ..data.io import ImageArray, read_image, read_json, read_segment_map, write_text
 from ..evaluation.panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
 from ..evaluation.top_k import RESULTS_NAME as TOP_K_RESULTS
+from .curves import METRICS_NAME, read_curves
 from .drawing import automatic_scale, draw_scene, enlarge
 from .scene import Region, Scene, Segment, SharedSegmentMap, scene_of_annotation
 
@@ -81,7 +75,7 @@ def write_report(
     """
     folder = Path(cfg.OUTPUT_DIR)
     names = [*(cfg.DATASETS.TRAIN if trained else ()), *cfg.DATASETS.TEST]
-    parts = [_heading(cfg, weights), _curves(folder / "metrics.json")]
+    parts = [_heading(cfg, weights), _curves(folder / METRICS_NAME)]
     budget = _MAX_PICTURE_BYTES
     for name in cfg.DATASETS.TEST if results else ():
         assert results is not None
@@ -152,14 +146,7 @@ def _curves(path: Path) -> str:
     """Charts of the metrics over the iterations; "" without a training."""
     if not path.is_file():
         return ""
-    records = read_json_lines(path)
-    steps = max((r["iteration"] + 1 for r in records if "total_loss" in r), default=0)
-    series: dict[str, dict[int, float]] = {}
-    for record in records:
-        # The last evaluation is logged as one iteration after the last step.
-        iteration = min(record["iteration"] + 1, steps)
-        for name, value in record.items():
-            series.setdefault(name, {})[iteration] = value
+    series = read_curves(path)
     quality = r"(.*/)?(PQ|PQ_th|PQ_st|AP|mIoU|top1|top5)"
     charts = [
         _chart(title, {name: series[name] for name in series if re.fullmatch(pattern, name)})

@@ -296,6 +296,17 @@ def test_the_command_survives_a_wholly_wrong_json(
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["category_id", "id", "area", "bbox", "iscrowd"])
+@pytest.mark.parametrize("value", [[], {}, None])
+def test_the_command_survives_values_of_other_types(
+    root: Path, content: Content, key: str, value: object
+) -> None:
+    content["annotations"][0]["segments_info"][0][key] = value
+    run_command(root, content)
+    content["categories"][0]["id"] = value
+    assert run_command(root, content) == 1
+
+
 def test_the_command_says_in_one_line_what_is_missing(
     root: Path, content: Content, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,3 +315,12 @@ def test_the_command_says_in_one_line_what_is_missing(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: image folder not found: {root / 'images'}\n"
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 20, 24, 25, 26, 40])
+def test_the_command_survives_a_png_cut_off_anywhere(
+    root: Path, content: Content, size: int
+) -> None:
+    path = root / "panoptic" / content["annotations"][0]["file_name"]
+    path.write_bytes(path.read_bytes()[:size])
+    assert run_command(root, content) == 1

@@ -291,6 +291,10 @@ def test_metrics_by_hand():
     metrics = matching_metrics(SCORINGS[0], predictions, batch, matching)
     assert metrics["class_error"].item() == 50.0
     assert metrics["cardinality_error"].item() == 1.0
+    assert metrics["kept_queries"].item() == 1.0
+    assert metrics["matched_objects"].item() == 2.0
+    strict = matching_metrics(SCORINGS[0], predictions, batch, matching, score_threshold=0.9999)
+    assert strict["kept_queries"].item() == 0.0
 
 
 def test_pixel_classes_come_from_labels_and_void_is_left_out():

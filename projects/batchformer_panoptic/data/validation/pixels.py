@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..io import Extent, IntArray, runs, segment_extents
-from .problems import Problem, Record, image_name, segment_number, segments_of
+from .problems import Problem, Record, image_name, is_integer, segment_number, segments_of
 
 BBOX_TOLERANCE = 1  # pixels: tools disagree on whether a box includes the last pixel
 _SPECK = 9  # pixels; a smaller segment is usually a slip of the annotator
@@ -49,7 +49,8 @@ def check_pixels(
         if extent.area < _SPECK:
             message = f"a speck of {extent.area} pixels"
             yield Problem("speck", message, image, segment_id, "warning")
-        if segment.get("category_id") in things:
+        category_id = segment.get("category_id")
+        if is_integer(category_id) and category_id in things:
             single.add(segment_id)
     yield from check_pieces(segment_map, {key: extents[key] for key in single}, image)
 

@@ -1,6 +1,8 @@
 """Writes a corrected copy of a panoptic data set: what can be derived from JSON and PNGs."""
 
 import copy
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,18 @@ def repair_panoptic_set(content: Record, panoptic_root: Path, target: Path) -> P
         The path of the new JSON.
 
     Raises:
-        UserError: the target is not empty or cannot be written.
+        UserError: the target is not empty or cannot be written; or the JSON cannot be copied: it
+            has NaN or an infinity, or a file name that leads out of the folder.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} holds other files; name a new or empty folder")
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            "the annotations have NaN or an infinity, which JSON does not allow: remove these "
+            "values"
+        ) from None
     fixed = copy.deepcopy(content)
     for section, keys in _IDS.items():
         for record in records(fixed, section):
@@ -44,7 +54,11 @@ def repair_panoptic_set(content: Record, panoptic_root: Path, target: Path) -> P
             _make_numbers(segment, ("id", "category_id", "iscrowd", "area"))
             segment["iscrowd"] = _crowd(segment.get("iscrowd", 0))
         name = annotation.get("file_name")
-        if isinstance(name, str) and (panoptic_root / name).is_file():
+        if not isinstance(name, str):
+            continue
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"file_name {name!r} leads out of the folder of the PNGs: no copy made")
+        if (panoptic_root / name).is_file():
             _repair_png(annotation, panoptic_root / name, target / PNG_FOLDER / name)
     write_json(target / JSON_NAME, fixed)
     return target / JSON_NAME

@@ -306,23 +306,38 @@ class SetCriterion:
 
 @torch.no_grad()
 def matching_metrics(
-    scoring: Scoring, predictions: Predictions, targets: TargetBatch, matching: Matching
+    scoring: Scoring,
+    predictions: Predictions,
+    targets: TargetBatch,
+    matching: Matching,
+    *,
+    score_threshold: float = 0.0,
 ) -> dict[str, Tensor]:
     """0-d metrics of the last layer that are logged but not trained.
 
     ``class_error``: percentage of matched queries whose best class is wrong; preferring "no object"
-    counts as wrong. ``cardinality_error``: difference between the number of queries that are not
-    "no object" and the number of objects, as a mean over the entries.
+    counts as wrong. The others are means over the entries. ``cardinality_error``: difference
+    between the number of queries that are not "no object" and the number of objects.
+    ``kept_queries``: queries that are not "no object" and score above ``score_threshold``.
+    ``matched_objects``: objects with a query of their own.
     """
     last = matching.of_layer(-1)
     wanted = targets.labels[last.global_target]
     decoded = scoring.decode(predictions.logits[-1])
     labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
     correct = (labels == wanted).float().sum() / max(len(wanted), 1)
-    counts = torch.tensor([float(count) for count in targets.counts])
-    counts = counts.to(wanted.device, non_blocking=True)
+    # Numbers that the host knows, with one transfer.
+    known = torch.tensor([*map(float, targets.counts), len(wanted) / len(targets.counts)])
+    known = known.to(wanted.device, non_blocking=True)
+    counts, matched = known[:-1], known[-1]
     cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
-    return {"class_error": 100 - 100 * correct, "cardinality_error": cardinality}
+    kept = decoded.is_object & (decoded.scores > score_threshold)
+    return {
+        "class_error": 100 - 100 * correct,
+        "cardinality_error": cardinality,
+        "kept_queries": kept.sum(-1).float().mean(),
+        "matched_objects": matched,
+    }
 
 
 def count_objects(targets: Sequence[ImageTarget], device: torch.device) -> Tensor:
