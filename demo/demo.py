@@ -23,7 +23,7 @@ from batchformer_panoptic.data.io import IMAGE_SUFFIXES, find_images
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
 from batchformer_panoptic.errors import UserError, command
-from batchformer_panoptic.visualization import draw_result, read_image, write_image
+from batchformer_panoptic.visualization import draw_result, write_image
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
 DEFAULT_FPS = 25.0  # for videos without a frame rate
@@ -126,7 +126,7 @@ def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None
     drawn = failed = 0
     for name, path in zip(images, paths, strict=True):
         try:
-            image = read_image(name)
+            image = predictor.read_image(name)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1

@@ -10,9 +10,8 @@ from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
 from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
-from ..data.io import write_atomically
 from ..errors import UserError, one_line
-from .files import check_is_file, read_weights
+from .files import check_is_file, read_weights, write_weights
 from .mismatch import (
     Mismatch,
     describe,
@@ -103,7 +102,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
         data |= kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        write_atomically(path, lambda temporary: torch.save(data, temporary))
+        write_weights(path, data)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

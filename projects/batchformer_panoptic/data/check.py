@@ -191,7 +191,11 @@ def check_before_run(cfg: CfgNode, *, eval_only: bool) -> None:
 
 def _check_sets(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Check all data sets of a run and return a line for each one with warnings."""
-    depth = Depth(max_pixels=_FAST_PIXELS, processes=max(1, cfg.DATALOADER.NUM_WORKERS))
+    depth = Depth(
+        max_pixels=_FAST_PIXELS,
+        processes=max(1, cfg.DATALOADER.NUM_WORKERS),
+        largest_image=cfg.INPUT.MAX_PIXELS,
+    )
     checked, lines = {}, []
     for name in paths:
         checked[name] = found = check_files(paths[name], depth)
@@ -210,7 +214,7 @@ def _cache_file(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> Path:
     """Return the file that says that exactly these data sets have been checked."""
     # Which images may be shared depends on which sets are for training.
     split = [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]
-    digest = hashlib.sha256(json.dumps([paths, split]).encode())
+    digest = hashlib.sha256(json.dumps([paths, split, cfg.INPUT.MAX_PIXELS]).encode())
     # Rules that change make the old results invalid.
     folder = Path(__file__).parent
     for source in (folder / "io.py", *sorted((folder / "validation").glob("*.py"))):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
-from .io import read_image
+from .io import MAX_PIXELS, read_image
 from .panoptic_mapper import check_image_format
 
 TRAIN_CROPS = ("resized", "padded")
@@ -179,6 +179,7 @@ class ClassificationMapper:
         transform: Callable[[Image.Image], Tensor],
         erasing: Callable[[Tensor], Tensor] | None = None,
         image_format: str = "RGB",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Create the mapper.
 
@@ -186,6 +187,7 @@ class ClassificationMapper:
             transform: maps an RGB image to a uint8 (3, S, S) tensor, RGB.
             erasing: applied last, on channels in the order of the format.
             image_format: "RGB" or "BGR".
+            max_pixels: see `read_image`.
 
         Raises:
             UserError: another image format.
@@ -194,6 +196,7 @@ class ClassificationMapper:
         self.transform = transform
         self.erasing = erasing
         self.image_format = image_format
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -206,11 +209,13 @@ class ClassificationMapper:
             "transform": build_image_transform(cfg, is_train),
             "erasing": erasing,
             "image_format": cfg.INPUT.FORMAT,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image; random numbers come from random, numpy and torch."""
-        picture = Image.fromarray(read_image(dataset_dict["file_name"], "RGB"))
+        pixels = read_image(dataset_dict["file_name"], "RGB", max_pixels=self.max_pixels)
+        picture = Image.fromarray(pixels)
         image = self.transform(picture)
         if self.image_format == "BGR":
             image = image.flip(0)

@@ -15,7 +15,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,7 +24,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.utils import id2rgb
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, refusal_of
 
 ImageArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -42,6 +42,9 @@ IMAGE_SUFFIXES = frozenset(
 # pillow-heif (the extra "heic"), AVIF a recent Pillow.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _HEIC_SUFFIXES = (".heic", ".heif")
+# INPUT.MAX_PIXELS: its default, and the most that Pillow reads. Above the default it warns of files
+# that are made to exhaust the memory; above the other it refuses them.
+MAX_PIXELS, PILLOW_MAX_PIXELS = 89_478_485, 178_956_970
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,6 +88,8 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(missing_file(path, role)) from None
     except UnidentifiedImageError:  # its message may show a file object
@@ -128,18 +133,37 @@ def _files_by_stem(folder: Path, _modified_ns: int) -> dict[str, str]:
     return {_comparable(Path(entry).stem): entry for entry in sorted(os.listdir(folder))}
 
 
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Open an image of one of the formats that are read here; all readers open images here.
+
+    Raises:
+        UnidentifiedImageError: another format, and other errors of Pillow.
+    """
+    return Image.open(file, formats=_known_formats())
+
+
 @contextlib.contextmanager
-def _opened(path: str | Path, role: str) -> Iterator[Image.Image]:
-    """Open an image or a PNG, whose errors become `UserError`."""
+def _opened(
+    path: str | Path, role: str, max_pixels: int | None = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Open an image or a PNG, whose errors become `UserError`; see `read_image`."""
     with (
         _reading(path, role),
         PathManager.open(str(path), "rb") as file,
-        Image.open(file, formats=_known_formats()) as image,
+        open_image(file) as image,
     ):
+        width, height = image.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise UserError(
+                f"{role} {path} has {width} x {height} = {width * height} pixels, more than "
+                f"INPUT.MAX_PIXELS {max_pixels}: shrink it, or raise that key"
+            )
         yield image
 
 
-def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
+def read_image(
+    path: str | Path, image_format: str = "BGR", *, max_pixels: int | None = MAX_PIXELS
+) -> ImageArray:
     """Read an image as 8-bit color and rotate it according to its EXIF data.
 
     Training, evaluation, demo and tools all read images here, and by one rule: grey becomes three
@@ -151,14 +175,16 @@ def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
         path: a local path, or a URI that Detectron2's PathManager supports, of an AVIF, BMP, GIF,
             JPEG, JPEG 2000, PNG, PPM, TIFF or WebP file; HEIC with the package pillow-heif.
         image_format: order of the channels, "BGR" or "RGB".
+        max_pixels: INPUT.MAX_PIXELS, of which larger images are refused before they are decoded;
+            None: what Pillow reads.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing or damaged, or has values without a rule.
+        UserError: the file is missing or damaged, too large, or has values without a rule.
     """
-    with _opened(path, "image") as image:
+    with _opened(path, "image", max_pixels) as image:
         image.load()
         orientation = _orientation(image)
         color = _to_rgb(image)
@@ -229,18 +255,21 @@ class ImageFacts(NamedTuple):
         return _is_deep(self.mode)
 
 
-def read_image_facts(path: str | Path, *, decode: bool = True) -> ImageFacts:
+def read_image_facts(
+    path: str | Path, *, decode: bool = True, max_pixels: int | None = MAX_PIXELS
+) -> ImageFacts:
     """Return size and kind of an image as `read_image` would read it.
 
     Args:
         path: see `read_image`.
         decode: also decode the whole file, which finds damaged ones and values without a rule;
             False reads the header only.
+        max_pixels: see `read_image`.
 
     Raises:
         UserError: as for `read_image`.
     """
-    with _opened(path, "image") as image:
+    with _opened(path, "image", max_pixels) as image:
         # The photographs of some telephones hold a preview as their second page.
         pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         orientation, mode, (width, height) = _orientation(image), image.mode, image.size
@@ -296,7 +325,7 @@ def read_index_map(path: str | Path) -> npt.NDArray[np.int32]:
     Raises:
         UserError: the file is missing or damaged, or has several channels.
     """
-    with _reading(path, "label image"), Image.open(path) as image:
+    with _opened(path, "label image") as image:
         mode, pixels = image.mode, np.asarray(image)
     if pixels.ndim != 2:
         raise UserError(
@@ -373,18 +402,18 @@ def png_fault(path: str | Path) -> PngFault | None:
 
 
 def write_image(path: str | Path, image_rgb: ImageArray) -> None:
-    """Write (H, W, 3) uint8 RGB; missing folders are created.
+    """Write (H, W, 3) uint8 RGB as a whole or not at all; missing folders are created.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or its ending is not that of an image format.
     """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        written = cv2.imwrite(str(path), image_rgb[:, :, ::-1])
-    except (OSError, cv2.error) as error:
+        done, content = cv2.imencode(Path(path).suffix, image_rgb[:, :, ::-1])
+    except cv2.error as error:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
-    if not written:
-        raise UserError(f"{path} cannot be written: is its folder writable?")
+    if not done:
+        raise UserError(f"{path} cannot be written: the picture cannot be encoded")
+    write_atomically(str(path), lambda name: Path(name).write_bytes(content.tobytes()))
 
 
 def write_segment_map(path: str | Path, segment_map: IntArray) -> None:
@@ -508,7 +537,25 @@ def read_coco_json(path: str | Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 
 
-def write_atomically(path: str, save: Callable[[str], None]) -> None:
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Convert a refusal of the system inside the block (disk full, no rights) to `UserError`.
+
+    Args:
+        path: the file or folder that the block writes; named in the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise UserError(f"cannot write {path}: {refusal.strerror}") from error
+
+
+def write_atomically(path: str, save: Callable[[str], object]) -> None:
     """Write a file as a whole or not at all.
 
     Args:
@@ -528,13 +575,12 @@ def write_atomically(path: str, save: Callable[[str], None]) -> None:
     stem, ending = os.path.splitext(name)
     temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
     try:
-        os.makedirs(folder, exist_ok=True)
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # without it, a power failure could leave an empty file
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path):
+            os.makedirs(folder, exist_ok=True)
+            save(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # without it, a power failure could leave an empty file
+            os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)

@@ -17,7 +17,15 @@ from scipy import ndimage
 
 from ..errors import UserError
 from .copy_paste import SegmentedImage, paste_things
-from .io import ImageArray, IntArray, read_image, read_segment_map, runs, segment_extents
+from .io import (
+    MAX_PIXELS,
+    ImageArray,
+    IntArray,
+    read_image,
+    read_segment_map,
+    runs,
+    segment_extents,
+)
 from .validation import (
     check_image_size,
     check_png_size,
@@ -56,7 +64,12 @@ class PanopticDatasetMapper:
 
     @configurable
     def __init__(
-        self, *, is_train: bool, augmentations: list[T.Augmentation], image_format: str
+        self,
+        *,
+        is_train: bool,
+        augmentations: list[T.Augmentation],
+        image_format: str,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Create the mapper.
 
@@ -64,12 +77,14 @@ class PanopticDatasetMapper:
             is_train: whether to build targets.
             augmentations: Detectron2 augmentations, applied in this order.
             image_format: "RGB" or "BGR".
+            max_pixels: see `read_image`.
 
         Raises:
             UserError: another image format.
         """
         check_image_format(image_format)
         self.is_train = is_train
+        self.max_pixels = max_pixels
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
 
@@ -80,6 +95,7 @@ class PanopticDatasetMapper:
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(
@@ -125,7 +141,7 @@ class PanopticDatasetMapper:
     def _read(self, dataset_dict: dict[str, Any]) -> tuple[ImageArray, ImageSize, T.TransformList]:
         """Return an augmented image (H, W, 3), its size on disk and the transforms drawn."""
         file_name = dataset_dict["file_name"]
-        image = read_image(file_name, self.image_format)
+        image = read_image(file_name, self.image_format, max_pixels=self.max_pixels)
         height, width = image.shape[:2]
         stated = (dataset_dict.get("height", height), dataset_dict.get("width", width))
         raise_first_error(check_image_size(file_name, (height, width), stated))

@@ -27,6 +27,7 @@ from ..data.io import (
     write_image,
     write_json,
     write_segment_map,
+    writing,
 )
 from ..errors import UserError, one_line
 from ..visualization import draw_result, legend, legend_entries
@@ -294,8 +295,9 @@ class PredictionFolder:
             "has_map": prediction.segment_map is not None,
             "segments": [self._to_json(segment, prediction) for segment in prediction.segments],
         }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path / _RECORDS):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         self._records[name] = record
 
     def _to_json(self, segment: PredictedSegment, prediction: Prediction) -> dict[str, Any]:
