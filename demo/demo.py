@@ -125,14 +125,14 @@ def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None
     paths = [None] * len(images) if output is None else output_paths(images, output)
     drawn = failed = 0
     for name, path in zip(images, paths, strict=True):
+        start = time.perf_counter()
         try:
             image = predictor.read_image(name)
+            result = predictor(image)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        start = time.perf_counter()
-        result = predictor(image)
         seconds = time.perf_counter() - start
         picture = draw_result(image[:, :, ::-1], result, predictor.class_table)
         where = "" if path is None else f" -> {path}"

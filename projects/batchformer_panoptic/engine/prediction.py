@@ -260,8 +260,15 @@ class PredictionFolder:
                 )
 
     def name_of(self, image: str) -> str:
-        """Return the path of a photograph below the image folder, with forward slashes."""
-        return Path(os.path.relpath(image, self._root)).as_posix()
+        """Return the path of a photograph below the image folder, with forward slashes.
+
+        Raises:
+            UserError: it is outside, and so would be the files of its prediction.
+        """
+        name = Path(os.path.relpath(image, self._root)).as_posix()
+        if name.split("/")[0] == ".." or os.path.isabs(name):
+            raise UserError(f"{image} is outside the image folder {self._root}")
+        return name
 
     def is_finished(self, image: str) -> bool:
         """Whether the photograph is recorded, unchanged since, and its files still exist."""
