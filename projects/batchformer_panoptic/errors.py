@@ -25,6 +25,7 @@ _REFUSALS = frozenset(
 )
 # How PyTorch (CPU, CUDA) and OpenCV word it; their exceptions have no class of their own.
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Insufficient memory")
+_WORKER_ENDED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed|exited)")
 # How libraries written in Rust name the system's error.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Control characters except those of plain text: escape sequences of terminals, and marks that turn
@@ -149,7 +150,7 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
                 _discard_unwritable_output()
                 return BROKEN_PIPE_STATUS
             except Exception as error:
-                message = _message(error)
+                message = user_message(error)
                 if message is None:
                     raise
                 _discard_unwritable_output()
@@ -160,10 +161,15 @@ def command(main: Callable[_P, int]) -> Callable[_P, int]:
     return report
 
 
-def _message(error: Exception) -> str | None:
-    """The line for the user; None for an error that is not the user's."""
+def user_message(error: BaseException) -> str | None:
+    """Return the line for the user; None for an error that is not the user's."""
     if isinstance(error, UserError):
         return str(error)
+    if _WORKER_ENDED.search(str(error)):
+        return (
+            "a worker process that reads images was killed, most often for lack of memory: set a "
+            "smaller DATALOADER.NUM_WORKERS (0 reads in the main process), and --resume"
+        )
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return (
             f"not enough memory ({one_line(error, first_line_only=True)}): use fewer images at a "
@@ -172,6 +178,8 @@ def _message(error: Exception) -> str | None:
     refusal = refusal_of(error)
     if refusal is None:
         return None
+    if refusal.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit (ulimit -n), or use fewer processes"
     name = refusal.filename2 or refusal.filename
     return f"{'output' if name is None else os.fsdecode(name)}: {refusal.strerror}"
 

@@ -1,4 +1,4 @@
-"""Merges and draws 100 masks of a large photograph; prints the memory that this takes, in MiB.
+"""Merges and draws 100 masks of a large photograph; writes the memory that this takes, in MiB.
 
 python tests/helpers/large_photograph.py MERGE HEIGHT WIDTH
 """
@@ -48,7 +48,7 @@ def main(merge: str, height: int, width: int) -> None:
     assert len(result[1]) > 10, result[1]
     merged = peak()
     draw_result(image, {"panoptic_seg": result}, table, scale=1.0)
-    print((merged - start) >> 10, (peak() - start) >> 10)
+    sys.stdout.write(f"{(merged - start) >> 10} {(peak() - start) >> 10}\n")
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ class PanopticCheckpointer(DetectionCheckpointer):
             raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
         except UserError:
             raise
-        except ValueError as error:
-            # From the optimizer, if its parameter groups differ under another config.
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # From the optimizer, if its parameter groups differ under another config, and from
+            # entries of a file that are incomplete.
             raise UserError(
                 f"cannot resume from {path}: {one_line(error)}; resume with the config of the run, "
                 "or start another OUTPUT_DIR with MODEL.WEIGHTS"

@@ -236,11 +236,11 @@ def check_values(cfg: CfgNode) -> None:
 
 def warn_of_keys_without_effect(cfg: CfgNode) -> None:
     """Log a warning that names the changed keys of Detectron2 that nothing here reads."""
-    usual = dict(_leaves(get_cfg()))
+    usual = {key: _as_lists(value) for key, value in _leaves(get_cfg())}
     changed = [
         key
         for key, value in _leaves(cfg)
-        if key.startswith(_WITHOUT_EFFECT) and key in usual and value != usual[key]
+        if key.startswith(_WITHOUT_EFFECT) and key in usual and _as_lists(value) != usual[key]
     ]
     if changed:
         logger.warning(f"without effect in this project: {', '.join(changed)}")
@@ -252,6 +252,11 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _as_lists(value: Any) -> Any:
+    """A value as YAML returns it, which has no tuples."""
+    return [_as_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

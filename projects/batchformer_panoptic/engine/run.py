@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..data.check import check_before_run
-from ..errors import USER_ERROR_STATUS, UserError
+from ..errors import USER_ERROR_STATUS, UserError, printable_output, user_message
 from .setup import at_least, command_parser, setup_cfg
 from .trainer import PanopticTrainer
 
@@ -84,11 +84,13 @@ def _run_and_close_groups(
     mistakes: "SimpleQueue[UserError] | None",
 ) -> None:
     try:
-        main(*args)
-    except UserError as error:
-        if mistakes is None:
+        with printable_output():
+            main(*args)
+    except Exception as error:
+        message = user_message(error)
+        if mistakes is None or message is None:
             raise
-        mistakes.put(error)
+        mistakes.put(error if isinstance(error, UserError) else UserError(message))
         # A status other than 0 makes torch end the other processes.
         sys.exit(USER_ERROR_STATUS)
     # After an error the other processes may be inside a collective operation, so that waiting for

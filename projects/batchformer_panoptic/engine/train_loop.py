@@ -310,8 +310,15 @@ class StreamTrainLoop(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the result of `state_dict`.
+
+        Raises:
+            ValueError: the optimizer's state is not that of its parameters.
+        """
         super().load_state_dict(state_dict)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                _check_moments(self.optimizer.state.get(parameter, {}), parameter)
         self.seed = state_dict["seed"]
         if self._scaler.is_enabled() and state_dict["grad_scaler"]:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
@@ -393,3 +400,18 @@ def _describe_non_finite(
         f"batch: {', '.join(all_images)}; the state before this step is in model_nonfinite.pth; "
         "look at these images, lower SOLVER.BASE_LR or switch SOLVER.AMP.ENABLED off"
     )
+
+
+def _check_moments(state: Mapping[str, Any], parameter: Tensor) -> None:
+    """Refuse moments that are missing or of another shape; they would fail in the next step."""
+    missing = {"exp_avg", "exp_avg_sq"} - state.keys() if "step" in state else set()
+    shapes = {
+        tuple(value.shape)
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim > 0
+    }
+    if missing or shapes - {tuple(parameter.shape)}:
+        raise ValueError(
+            f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} is incomplete "
+            f"({', '.join(sorted(missing)) or f'shapes {sorted(shapes)}'})"
+        )

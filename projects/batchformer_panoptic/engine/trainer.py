@@ -28,7 +28,7 @@ from ..config import classifies
 from ..data import build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import read_json
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, user_message
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..visualization import side_by_side
@@ -263,7 +263,9 @@ class PanopticTrainer(DefaultTrainer):
                         lambda: per_class_values(cfg, self._last_eval_results or {}),
                     )
                 )
-            built.append(LogWriter(self.build_writers(), LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+            built.append(
+                LogWriter(self.build_writers(), LOG_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+            )
         return built
 
     def _store_pictures(self, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -456,7 +458,8 @@ def _without_traceback_of_user_errors() -> Iterator[None]:
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
 
     def keep(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
+        error = None if record.exc_info is None else record.exc_info[1]
+        return error is None or user_message(error) is None
 
     loop_logger.addFilter(keep)
     try:
