@@ -20,7 +20,7 @@ INTERRUPTED_STATUS, BROKEN_PIPE_STATUS = 130, 141
 # Refusals of the system that a user can remedy: place, rights, limits, names.
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-    | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+    | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
 # How PyTorch (CPU, CUDA) and OpenCV word it; their exceptions have no class of their own.

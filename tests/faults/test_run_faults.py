@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from faults import settings
+from faults import disk, settings
 from helpers.run_faults import DOCUMENT, Outcome, Place, RunFault, outcome_of, render
 from helpers.tiny_dataset import TinyPanopticDataset
 
-FAULTS = [*settings.FAULTS]
+FAULTS = [*settings.FAULTS, *disk.FAULTS]
 OUTCOMES: dict[str, Outcome] = {}
 
 
