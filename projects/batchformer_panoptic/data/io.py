@@ -42,9 +42,8 @@ IMAGE_SUFFIXES = frozenset(
 # pillow-heif (the extra "heic"), AVIF a recent Pillow.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _HEIC_SUFFIXES = (".heic", ".heif")
-# INPUT.MAX_PIXELS: its default, and the most that Pillow reads. Above the default it warns of files
-# that are made to exhaust the memory; above the other it refuses them.
-MAX_PIXELS, PILLOW_MAX_PIXELS = 89_478_485, 178_956_970
+# The default of INPUT.MAX_PIXELS, above which Pillow warns of files made to exhaust the memory.
+MAX_PIXELS = 89_478_485
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
