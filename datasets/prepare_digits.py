@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from batchformer_panoptic.data.io import PreparedFolder
+from batchformer_panoptic.data.io import PreparedFolder, writing
 from batchformer_panoptic.engine.setup import integer_between
 from batchformer_panoptic.errors import UserError, command, one_line
 
@@ -62,7 +62,8 @@ def write_split(folder: Path, places: np.ndarray, pictures: np.ndarray, labels: 
     for place in places:
         path = folder / str(labels[place]) / f"{place:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pictures[place]).save(path)
+        with writing(path):
+            Image.fromarray(pictures[place]).save(path)
 
 
 def is_intact(output: Path, expected: dict[str, int]) -> bool:

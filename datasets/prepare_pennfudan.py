@@ -24,14 +24,16 @@ from typing import Any
 
 import numpy as np
 from panopticapi.utils import id2rgb
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from batchformer_panoptic.data.io import (
     PreparedFolder,
+    open_image,
     read_image_facts,
     segment_extents,
     write_image,
     write_json,
+    writing,
 )
 from batchformer_panoptic.errors import UserError, command, one_line
 
@@ -81,7 +83,7 @@ def read_bytes(root: Folder, folder: str, name: str) -> bytes:
 def read_instances(content: bytes, name: str) -> np.ndarray:
     """Return the instance number of each pixel (H, W) int64; 0 is background."""
     try:
-        instances = np.asarray(Image.open(io.BytesIO(content))).astype(np.int64)
+        instances = np.asarray(open_image(io.BytesIO(content))).astype(np.int64)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"PedMasks/{name} cannot be read: {one_line(error)}") from error
     if instances.ndim != 2:
@@ -105,7 +107,9 @@ def write_example(root: Folder, output: Path, split: str, name: str) -> dict[str
     file_name, mask_name, image_id = f"{name}.png", f"{name}_mask.png", NAMES.index(name) + 1
     photograph = output / split / file_name
     photograph.parent.mkdir(parents=True, exist_ok=True)
-    photograph.write_bytes(read_bytes(root, "PNGImages", file_name))
+    content = read_bytes(root, "PNGImages", file_name)
+    with writing(photograph):
+        photograph.write_bytes(content)
     height, width = read_image_facts(photograph).size
     instances = read_instances(read_bytes(root, "PedMasks", mask_name), mask_name)
     if instances.shape != (height, width):

@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from batchformer_panoptic.data.io import PreparedFolder, write_json
+from batchformer_panoptic.data.io import PreparedFolder, write_image, write_json
 from batchformer_panoptic.engine.setup import integer_between
 from batchformer_panoptic.errors import UserError, command, one_line
 
@@ -343,11 +343,6 @@ def make_example(
     return finish_picture(rng, canvas.picture, x, y), segment_map, segments
 
 
-def write_png(path: Path, rgb: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), np.ascontiguousarray(rgb[..., ::-1])):
-        raise OSError(f"cannot write {path}")
-
-
 def write_split(output: Path, split: str, count: int, seed: int, size: int) -> int:
     """Write images, panoptic PNGs and JSON of one split; return the number of segments."""
     images: list[dict[str, Any]] = []
@@ -358,8 +353,8 @@ def write_split(output: Path, split: str, count: int, seed: int, size: int) -> i
         picture, segment_map, segments = make_example(seed, split, index, size)
         image_id = SPLITS[split] + index + 1
         name = f"{image_id:012d}.png"
-        write_png(output / split / name, picture)
-        write_png(output / f"panoptic_{split}" / name, id2rgb(segment_map))
+        write_image(output / split / name, picture)
+        write_image(output / f"panoptic_{split}" / name, id2rgb(segment_map))
         images.append({"id": image_id, "file_name": name, "height": size, "width": size})
         annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
     content = {

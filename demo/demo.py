@@ -23,7 +23,7 @@ from batchformer_panoptic.data.io import IMAGE_SUFFIXES, find_images
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
 from batchformer_panoptic.errors import UserError, command
-from batchformer_panoptic.visualization import draw_result, read_image, write_image
+from batchformer_panoptic.visualization import draw_result, write_image
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
 DEFAULT_FPS = 25.0  # for videos without a frame rate
@@ -125,14 +125,14 @@ def draw_images(predictor: Predictor, images: Sequence[str], output: Path | None
     paths = [None] * len(images) if output is None else output_paths(images, output)
     drawn = failed = 0
     for name, path in zip(images, paths, strict=True):
+        start = time.perf_counter()
         try:
-            image = read_image(name)
+            image = predictor.read_image(name)
+            result = predictor(image)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        start = time.perf_counter()
-        result = predictor(image)
         seconds = time.perf_counter() - start
         picture = draw_result(image[:, :, ::-1], result, predictor.class_table)
         where = "" if path is None else f" -> {path}"

@@ -35,7 +35,7 @@ from batchformer_panoptic.checkpoint.conversion import (
 from batchformer_panoptic.checkpoint.conversion.backbones import locate_weights
 from batchformer_panoptic.checkpoint.conversion.detr import open_questions, settings_of_args
 from batchformer_panoptic.checkpoint.conversion.sources import open_folder
-from batchformer_panoptic.checkpoint.files import read_weights
+from batchformer_panoptic.checkpoint.files import read_weights, write_weights
 from batchformer_panoptic.checkpoint.mismatch import is_class_head
 from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.data.class_table import ClassTable
@@ -160,7 +160,7 @@ def save(converted: Converted, dst: Path, source: str, classes: ClassTable | Non
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in rest.items()}
         write_atomically(str(dst), lambda path: save_file(model, path, metadata=texts))
     else:
-        write_atomically(str(dst), lambda path: torch.save({"model": model, **rest}, path))
+        write_weights(str(dst), {"model": model, **rest})
 
 
 def report(converted: Converted, dst: Path) -> list[str]:

@@ -7,7 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
@@ -18,11 +17,10 @@ from batchformer_panoptic.checkpoint.conversion.export import (
     to_huggingface,
     to_official,
 )
-from batchformer_panoptic.checkpoint.files import read_weights
+from batchformer_panoptic.checkpoint.files import read_weights, write_weights
 from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.data.class_table import ClassTable
-from batchformer_panoptic.data.io import write_atomically
 from batchformer_panoptic.engine.setup import command_parser, load_config
 from batchformer_panoptic.errors import UserError, command
 
@@ -71,7 +69,7 @@ def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
         check_official_input(cfg)
         weight = cfg.MODEL.DETR.NO_OBJECT_WEIGHT
         model = to_official(state, with_block=with_block, no_object_weight=weight)
-        write_atomically(str(args.dst), lambda path: torch.save({"model": model}, path))
+        write_weights(str(args.dst), {"model": model})
     else:
         table = content.get("class_table")
         classes = None if table is None else ClassTable.from_json(table)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from batchformer_panoptic.data.io import ImageArray, find_images, read_image
+from batchformer_panoptic.data.io import ImageArray, find_images
 from batchformer_panoptic.engine.prediction import Prediction, PredictionFolder, image_ids_of
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import (
@@ -109,7 +109,7 @@ def predict_images(
     waiting = [image for image in images if not folder.is_finished(image)]
     if len(waiting) < len(images):
         print(f"{len(images) - len(waiting)} of {len(images)} images are finished already")
-    for batch in batches(waiting, batch_size, failed):
+    for batch in batches(predictor, waiting, batch_size, failed):
         results = predictor.predict_batch(list(batch.values()))
         for (image, image_bgr), result in zip(batch.items(), results, strict=True):
             folder.add(image, Prediction(image_bgr, result, predictor.class_table))
@@ -117,12 +117,12 @@ def predict_images(
 
 
 def batches(
-    images: Sequence[str], size: int, failed: dict[str, UserError]
+    predictor: Predictor, images: Sequence[str], size: int, failed: dict[str, UserError]
 ) -> Iterator[dict[str, ImageArray]]:
     batch: dict[str, ImageArray] = {}
     for image in tqdm(images, unit="image", disable=None):
         try:
-            batch[image] = read_image(image)
+            batch[image] = predictor.read_image(image)
         except UserError as error:
             failed[image] = error
         if len(batch) == size:

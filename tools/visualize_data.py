@@ -62,15 +62,16 @@ def pictures(cfg: CfgNode, name: str, args: argparse.Namespace) -> Iterator[tupl
     table = ClassTable.from_metadata(MetadataCatalog.get(name))
     for number, dataset_dict in enumerate(sample_images(name, args.num, args.seed)):
         if args.source == "annotation":
-            picture = annotated(dataset_dict, table)
+            picture = annotated(cfg, dataset_dict, table)
         else:
             with seeded(args.seed, number):
                 picture = mapped(cfg, dataset_dict, table)
         yield dataset_dict["file_name"], picture
 
 
-def annotated(dataset_dict: dict[str, Any], table: ClassTable) -> Any:
-    image = read_image(dataset_dict["file_name"])[:, :, ::-1]
+def annotated(cfg: CfgNode, dataset_dict: dict[str, Any], table: ClassTable) -> Any:
+    path, limit = dataset_dict["file_name"], cfg.INPUT.MAX_PIXELS
+    image = read_image(path, "RGB", max_pixels=limit)
     truth = draw_ground_truth(image, dataset_dict, table)
     classes = (region.class_id for region in scene_of_annotation(dataset_dict).regions)
     return side_by_side([image, truth], ["image", "annotation"], legend_entries(table, classes))

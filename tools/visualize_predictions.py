@@ -25,7 +25,6 @@ from batchformer_panoptic.visualization import (
     draw_ground_truth,
     draw_result,
     legend_entries,
-    read_image,
     side_by_side,
     write_pictures,
 )
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def panels(predictor: Predictor, dataset_dict: dict[str, Any], table: ClassTable) -> Any:
-    image_bgr = read_image(dataset_dict["file_name"])
+    image_bgr = predictor.read_image(dataset_dict["file_name"])
     image, result = image_bgr[:, :, ::-1], predictor(image_bgr)
     truth = draw_ground_truth(image, dataset_dict, table)
     pictures = [image, truth, draw_result(image, result, table)]

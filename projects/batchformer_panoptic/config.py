@@ -54,6 +54,8 @@ def boxes_only_changes(cfg: CN) -> list[str]:
 
 
 def _add_data_keys(cfg: CN) -> None:
+    # Images with more pixels are refused before they are decoded. At most 178 956 970.
+    cfg.INPUT.MAX_PIXELS = 89_478_485
     # Custom panoptic data sets: a list of [name, image_root, panoptic_root, panoptic_json]. Things
     # and stuff, class names, colours and the number of classes come from the JSON's "categories".
     cfg.DATASETS.CUSTOM_PANOPTIC = []

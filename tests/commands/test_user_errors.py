@@ -169,3 +169,86 @@ def test_a_number_out_of_range_is_refused(
         load_script(script).main([*argv, f"{option}={value}"])
     assert error.value.code == 2
     assert f"argument {option}: {value!r} is not a whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/a/b"), "/a/b: No space left on device"),
+        (PermissionError(13, "Permission denied", "/a"), "/a: Permission denied"),
+        (OSError(30, "Read-only file system", b"/a"), "/a: Read-only file system"),
+        (OSError(17, "File exists", "/a", None, "/b"), "/b: File exists"),
+        (
+            OSError(24, "Too many open files"),
+            "too many open files: raise the limit (ulimit -n), or",
+        ),
+        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (ValueError("I/O error: full (os error 28)"), "output: No space left on device"),
+        (MemoryError("5 GiB"), "not enough memory (5 GiB): use fewer images"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "not enough memory (",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            "a worker process that reads images was killed",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"),
+            "a worker process that reads images was killed",
+        ),
+    ],
+)
+def test_refusals_of_the_system_are_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def main() -> int:
+        try:
+            raise error
+        except ValueError as cause:
+            raise RuntimeError("while it was handled") from cause
+
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), RuntimeError("a fault"), OSError("?")])
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    @command
+    def main() -> int:
+        raise error
+
+    with pytest.raises(type(error)):
+        main()
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly(tmp_path: Path) -> None:
+    script = tmp_path / "long.py"
+    script.write_text(
+        "import sys\nfrom batchformer_panoptic.errors import command\n"
+        "@command\ndef main():\n    print('x\\n' * 10**6)\n    return 0\nsys.exit(main())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT / "projects")}
+    words = [sys.executable, str(script)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""
+        assert run.wait() == 141
+
+
+def test_what_is_printed_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main() -> int:
+        sys.stdout.write("\x1b[2J a\tb\n\x9b1m\u202e \udc80 é\n")
+        raise UserError("two\nlines \x07")
+
+    assert main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == "\\x1b[2J a\tb\n\\x9b1m\\u202e \\udc80 é\n"
+    assert captured.err == "error: two\\nlines \\x07\n"

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from panopticapi.utils import id2rgb
 from PIL import Image
 
+from batchformer_panoptic import add_batchformer_panoptic_config
 from batchformer_panoptic.data import io, register_panoptic_dataset
 from batchformer_panoptic.data.io import (
     IMAGE_SUFFIXES,
@@ -24,6 +26,7 @@ from batchformer_panoptic.data.io import (
 )
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import PanopticEvaluator, ThingAPEvaluator
+from helpers.commands import REPO_ROOT
 from helpers.tiny_dataset import TinyPanopticDataset
 
 LARGEST_ID = 256**3 - 1
@@ -342,3 +345,46 @@ def test_kept_files_are_bounded_in_size(
     for name in ("c", "b", "a", "large"):  # c replaces a, which was used before b
         read_coco_json(tmp_path / name)
     assert parsed == ["a", "b", "large", "c", "a", "large"]
+
+
+def test_images_are_opened_in_one_place() -> None:
+    sources = [
+        p for name in ("projects", "tools", "demo") for p in (REPO_ROOT / name).rglob("*.py")
+    ]
+    sources += (REPO_ROOT / "datasets").glob("*.py")
+    found = [path.name for path in sources if "Image.open(" in path.read_text()]
+    assert found == ["io.py"]
+
+
+@pytest.mark.parametrize("read", [io.read_image, io.read_image_facts, io.read_index_map])
+@pytest.mark.parametrize("kind", ["EPS", "SPIDER", "DDS", "bomb"])
+def test_unwanted_files_are_refused_by_every_reader(tmp_path: Path, read: Any, kind: str) -> None:
+    path = tmp_path / "x.png"
+    if kind == "bomb":
+        Image.new("1", (20000, 20000)).save(path)
+    else:
+        mode = "F" if kind == "SPIDER" else "RGB"
+        Image.new(mode, (40, 40)).save(path, format=kind)
+    with pytest.raises(
+        UserError, match=rf"{path} cannot be read: (unknown image format|Image size)"
+    ):
+        read(path)
+
+
+def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.new("RGB", (30, 20)).save(path)
+    # Without its pixels the file can be opened but not decoded.
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(
+        UserError, match=r"x.png has 30 x 20 = 600 pixels, more than INPUT.MAX_PIXE"
+    ):
+        io.read_image(path, max_pixels=599)
+    with pytest.raises(UserError, match="cannot be read"):
+        io.read_image(path, max_pixels=600)
+
+
+def test_the_default_limit_is_that_of_the_config_and_of_pillow() -> None:
+    cfg = get_cfg()
+    add_batchformer_panoptic_config(cfg)
+    assert cfg.INPUT.MAX_PIXELS == io.MAX_PIXELS == Image.MAX_IMAGE_PIXELS

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from faults import batch, formats, numerics, resuming, settings, signals
+from faults import batch, disk, formats, numerics, resuming, settings, signals
 from helpers.run_faults import DOCUMENT, Outcome, Place, RunFault, outcome_of, render
 from helpers.tiny_dataset import TinyPanopticDataset
 
-THEMES = (batch, formats, numerics, resuming, settings, signals)
-FAULTS = [fault for theme in THEMES for fault in theme.FAULTS]
+FAULTS = [
+    *batch.FAULTS,
+    *disk.FAULTS,
+    *formats.FAULTS,
+    *numerics.FAULTS,
+    *resuming.FAULTS,
+    *settings.FAULTS,
+    *signals.FAULTS,
+]
 OUTCOMES: dict[str, Outcome] = {}
 
 

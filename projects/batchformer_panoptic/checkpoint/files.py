@@ -1,4 +1,4 @@
-"""Reads checkpoint files of all formats without running code that may be hidden in them."""
+"""Reads checkpoint files of all formats without running code hidden in them; writes torch's."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..data.io import write_atomically
 from ..errors import UserError, one_line
 from .mismatch import first
 
@@ -86,6 +87,21 @@ def read_weights(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     if path.endswith(".pkl") and not head.startswith(_ZIP):
         return _with_weights(_zoo_layout(_read_pickled_arrays(path, allow_pickle), path), path)
     return _with_weights(_read_torch(path, head, allow_pickle), path)
+
+
+def write_weights(path: str, content: dict[str, Any]) -> None:
+    """Write a checkpoint with ``torch.save``, as a whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def save(name: str) -> None:
+        # Given a name instead of a file, torch does not tell why the system refuses.
+        with open(name, "wb") as file:
+            torch.save(content, file)
+
+    write_atomically(path, save)
 
 
 def non_finite(values: Mapping[Any, Any]) -> list[str]:

@@ -12,9 +12,15 @@ from fvcore.common.checkpoint import _IncompatibleKeys, _strip_prefix_if_present
 from torch import Tensor, nn
 
 from ..data.class_table import ClassTable
-from ..data.io import write_atomically, write_text
+from ..data.io import write_text
 from ..errors import NonFiniteError, UserError, one_line
-from .files import check_is_file, non_finite, read_weights, refuse_non_finite
+from .files import (
+    check_is_file,
+    non_finite,
+    read_weights,
+    refuse_non_finite,
+    write_weights,
+)
 from .mismatch import (
     Mismatch,
     describe,
@@ -116,7 +122,7 @@ class PanopticCheckpointer(DetectionCheckpointer):
             )
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        write_atomically(path, lambda temporary: torch.save(data, temporary))
+        write_weights(path, data)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -181,18 +187,16 @@ class PanopticCheckpointer(DetectionCheckpointer):
             raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
         except UserError:
             raise
-        except ValueError as error:
-            # From the optimizer, if its parameter groups differ under another config.
-            raise UserError(
-                f"cannot resume from {path}: {one_line(error)}; resume with the config of the run, "
-                "or start another OUTPUT_DIR with MODEL.WEIGHTS"
-            ) from error
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # From the optimizer, if its parameter groups differ under another config, and from
+            # entries of a file that are incomplete.
             if not self._resuming:
                 raise
+            reason = one_line(error, first_line_only=True)
             raise UserError(
                 f"cannot resume from {path}: its state of the training cannot be restored "
-                f"({type(error).__name__}: {one_line(error, first_line_only=True)})"
+                f"({type(error).__name__}: {reason}); resume with the config of the run, or start "
+                "another OUTPUT_DIR with MODEL.WEIGHTS"
             ) from error
         finally:
             self._parsed_url_during_load = None

@@ -218,7 +218,11 @@ def check_before_run(cfg: CfgNode, *, eval_only: bool) -> None:
 
 def _check_sets(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Check all data sets of a run and return a line for each one with warnings."""
-    depth = Depth(max_pixels=_FAST_PIXELS, processes=max(1, cfg.DATALOADER.NUM_WORKERS))
+    depth = Depth(
+        max_pixels=_FAST_PIXELS,
+        processes=max(1, cfg.DATALOADER.NUM_WORKERS),
+        largest_image=cfg.INPUT.MAX_PIXELS,
+    )
     checked, lines = {}, []
     for name in paths:
         checked[name] = found = check_files(paths[name], depth)
@@ -241,6 +245,7 @@ def _cache_file(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> Path:
     split = [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]
     limits = [cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DETR.NUM_OBJECT_QUERIES]
     limits += [cfg.MODEL.PANOPTIC.INSTANCES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE]
+    limits += [cfg.INPUT.MAX_PIXELS]
     digest = hashlib.sha256(json.dumps([paths, split, limits]).encode())
     # Rules that change make the old results invalid.
     folder = Path(__file__).parent

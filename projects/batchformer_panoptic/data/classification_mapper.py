@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
-from .io import read_image
+from .io import MAX_PIXELS, read_image
 from .panoptic_mapper import check_image_format
 
 TRAIN_CROPS = ("resized", "padded")
@@ -179,6 +179,8 @@ class ClassificationMapper:
         transform: Callable[[Image.Image], Tensor],
         erasing: Callable[[Tensor], Tensor] | None = None,
         image_format: str = "RGB",
+        max_pixels: int = MAX_PIXELS,
+        short_side: int = 1,
     ) -> None:
         """Create the mapper.
 
@@ -186,6 +188,8 @@ class ClassificationMapper:
             transform: maps an RGB image to a uint8 (3, S, S) tensor, RGB.
             erasing: applied last, on channels in the order of the format.
             image_format: "RGB" or "BGR".
+            max_pixels: see `read_image`; also of the image after its resizing.
+            short_side: pixels to which the transform resizes the short side.
 
         Raises:
             UserError: another image format.
@@ -194,6 +198,8 @@ class ClassificationMapper:
         self.transform = transform
         self.erasing = erasing
         self.image_format = image_format
+        self.max_pixels = max_pixels
+        self.short_side = short_side
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -206,11 +212,15 @@ class ClassificationMapper:
             "transform": build_image_transform(cfg, is_train),
             "erasing": erasing,
             "image_format": cfg.INPUT.FORMAT,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
+            "short_side": int(cfg.MODEL.CLASSIFIER.IMAGE_SIZE / cfg.INPUT.CLASSIFICATION.CROP_PCT),
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image; random numbers come from random, numpy and torch."""
-        picture = Image.fromarray(read_image(dataset_dict["file_name"], "RGB"))
+        pixels = read_image(dataset_dict["file_name"], "RGB", max_pixels=self.max_pixels)
+        self._check_shape(dataset_dict["file_name"], *pixels.shape[:2])
+        picture = Image.fromarray(pixels)
         image = self.transform(picture)
         if self.image_format == "BGR":
             image = image.flip(0)
@@ -218,3 +228,12 @@ class ClassificationMapper:
             image = self.erasing(image)
         kept = ("file_name", "image_id", "label")
         return {"image": image} | {key: dataset_dict[key] for key in kept if key in dataset_dict}
+
+    def _check_shape(self, path: str, height: int, width: int) -> None:
+        """Refuse a thin image whose long side would explode when the short one is resized."""
+        side = max(1.0, self.short_side / min(height, width))
+        if height * width * side**2 > self.max_pixels:
+            raise UserError(
+                f"image {path}: {width} x {height} pixels with the short side resized to "
+                f"{self.short_side} are more than INPUT.MAX_PIXELS {self.max_pixels}: crop it"
+            )

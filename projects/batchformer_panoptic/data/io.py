@@ -24,7 +24,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.utils import id2rgb
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, refusal_of
 
 ImageArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -42,6 +42,8 @@ IMAGE_SUFFIXES = frozenset(
 # pillow-heif (the extra "heic"), AVIF a recent Pillow.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _HEIC_SUFFIXES = (".heic", ".heif")
+# The default of INPUT.MAX_PIXELS, above which Pillow warns of files made to exhaust the memory.
+MAX_PIXELS = 89_478_485
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,6 +87,8 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(missing_file(path, role)) from None
     except UnidentifiedImageError:  # its message may show a file object
@@ -92,8 +96,6 @@ def _reading(path: str | Path, role: str) -> Iterator[None]:
         if Path(path).suffix.lower() in _HEIC_SUFFIXES and "HEIF" not in _known_formats():
             reason = "HEIC needs the package pillow-heif (pip install pillow-heif)"
         raise UserError(f"{role} {path} cannot be read: {reason}") from None
-    except UserError:
-        raise
     except Exception as error:  # damaged files raise anything in Pillow's many readers
         reason = one_line(error) or type(error).__name__
         raise UserError(f"{role} {path} cannot be read: {reason}") from error
@@ -130,33 +132,54 @@ def _files_by_stem(folder: Path, _modified_ns: int) -> dict[str, str]:
     return {_comparable(Path(entry).stem): entry for entry in sorted(os.listdir(folder))}
 
 
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Open an image of one of the formats that are read here; all readers open images here.
+
+    Raises:
+        UnidentifiedImageError: another format, and other errors of Pillow.
+    """
+    return Image.open(file, formats=_known_formats())
+
+
 @contextlib.contextmanager
-def _opened(path: str | Path, role: str, *, check: bool = True) -> Iterator[Image.Image]:
+def _opened(
+    path: str | Path, role: str, max_pixels: int | None = MAX_PIXELS, *, check: bool = True
+) -> Iterator[Image.Image]:
     """Open an image or a PNG, whose errors become `UserError`.
 
     Args:
         path: the file.
         role: see `_reading`.
+        max_pixels: see `read_image`.
         check: compare the checksums of a PNG, which Pillow does not compare while it decodes; False
             for readers of the header.
     """
     with _reading(path, role), PathManager.open(str(path), "rb") as file:
-        if check and file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE:
-            file.seek(0)
-            _verify_png(file)
+        with open_image(file) as image:
+            width, height = image.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise UserError(
+                    f"{role} {path} has {width} x {height} = {width * height} pixels, more than "
+                    f"INPUT.MAX_PIXELS {max_pixels}: shrink it, or raise that key"
+                )
+            if check and image.format == "PNG":
+                _verify_png(file)
         file.seek(0)
-        with Image.open(file, formats=_known_formats()) as image:
+        with open_image(file) as image:
             yield image
 
 
 def _verify_png(file: IO[bytes]) -> None:
+    file.seek(0)
     try:
         Image.open(file, formats=("PNG",)).verify()
     except (OSError, SyntaxError):
         raise ValueError("it is cut off, or one of its checksums is wrong") from None
 
 
-def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
+def read_image(
+    path: str | Path, image_format: str = "BGR", *, max_pixels: int | None = MAX_PIXELS
+) -> ImageArray:
     """Read an image as 8-bit color and rotate it according to its EXIF data.
 
     Training, evaluation, demo and tools all read images here, and by one rule: grey becomes three
@@ -168,14 +191,16 @@ def read_image(path: str | Path, image_format: str = "BGR") -> ImageArray:
         path: a local path, or a URI that Detectron2's PathManager supports, of an AVIF, BMP, GIF,
             JPEG, JPEG 2000, PNG, PPM, TIFF or WebP file; HEIC with the package pillow-heif.
         image_format: order of the channels, "BGR" or "RGB".
+        max_pixels: INPUT.MAX_PIXELS, of which larger images are refused before they are decoded;
+            None: what Pillow reads.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing or damaged, or has values without a rule.
+        UserError: the file is missing or damaged, too large, or has values without a rule.
     """
-    with _opened(path, "image") as image:
+    with _opened(path, "image", max_pixels) as image:
         image.load()
         orientation = _orientation(image)
         color = _to_rgb(image)
@@ -246,18 +271,21 @@ class ImageFacts(NamedTuple):
         return _is_deep(self.mode)
 
 
-def read_image_facts(path: str | Path, *, decode: bool = True) -> ImageFacts:
+def read_image_facts(
+    path: str | Path, *, decode: bool = True, max_pixels: int | None = MAX_PIXELS
+) -> ImageFacts:
     """Return size and kind of an image as `read_image` would read it.
 
     Args:
         path: see `read_image`.
         decode: also decode the whole file, which finds damaged ones and values without a rule;
             False reads the header only.
+        max_pixels: see `read_image`.
 
     Raises:
         UserError: as for `read_image`.
     """
-    with _opened(path, "image", check=decode) as image:
+    with _opened(path, "image", max_pixels, check=decode) as image:
         # The photographs of some telephones hold a preview as their second page.
         pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         orientation, mode, (width, height) = _orientation(image), image.mode, image.size
@@ -392,18 +420,18 @@ def png_fault(path: str | Path) -> PngFault | None:
 
 
 def write_image(path: str | Path, image_rgb: ImageArray) -> None:
-    """Write (H, W, 3) uint8 RGB; missing folders are created.
+    """Write (H, W, 3) uint8 RGB as a whole or not at all; missing folders are created.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or its ending is not that of an image format.
     """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        written = cv2.imwrite(str(path), image_rgb[:, :, ::-1])
-    except (OSError, cv2.error) as error:
+        done, content = cv2.imencode(Path(path).suffix, image_rgb[:, :, ::-1])
+    except cv2.error as error:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
-    if not written:
-        raise UserError(f"{path} cannot be written: is its folder writable?")
+    if not done:
+        raise UserError(f"{path} cannot be written: the picture cannot be encoded")
+    write_atomically(str(path), lambda name: Path(name).write_bytes(content.tobytes()))
 
 
 def write_segment_map(path: str | Path, segment_map: IntArray) -> None:
@@ -551,7 +579,25 @@ def read_coco_json(path: str | Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 
 
-def write_atomically(path: str, save: Callable[[str], None]) -> None:
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Convert a refusal of the system inside the block (disk full, no rights) to `UserError`.
+
+    Args:
+        path: the file or folder that the block writes; named in the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise UserError(f"cannot write {path}: {refusal.strerror}") from error
+
+
+def write_atomically(path: str, save: Callable[[str], object]) -> None:
     """Write a file as a whole or not at all.
 
     Args:
@@ -571,13 +617,12 @@ def write_atomically(path: str, save: Callable[[str], None]) -> None:
     stem, ending = os.path.splitext(name)
     temporary = os.path.join(folder, f".{stem}.{uuid.uuid4().hex}{ending}")
     try:
-        os.makedirs(folder, exist_ok=True)
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # without it, a power failure could leave an empty file
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path):
+            os.makedirs(folder, exist_ok=True)
+            save(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # without it, a power failure could leave an empty file
+            os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)

@@ -40,6 +40,11 @@ from .datasets.setup import check_registered
 from .panoptic_mapper import PanopticDatasetMapper
 from .validation import no_training_targets
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 # Maps a dataset dict, or two of them for copy-paste.
@@ -440,6 +445,7 @@ class CheckedLoader:
         """
         self.loader = loader
         self.images = images
+        _allow_open_files(loader.num_workers)
 
     def __len__(self) -> int:
         """Number of batches; TypeError for an endless loader."""
@@ -452,6 +458,26 @@ class CheckedLoader:
                 if isinstance(sample, Failure):
                     raise UserError(sample.message)
             yield batch
+
+
+def _allow_open_files(workers: int) -> None:
+    """Raise this process's limit of open files as far as it needs.
+
+    Workers pass tensors through files. Without a free number they would lose them, and the main
+    process would wait for ever.
+    """
+    if resource is None or workers == 0:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 128 + 32 * workers
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"DATALOADER.NUM_WORKERS {workers} needs {needed} open files, and the system allows "
+            f"{hard}: raise the limit (ulimit -n), or set it to 0"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def prepare_worker(_worker_id: int) -> None:

@@ -17,7 +17,15 @@ from scipy import ndimage
 
 from ..errors import UserError
 from .copy_paste import SegmentedImage, paste_things
-from .io import ImageArray, IntArray, read_image, read_segment_map, runs, segment_extents
+from .io import (
+    MAX_PIXELS,
+    ImageArray,
+    IntArray,
+    read_image,
+    read_segment_map,
+    runs,
+    segment_extents,
+)
 from .validation import (
     check_image_size,
     check_png_size,
@@ -56,7 +64,12 @@ class PanopticDatasetMapper:
 
     @configurable
     def __init__(
-        self, *, is_train: bool, augmentations: list[T.Augmentation], image_format: str
+        self,
+        *,
+        is_train: bool,
+        augmentations: list[T.Augmentation],
+        image_format: str,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Create the mapper.
 
@@ -64,12 +77,14 @@ class PanopticDatasetMapper:
             is_train: whether to build targets.
             augmentations: Detectron2 augmentations, applied in this order.
             image_format: "RGB" or "BGR".
+            max_pixels: see `read_image`.
 
         Raises:
             UserError: another image format.
         """
         check_image_format(image_format)
         self.is_train = is_train
+        self.max_pixels = max_pixels
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
 
@@ -80,6 +95,7 @@ class PanopticDatasetMapper:
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(
@@ -125,12 +141,15 @@ class PanopticDatasetMapper:
     def _read(self, dataset_dict: dict[str, Any]) -> tuple[ImageArray, ImageSize, T.TransformList]:
         """Return an augmented image (H, W, 3), its size on disk and the transforms drawn."""
         file_name = dataset_dict["file_name"]
-        image = read_image(file_name, self.image_format)
+        image = read_image(file_name, self.image_format, max_pixels=self.max_pixels)
         height, width = image.shape[:2]
         stated = (dataset_dict.get("height", height), dataset_dict.get("width", width))
         raise_first_error(check_image_size(file_name, (height, width), stated))
         augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
+        try:
+            transforms = self.augmentations(augmented)
+        except UserError as error:
+            raise UserError(f"image {file_name}: {error}") from error
         return augmented.image, (height, width), transforms
 
     def _read_segmented(self, dataset_dict: dict[str, Any]) -> SegmentedImage:
@@ -345,7 +364,12 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         UserError: an unknown flip or an unusable crop range.
     """
     _check_flip(cfg.INPUT.RANDOM_FLIP)
-    augmentations: list[T.Augmentation] = detection_utils.build_augmentation(cfg, is_train)
+    augmentations: list[T.Augmentation] = [
+        BoundedResize(augmentation, cfg.INPUT.MAX_PIXELS)
+        if isinstance(augmentation, T.ResizeShortestEdge)
+        else augmentation
+        for augmentation in detection_utils.build_augmentation(cfg, is_train)
+    ]
     if is_train and cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
         # Flips come first, so that images are padded at the right and at the bottom, as in a batch.
         augmentations = [*_flips(augmentations), *_large_scale_jitter(cfg)]
@@ -356,6 +380,39 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if is_train and cfg.INPUT.COLOR_JITTER:
         augmentations.insert(0, ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
     return augmentations
+
+
+class BoundedResize(T.Augmentation):
+    """A resize whose result has at least one pixel a side, and at most a number of pixels.
+
+    The short side of a thin image would otherwise vanish, or its long side grow without limit.
+
+    Args:
+        resize: an augmentation that resizes.
+        max_pixels: INPUT.MAX_PIXELS.
+    """
+
+    def __init__(self, resize: T.Augmentation, max_pixels: int) -> None:
+        super().__init__()
+        self.resize = resize
+        self.max_pixels = max_pixels
+
+    def get_transform(self, image: ImageArray) -> T.Transform:
+        """The transform of one image (H, W, 3).
+
+        Raises:
+            UserError: the result would have too many pixels.
+        """
+        transform = self.resize.get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+            if transform.new_h * transform.new_w > self.max_pixels:
+                height, width = image.shape[:2]
+                raise UserError(
+                    f"{width} x {height} pixels would be resized to {transform.new_w} x "
+                    f"{transform.new_h}, more than INPUT.MAX_PIXELS {self.max_pixels}: crop it"
+                )
+        return transform
 
 
 def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
@@ -373,7 +430,9 @@ def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     if node.SIZE < 1:
         raise UserError(f"INPUT.LARGE_SCALE_JITTER.SIZE is {node.SIZE}; it counts pixels, from 1")
     return [
-        T.ResizeScale(scales[0], scales[1], node.SIZE, node.SIZE),
+        BoundedResize(
+            T.ResizeScale(scales[0], scales[1], node.SIZE, node.SIZE), cfg.INPUT.MAX_PIXELS
+        ),
         # Void, which is 0 in the segment map, where the image does not cover the square.
         T.FixedSizeCrop((node.SIZE, node.SIZE), seg_pad_value=0),
     ]
@@ -397,7 +456,9 @@ def _resized_crop(cfg: CfgNode) -> T.Augmentation:
             f"INPUT.RESIZE_OR_CROP.MIN_SIZES is {list(node.MIN_SIZES)}: "
             "give lengths of the short side in pixels, such as [400, 500, 600]"
         )
-    resize = T.ResizeShortestEdge(list(node.MIN_SIZES), sample_style="choice")
+    resize = BoundedResize(
+        T.ResizeShortestEdge(list(node.MIN_SIZES), sample_style="choice"), cfg.INPUT.MAX_PIXELS
+    )
     crop = T.RandomCrop("absolute_range", tuple(node.CROP_RANGE))
     return T.RandomApply(T.AugmentationList([resize, crop]), prob=0.5)
 

@@ -27,6 +27,7 @@ from ..data.io import (
     write_image,
     write_json,
     write_segment_map,
+    writing,
 )
 from ..errors import UserError, one_line
 from ..visualization import draw_result, legend, legend_entries
@@ -259,8 +260,15 @@ class PredictionFolder:
                 )
 
     def name_of(self, image: str) -> str:
-        """Return the path of a photograph below the image folder, with forward slashes."""
-        return Path(os.path.relpath(image, self._root)).as_posix()
+        """Return the path of a photograph below the image folder, with forward slashes.
+
+        Raises:
+            UserError: it is outside, and so would be the files of its prediction.
+        """
+        name = Path(os.path.relpath(image, self._root)).as_posix()
+        if name.split("/")[0] == ".." or os.path.isabs(name):
+            raise UserError(f"{image} is outside the image folder {self._root}")
+        return name
 
     def is_finished(self, image: str) -> bool:
         """Whether the photograph is recorded, unchanged since, and its files still exist."""
@@ -294,8 +302,9 @@ class PredictionFolder:
             "has_map": prediction.segment_map is not None,
             "segments": [self._to_json(segment, prediction) for segment in prediction.segments],
         }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path / _RECORDS):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         self._records[name] = record
 
     def _to_json(self, segment: PredictedSegment, prediction: Prediction) -> dict[str, Any]:

@@ -168,8 +168,16 @@ class Predictor:
         Raises:
             UserError: the file cannot be read.
         """
-        image_bgr = read_image(image) if isinstance(image, str | Path) else image
+        image_bgr = self.read_image(image) if isinstance(image, str | Path) else image
         return Prediction(image_bgr, self(image_bgr), self.class_table)
+
+    def read_image(self, path: str | Path) -> ImageArray:
+        """Read a photograph, (H, W, 3) uint8 in the order BGR.
+
+        Raises:
+            UserError: the file cannot be read, or has more than INPUT.MAX_PIXELS.
+        """
+        return read_image(path, max_pixels=self._cfg.INPUT.MAX_PIXELS)
 
     def predict_batch(self, images_bgr: Sequence[ImageArray]) -> list[dict[str, Any]]:
         """Predict several images, which may differ in size; see `__call__`."""

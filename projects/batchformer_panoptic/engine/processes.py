@@ -22,7 +22,14 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import USER_ERROR_STATUS, Stopped, UserError, one_line
+from ..errors import (
+    USER_ERROR_STATUS,
+    Stopped,
+    UserError,
+    one_line,
+    printable_output,
+    user_message,
+)
 from ..signals import STOP_SIGNALS, Handler, describe, follow_parent, handling, ignore, stop_at_once
 
 _Failure = ProcessExitedException | ProcessRaisedException
@@ -156,8 +163,8 @@ def _run_and_close_groups(
     if mistakes is not None:
         follow_parent()
     try:
-        with handling(stop_at_once):
-            _run_naming_lost_processes(main, args)
+        with printable_output(), handling(stop_at_once):
+            _run_reporting_refusals(main, args)
     except (UserError, Stopped) as reason:
         together = isinstance(reason, Stopped) and reason.together
         if mistakes is not None:
@@ -174,6 +181,16 @@ def _run_and_close_groups(
     # After an error the other processes may be inside a collective operation, so that waiting for
     # them is safe only here.
     _close_groups()
+
+
+def _run_reporting_refusals(main: Callable[..., None], args: tuple[Any, ...]) -> None:
+    try:
+        _run_naming_lost_processes(main, args)
+    except Exception as error:
+        message = user_message(error)
+        if message is None or isinstance(error, UserError):
+            raise
+        raise UserError(message) from error
 
 
 def _close_groups() -> None:

@@ -19,7 +19,6 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
-from ..batchformer.batchformer import TWO_STREAMS
 from ..command_line import ROOT
 from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
@@ -29,6 +28,7 @@ from ..modeling.fast_inference import check_fast
 from ..visualization.curves import METRICS_NAME
 from ..visualization.report import REPORT_NAME
 from .output_folder import hold, release, remove_temporaries
+from .ranges import check_values, warn_of_keys_without_effect
 from .solver import apply_epochs
 from .trackers import check_loggers
 from .writers import start_logging
@@ -160,7 +160,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: a missing file, an unknown key (with the closest known ones), a value of the
-            wrong type, invalid YAML, an unavailable device, or an unknown model or backbone.
+            wrong type or outside its range, invalid YAML, an unavailable device, or an unknown
+            model or backbone.
     """
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
@@ -169,6 +170,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _merge_options(cfg, opts)
     _check_device(cfg.MODEL.DEVICE)
     _check_names(cfg)
+    check_values(cfg)
+    if comm.is_main_process():
+        warn_of_keys_without_effect(cfg)
     return cfg
 
 
@@ -313,6 +317,8 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise UserError(f"{config_file} is not a readable YAML file: {one_line(error)}") from None
     except (AssertionError, ValueError) as error:
         raise UserError(f"{config_file}: {one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{config_file}: its _BASE_ files include each other") from None
     except (TypeError, AttributeError):  # yacs reads the attributes of a mapping
         raise UserError(f"{config_file} is not a mapping of config keys to values") from None
 
@@ -327,7 +333,7 @@ def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
         except (AssertionError, KeyError, TypeError) as error:
             raise UserError(_explain_key(cfg, str(error.args[0]), key)) from None
         except (ValueError, SyntaxError) as error:
-            raise UserError(f"bad value for {key}: {one_line(error)}") from None
+            raise UserError(f"bad value for {key}: {one_line(error)[:300]}") from None
 
 
 def _explain_key(cfg: CfgNode, message: str, key: str | None = None) -> str:
@@ -349,12 +355,17 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown MODEL.DEVICE {name!r}; use cuda, cuda:1, ... or cpu") from None
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown MODEL.DEVICE {name!r}; use cuda, cuda:1, ... or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"MODEL.DEVICE is {name!r}, but CUDA is not available; use MODEL.DEVICE cpu"
         )
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"MODEL.DEVICE is {name!r}, but this machine has {gpus} GPUs, from cuda:0")
 
 
 def _check_names(cfg: CfgNode) -> None:
@@ -372,31 +383,12 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
     check_fast(cfg)
     check_loggers(cfg.LOGGERS)
-    if len(cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS) != TWO_STREAMS.num_streams:
-        raise UserError(
-            "MODEL.BATCHFORMER.STREAM_WEIGHTS needs one weight per stream "
-            f"{TWO_STREAMS.names}, not {cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS}"
-        )
-    if cfg.MODEL.BATCHFORMER.EVERY < 1:
-        raise UserError(
-            f"MODEL.BATCHFORMER.EVERY must be at least 1 step, not {cfg.MODEL.BATCHFORMER.EVERY}"
-        )
     unknown = set(cfg.MODEL.ACTIVATION_CHECKPOINTING) - set(_CHECKPOINTED_PARTS)
     if unknown:
         raise UserError(
             f"MODEL.ACTIVATION_CHECKPOINTING names {sorted(unknown)[0]!r}; "
             f"known: {', '.join(_CHECKPOINTED_PARTS)}"
         )
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise UserError(f"SOLVER.EMA_DECAY must be in [0, 1), not {cfg.SOLVER.EMA_DECAY}")
-    for key, least, unit in (
-        ("GRADIENT_ACCUMULATION", 1, " batch"),
-        ("EPOCHS", 0, " (off)"),
-        ("CHECKPOINT_PERIOD", 1, ""),
-        ("CHECKPOINTS_KEPT", 0, " (all)"),
-    ):
-        if cfg.SOLVER[key] < least:
-            raise UserError(f"SOLVER.{key} must be at least {least}{unit}, not {cfg.SOLVER[key]}")
     if cfg.MODEL.INIT_FROM and cfg.MODEL.MASK_HEAD.FREEZE_DETR and not eval_only:
         raise UserError(
             "MODEL.MASK_HEAD.FREEZE_DETR would freeze the class head, whose rows of new classes "

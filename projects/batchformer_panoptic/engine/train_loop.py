@@ -380,13 +380,20 @@ class StreamTrainLoop(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`; learning rate and decay stay those of the config."""
+        """Restore the result of `state_dict`; learning rate and decay stay those of the config.
+
+        Raises:
+            ValueError: the optimizer's state is not that of its parameters.
+        """
         saved = state_dict["optimizer"]
         # Checkpoints of older versions have no names, but their parameters in the same order.
         optimizer = resumed_state(
             self.optimizer, self._names, saved, state_dict.get("parameters") or self._names
         )
         super().load_state_dict({**state_dict, "optimizer": optimizer})
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                _check_moments(self.optimizer.state.get(parameter, {}), parameter)
         self.seed = state_dict["seed"]
         if self._scaler.is_enabled() and state_dict["grad_scaler"]:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
@@ -502,3 +509,18 @@ class StreamTrainLoop(SimpleTrainer):
 
 def _names_of(batch: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{x.get('image_id')} ({x.get('file_name')})" for x in batch]
+
+
+def _check_moments(state: Mapping[str, Any], parameter: Tensor) -> None:
+    """Refuse moments that are missing or of another shape; they would fail in the next step."""
+    missing = {"exp_avg", "exp_avg_sq"} - state.keys() if "step" in state else set()
+    shapes = {
+        tuple(value.shape)
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim > 0
+    }
+    if missing or shapes - {tuple(parameter.shape)}:
+        raise ValueError(
+            f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} is incomplete "
+            f"({', '.join(sorted(missing)) or f'shapes {sorted(shapes)}'})"
+        )

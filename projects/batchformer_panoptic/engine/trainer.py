@@ -31,7 +31,7 @@ from ..config import classifies
 from ..data import CheckedLoader, build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import write_text
-from ..errors import Stopped, UserError, one_line
+from ..errors import Stopped, UserError, one_line, user_message
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..signals import StopRequest, describe, handling, ignore
@@ -413,8 +413,8 @@ class PanopticTrainer(DefaultTrainer):
                         lambda: per_class_values(cfg, self._last_eval_results or {}),
                     )
                 )
-            is_logged = self._trainer.is_logged
-            built.append(LogWriter(self.build_writers(), is_logged, cfg.TEST.EVAL_PERIOD))
+            writers, is_logged = self.build_writers(), self._trainer.is_logged
+            built.append(LogWriter(writers, is_logged, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR))
         return built
 
     def _store_pictures(self, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -604,7 +604,7 @@ def _without_traceback_of_user_errors() -> Iterator[None]:
 
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, UserError) and not is_failed_collective(error)
+        return error is None or (user_message(error) is None and not is_failed_collective(error))
 
     loop_logger.addFilter(keep)
     try:

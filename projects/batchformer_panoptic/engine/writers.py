@@ -6,6 +6,7 @@ import logging
 import mmap
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from detectron2.utils.events import (
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint.search import numbered_checkpoints
-from ..data.io import read_json, write_json
-from ..errors import UserError, one_line
+from ..data.io import read_json, write_json, writing
+from ..errors import UserError, one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,36 @@ def start_logging(output_dir: str, *, with_tables: bool) -> None:
     for name in ("detectron2", "fvcore", "batchformer_panoptic"):
         log = setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
         for handler in log.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.addFilter(_with_printable_message)
+            if not isinstance(handler, logging.StreamHandler):
+                continue
+            report = partial(_drop_unwritable, handler.handleError)
+            handler.handleError = report  # type: ignore[method-assign]
+            if handler.stream is sys.stdout:
                 handler.addFilter(_is_for_console)
+                # Its colors are escape sequences; those of messages are escaped by the filter.
+                handler.setStream(getattr(sys.stdout, "stream", sys.stdout))
                 if not with_tables:
                     handler.addFilter(_is_one_line)
+
+
+def _with_printable_message(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+def _drop_unwritable(
+    report: Callable[[logging.LogRecord], None], record: logging.LogRecord
+) -> None:
+    """Leave out a line of the log that cannot be written, since disks fill up; not a reader's end.
+
+    Files that a run cannot do without end it with their own message.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if not isinstance(error, OSError):
+        report(record)
 
 
 def _is_for_console(record: logging.LogRecord) -> bool:
@@ -91,12 +118,18 @@ class LogWriter(PeriodicWriter):
         is_logged: tells whether the training loop logs an iteration.
         eval_period: iterations between two evaluations, 0: none. Without a call in between, the
             results of the next evaluation would overwrite those of the last one.
+        output_dir: the folder of their files, named when one cannot be written.
     """
 
     def __init__(
-        self, writers: list[EventWriter], is_logged: Callable[[int], bool], eval_period: int
+        self,
+        writers: list[EventWriter],
+        is_logged: Callable[[int], bool],
+        eval_period: int,
+        output_dir: str,
     ) -> None:
         super().__init__(writers)
+        self._output_dir = output_dir
         self._all_writers = writers
         self._is_logged = is_logged
         self._eval_period = eval_period
@@ -105,9 +138,14 @@ class LogWriter(PeriodicWriter):
         """Write if the training loop has just logged or the model was just evaluated."""
         iteration = self.trainer.iter
         evaluated = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
-        if evaluated or self._is_logged(iteration):
-            for writer in self._all_writers:
+        with writing(self._output_dir):
+            for writer in self._all_writers if evaluated or self._is_logged(iteration) else ():
                 writer.write()
+
+    def after_train(self) -> None:
+        """Write what is left, and close the files."""
+        with writing(self._output_dir):
+            super().after_train()
 
 
 class TensorBoardWriter(TensorboardXWriter):

@@ -29,7 +29,9 @@ from .text import Label, class_names, draw_labels, label_size
 
 Shade = tuple[float, float, float]  # RGB, 0 to 1
 
-_SHORT_SIDE = 384  # pixels; smaller images are enlarged for readable names
+# Smaller images are enlarged for readable names: to this short side in pixels, as long as the long
+# side, which grows with it, stays below the other number.
+_SHORT_SIDE, _LONG_SIDE = 384, 2048
 # Opacity of a color: of a region, between the stripes of a crowd and on them, and of void's.
 _FILL, _CROWD, _CROWD_STRIPE, _VOID_STRIPE = 0.5, 0.2, 0.76, 0.7
 _LINE_OPACITY = 0.85
@@ -105,7 +107,7 @@ def draw_scene(
         scene: regions with masks (H, W). Where masks overlap, the smaller region is on top.
         table: names and colours of the classes.
         scale: size of the picture relative to the image. None: a short side below 384 pixels is
-            enlarged to 384.
+            enlarged, see `automatic_scale`.
         vary_instances: give instances of a class different shades of its colour. False keeps the
             colours constant over the frames of a video.
 
@@ -136,8 +138,9 @@ def draw_scene(
 
 
 def automatic_scale(image: ImageArray) -> float:
-    """Factor that enlarges the short side of an image to 384 pixels; at least 1."""
-    return max(1.0, _SHORT_SIDE / min(image.shape[:2]))
+    """Factor that enlarges the short side to 384 pixels, or the long one to 2048; at least 1."""
+    height, width = image.shape[:2]
+    return max(1.0, min(_SHORT_SIDE / min(height, width), _LONG_SIDE / max(height, width)))
 
 
 def enlarge(image: ImageArray, size: tuple[int, int]) -> ImageArray:
@@ -221,8 +224,10 @@ def _outline(canvas: ImageArray, owner: npt.NDArray[np.int32]) -> None:
     thickness = _thickness(owner.shape)
     if thickness > 1:
         cv2.dilate(lines, np.ones((thickness, thickness), dtype=np.uint8), dst=lines)
-    marked = lines.astype(bool)
-    canvas[marked] = ((1 - _LINE_OPACITY) * canvas[marked] + _LINE_OPACITY * 255).astype(np.uint8)
+    for top in range(0, len(lines), _ROWS_AT_ONCE):
+        part = canvas[top : top + _ROWS_AT_ONCE]
+        marked = lines[top : top + _ROWS_AT_ONCE].astype(bool)
+        part[marked] = ((1 - _LINE_OPACITY) * part[marked] + _LINE_OPACITY * 255).astype(np.uint8)
 
 
 def _thickness(size: tuple[int, ...]) -> int:

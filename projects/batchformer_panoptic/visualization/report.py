@@ -109,7 +109,9 @@ def example_pictures(folder: Path, roles: Sequence[str]) -> Iterator[ExamplePict
         dataset_dict = dicts[row["image_id"]]
         segment_map = SharedSegmentMap(read_segment_map(folder / row["png"]))
         height, width = segment_map.ids.shape
-        image = enlarge(read_image(dataset_dict["file_name"], "RGB"), (height, width))
+        # The run has read the image already, whatever its size.
+        image = read_image(dataset_dict["file_name"], "RGB", max_pixels=None)
+        image = enlarge(image, (height, width))
         predicted = [
             Region(
                 table.contiguous_ids[info["category_id"]],

@@ -92,8 +92,10 @@ def test_the_score_of_a_mask_is_its_mean_probability_inside():
     masks = torch.randn(20, 6, 7)
     masks[3] = -1
     expected = [m[m > 0].sigmoid().mean() if (m > 0).any() else torch.tensor(0.0) for m in masks]
-    torch.testing.assert_close(mask_scores(masks), torch.stack(expected))
-    assert mask_scores(masks[:0]).shape == (0,)
+    size = (6, 7)
+    found = ImageMasks(masks, padded_size=size, image_size=size, output_size=size)
+    torch.testing.assert_close(mask_scores(found), torch.stack(expected))
+    assert mask_scores(found[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("count", [0, 1, 30])

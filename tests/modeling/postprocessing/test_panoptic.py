@@ -284,7 +284,9 @@ def test_duplicates_are_counted_in_full_precision():
     logits[0, :, :40] = 1
     logits[1, :, 20:60] = 1  # IoU 1/3
     logits[1, 0, 0] = 1  # a little more than 1/3, lost in eight bits
-    arguments = (logits, torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
+    size = (64, 64)
+    masks = ImageMasks(logits, padded_size=size, image_size=size, output_size=size)
+    arguments = (masks, torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
     exact = 1281 / (2560 + 2561 - 1281)
     with torch.autocast("cpu", torch.bfloat16):
         assert without_duplicates(*arguments, exact - 1e-5).tolist() == [0]

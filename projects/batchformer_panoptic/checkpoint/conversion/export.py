@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.class_table import ClassTable
+from ...data.io import writing
 from ...errors import UserError, one_line
 from ..mismatch import is_pilot
 from ..records import SettingsRecord
@@ -159,18 +160,17 @@ def to_huggingface(
         config = _huggingface_config(transformers, model, cfg, classes)
         theirs = _huggingface_weights(model)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    processor = (
+        mask2former_huggingface.image_processor(transformers, cfg)
+        if is_mask2former(model)
+        else _image_processor(transformers, cfg, segm=has_masks(model))
+    )
     try:
-        processor = (
-            mask2former_huggingface.image_processor(transformers, cfg)
-            if is_mask2former(model)
-            else _image_processor(transformers, cfg, segm=has_masks(model))
-        )
-        _write_folder(temporary, theirs, config, processor)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        with writing(folder):
+            _write_folder(temporary, theirs, config, processor)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

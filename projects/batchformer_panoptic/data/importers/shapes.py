@@ -19,10 +19,9 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import yaml
-from PIL import Image
 
 from ...errors import UserError
-from ..io import read_json
+from ..io import open_image, read_json
 from .source import (
     ImageIndex,
     Rle,
@@ -115,7 +114,7 @@ def _labelme_segments(shapes: list[Record], notes: Notes, size: Size) -> list[Se
 
 def _decode_png(data: bytes) -> npt.NDArray[np.bool_]:
     """Return a (h, w) mask from an encoded image: its alpha channel, or what is not black."""
-    image: Image.Image = Image.open(io.BytesIO(data))
+    image = open_image(io.BytesIO(data))
     if image.mode in ("LA", "RGBA"):
         image = image.getchannel("A")
     return np.asarray(image.convert("L")) > 0

@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from ...errors import UserError
+from ..io import open_image
 from .source import Sample, malformed
 
 Vectors = npt.NDArray[np.float32]
@@ -84,7 +85,7 @@ def _thumbnail(data: bytes) -> Vectors:
     Returns:
         (`_THUMBNAIL` squared,) float32; zero for an image of one color.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         image.draft("L", (8 * _THUMBNAIL, 8 * _THUMBNAIL))  # several times faster for JPEG
         grey = ImageOps.exif_transpose(image).convert("L")
     small = grey.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)

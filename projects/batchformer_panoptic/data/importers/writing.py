@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
-from ..io import read_image_facts, segment_extents, turn_by_exif, write_image, write_json
+from ..io import read_image_facts, segment_extents, turn_by_exif, write_image, write_json, writing
 from .source import (
     SPLITS,
     Category,
@@ -243,7 +243,8 @@ def write_masks(
                 numbers[segment["id"]] = numbers.max() + 1
         for path, values in zip(folders, (classes, numbers), strict=True):
             png = path / f"{Path(picture.file_name).stem}.png"
-            Image.fromarray(values[picture.segment_map]).save(png)
+            with writing(png):
+                Image.fromarray(values[picture.segment_map]).save(png)
     write_json(folder / "classes.json", categories, indent=1)
 
 
@@ -347,10 +348,11 @@ def _free_name(image: Path, stems: set[str]) -> str:
 
 
 def _copy_image(sample: Sample, path: Path) -> None:
-    if sample.content is None:
-        shutil.copyfile(sample.image, path)
-    else:
-        path.write_bytes(sample.content)
+    with writing(path):
+        if sample.content is None:
+            shutil.copyfile(sample.image, path)
+        else:
+            path.write_bytes(sample.content)
 
 
 def _read(

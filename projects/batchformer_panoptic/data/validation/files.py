@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ..io import (
+    MAX_PIXELS,
     ImageFacts,
     PngFault,
     missing_file,
@@ -47,12 +48,14 @@ class Depth:
         max_pixels: decode files that have this many pixels in all, evenly distributed over the
             data set, and read only the headers of the others. None decodes all.
         processes: that share the work.
+        largest_image: INPUT.MAX_PIXELS; larger images are errors.
     """
 
     max_images: int | None = None
     decode_images: bool = True
     max_pixels: int | None = None
     processes: int = 1
+    largest_image: int = MAX_PIXELS
 
 
 def check_panoptic_content(
@@ -86,7 +89,7 @@ def check_panoptic_content(
         for category in records(content, "categories")
         if category.get("isthing") == 1 and is_integer(category.get("id"))
     }
-    check = partial(_check_pair, image_root, panoptic_root, frozenset(things), depth.decode_images)
+    check = partial(_check_pair, image_root, panoptic_root, frozenset(things), depth)
     decoded = _choose_decoded([image for image, _ in pairs], depth.max_pixels)
     reports = _map(check, list(zip(pairs, decoded, strict=True)), depth.processes)
     problems += chain.from_iterable(report.problems for report in reports)
@@ -103,7 +106,7 @@ def check_instances_content(
     image_root = Path(image_root)
     check_folders(image=image_root)
     images = records(content, "images")[: depth.max_images]
-    check = partial(_check_image, image_root, depth.decode_images)
+    check = partial(_check_image, image_root, depth)
     decoded = _choose_decoded(images, depth.max_pixels)
     reports = _map(check, list(zip(images, decoded, strict=True)), depth.processes)
     problems = list(check_instances_json(content))
@@ -121,7 +124,7 @@ def check_images(images: Sequence[Record], depth: Depth) -> list[Problem]:
     """
     images = images[: depth.max_images]
     jobs = zip(images, _choose_decoded(images, depth.max_pixels), strict=True)
-    check = partial(_check_image, Path(), depth.decode_images)
+    check = partial(_check_image, Path(), depth)
     reports = _map(check, [job for job in jobs if job[1]], depth.processes)
     return list(chain.from_iterable(report.problems for report in reports))
 
@@ -172,11 +175,11 @@ def _check_pair(
     image_root: Path,
     panoptic_root: Path,
     things: frozenset[int],
-    decode_images: bool,
+    depth: Depth,
     job: tuple[tuple[Record, Record], bool],
 ) -> _Report:
     (image, annotation), decode = job
-    problems = _check_image(image_root, decode_images, (image, decode)).problems
+    problems = _check_image(image_root, depth, (image, decode)).problems
     if not isinstance(annotation.get("file_name"), str):
         return _Report(problems)
     path = panoptic_root / annotation["file_name"]
@@ -184,26 +187,35 @@ def _check_pair(
     return report._replace(problems=problems + report.problems)
 
 
-def _check_image(image_root: Path, decode_images: bool, job: tuple[Record, bool]) -> _Report:
+def _check_image(image_root: Path, depth: Depth, job: tuple[Record, bool]) -> _Report:
     image, decode = job
     if not isinstance(image.get("file_name"), str):
         return _Report([])
     path = image_root / image["file_name"]
-    decode = decode and decode_images
-    return _Report(
-        list(check_image_file(path, stated_size(image), image_name(image), decode=decode))
+    found = check_image_file(
+        path,
+        stated_size(image),
+        image_name(image),
+        decode=decode and depth.decode_images,
+        max_pixels=depth.largest_image,
     )
+    return _Report(list(found))
 
 
 def check_image_file(
-    path: Path, size: Size | None, image: str, *, decode: bool = True
+    path: Path,
+    size: Size | None,
+    image: str,
+    *,
+    decode: bool = True,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> Iterator[Problem]:
     """Check that an image exists, can be read and has the size in the JSON (None: not stated)."""
     if not path.is_file():
         yield Problem("missing image file", missing_file(path, "image"), image)
         return
     try:
-        facts = read_image_facts(path, decode=decode)
+        facts = read_image_facts(path, decode=decode, max_pixels=max_pixels)
     except UserError as error:
         yield Problem("unreadable image file", str(error), image)
         return

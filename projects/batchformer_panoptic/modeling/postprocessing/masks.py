@@ -3,7 +3,9 @@
 Shapes: K queries of one image, (h, w) the mask head's map, (H, W) the output image.
 """
 
+from collections.abc import Iterator
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,16 @@ from torch.nn import functional as F
 
 from ...layers import cxcywh_to_xyxy
 
+# Enlarged logits of one image that are kept, in bytes: 100 queries at 640 x 1000 pixels. More are
+# computed in bands of rows, small enough for the cache of a processor.
+_KEPT_BYTES, _BAND_BYTES = 2**28, 2**22
+
 
 class ImageMasks:
     """Mask logits of some queries of one image, and the sizes needed to resize them.
 
-    Merge rules resize at different points, so the caller chooses.
+    Merge rules resize at different points, so the caller chooses. Photographs are large: rules read
+    the logits in `bands`, so that memory does not grow with queries times pixels.
 
     Attributes:
         logits: (K, h, w) from the mask head.
@@ -68,6 +75,38 @@ class ImageMasks:
             self._at_output = _resize(self.at_image_size()[:, None], self.output_size)[:, 0]
         return self._at_output
 
+    def bands(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the output, from the top, with their (K, rows, width) float32 logits.
+
+        One band with all rows of `at_output_size`, as long as that takes at most 256 MiB. Otherwise
+        the bands are computed anew at each call, and their logits differ from those of
+        `at_output_size` by rounding (one unit in the last place).
+        """
+        if self._is_small(self.output_size):
+            yield slice(0, self.output_size[0]), self.at_output_size()
+            return
+        height, width = self.output_size
+        for rows in _bands(self.output_size, len(self)):
+            taps = _Taps.of(rows, self.image_size[0], height)
+            yield rows, taps.interpolate(self._image_rows(taps.source), width)
+
+    def image_bands(self) -> Iterator[tuple[slice, Tensor]]:
+        """The same as `bands` for the size of the network's input; see `at_image_size`."""
+        if self._is_small(self.padded_size):
+            yield slice(0, self.image_size[0]), self.at_image_size()
+            return
+        for rows in _bands(self.image_size, len(self)):
+            yield rows, self._image_rows(rows)
+
+    def _is_small(self, size: tuple[int, int]) -> bool:
+        return 4 * len(self) * size[0] * size[1] <= _KEPT_BYTES
+
+    def _image_rows(self, rows: slice) -> Tensor:
+        """(K, rows, width) of `at_image_size`."""
+        taps = _Taps.of(rows, self.logits.shape[1], self.padded_size[0])
+        padded = taps.interpolate(self.logits[:, taps.source].float(), self.padded_size[1])
+        return padded[..., : self.image_size[1]]
+
 
 # Masks at the output size at a time while a semantic map is made from them.
 _MASKS_AT_ONCE = 16
@@ -77,7 +116,7 @@ def semantic_map(masks: ImageMasks, probabilities: Tensor) -> Tensor:
     """Scores of the classes at each pixel (``semantic_inference`` of facebookresearch/Mask2Former).
 
     A score is the sum over the queries of class probability times mask probability. Only a few
-    masks exist at the output size at a time.
+    masks, or a band of them, exist at the output size at a time.
 
     Args:
         masks: the masks of Q queries.
@@ -90,21 +129,25 @@ def semantic_map(masks: ImageMasks, probabilities: Tensor) -> Tensor:
     scores = weights.new_zeros(len(weights), *masks.output_size)
     for start in range(0, len(masks), _MASKS_AT_ONCE):
         part = slice(start, start + _MASKS_AT_ONCE)
-        within = masks[part].at_output_size().sigmoid()
-        with torch.autocast(within.device.type, enabled=False):
-            scores.flatten(1).addmm_(weights[:, part], within.flatten(1))
+        for rows, logits in masks[part].bands():
+            within = logits.sigmoid()
+            with torch.autocast(within.device.type, enabled=False):
+                scores[:, rows].flatten(1).addmm_(weights[:, part], within.flatten(1))
     return scores
 
 
-def mask_scores(masks: Tensor) -> Tensor:
-    """(K, H, W) mask logits -> (K,) mean probability within each mask, 0 for an empty mask."""
-    means = masks.new_zeros(len(masks))
-    for start in range(0, len(masks), _MASKS_AT_ONCE):
-        part = slice(start, start + _MASKS_AT_ONCE)
-        logits = masks[part].flatten(1)
-        inside = logits > 0
-        means[part] = (logits.sigmoid() * inside).sum(1) / (inside.sum(1) + 1e-6)
-    return means
+def mask_scores(masks: ImageMasks) -> Tensor:
+    """(K,) mean probability within each mask at the output size, 0 for an empty mask."""
+    total = masks.logits.new_zeros(len(masks), dtype=torch.float32)
+    count = total.long()
+    for _, band in masks.bands():
+        for start in range(0, len(masks), _MASKS_AT_ONCE):
+            part = slice(start, start + _MASKS_AT_ONCE)
+            logits = band[part].flatten(1)
+            inside = logits > 0
+            total[part] += (logits.sigmoid() * inside).sum(1)
+            count[part] += inside.sum(1)
+    return total / (count + 1e-6)
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
@@ -153,6 +196,55 @@ def _nearest(length: int, new_length: int) -> Tensor:
     step = length / new_length
     points = accumulate([step] * (new_length - 1), initial=0.5 * step)
     return torch.tensor([min(int(point), length - 1) for point in points])
+
+
+def _bands(size: tuple[int, int], count: int) -> Iterator[slice]:
+    """Divide (height, width) into slices of rows, each for ``count`` maps of float32."""
+    step = max(1, _BAND_BYTES // (4 * count * size[1]))
+    return (slice(top, min(top + step, size[0])) for top in range(0, size[0], step))
+
+
+class _Taps(NamedTuple):
+    """The vertical half of a bilinear interpolation, for some rows of its result.
+
+    It is that of ``F.interpolate``, which cannot start within an image.
+
+    Attributes:
+        source: the rows that are read.
+        upper: (rows,) int64, the first of the two rows of each, counted from the first of
+            ``source``.
+        lower: (rows,) int64, the second one.
+        weight: (rows, 1) float32, that of the second one.
+    """
+
+    source: slice
+    upper: Tensor
+    lower: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, rows: slice, height: int, new_height: int) -> "_Taps":
+        """The taps of some rows when ``height`` rows become ``new_height``."""
+        # A float32 scale and one rounding at the end, as in PyTorch's kernels.
+        scale = (torch.tensor(height, dtype=torch.float32) / new_height).double()
+        place = scale * (torch.arange(rows.start, rows.stop).double() + 0.5) - 0.5
+        place = place.float().clamp(min=0)
+        upper = place.long().clamp(max=height - 1)
+        lower = (upper + 1).clamp(max=height - 1)
+        first = int(upper[0])
+        weight = (place - upper).clamp(max=1)[:, None]
+        return cls(slice(first, int(lower[-1]) + 1), upper - first, lower - first, weight)
+
+    def interpolate(self, values: Tensor, width: int) -> Tensor:
+        """(K, source, w) float32 -> (K, rows, width)."""
+        wide = _resize(values[:, None], (values.shape[1], width))[:, 0]
+        if not self.weight.any():  # nothing between two rows, as for an unchanged height
+            return wide[:, self.upper.to(values.device, non_blocking=True)]
+        upper, lower, weight = (
+            index.to(values.device, non_blocking=True)
+            for index in (self.upper, self.lower, self.weight)
+        )
+        return wide[:, upper].mul_(1 - weight).addcmul_(wide[:, lower], weight)
 
 
 def _resize(masks: Tensor, size: tuple[int, int]) -> Tensor:

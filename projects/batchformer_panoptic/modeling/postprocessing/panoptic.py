@@ -142,9 +142,8 @@ def merge_panoptic(
     if options.duplicate_iou < 1:
         things = set(thing_class_ids)
         is_thing = torch.tensor([label in things for label in labels.tolist()], dtype=torch.bool)
-        logits = masks.at_output_size()
-        kept = without_duplicates(logits, scores, is_thing, options.duplicate_iou)
-        masks = masks[kept.to(logits.device, non_blocking=True)]
+        kept = without_duplicates(masks, scores, is_thing, options.duplicate_iou)
+        masks = masks[kept.to(masks.logits.device, non_blocking=True)]
         scores, labels = scores[kept], labels[kept]
     return merge(masks, scores, labels, thing_class_ids=thing_class_ids, options=options)
 
@@ -165,14 +164,13 @@ def merge_strongest(
     segment that is too small go to the next best mask. A pixel whose best mask is below
     ``mask_threshold`` is void.
     """
-    logits = masks.at_output_size()
     segment_of_query, classes = segments_of_queries(labels.tolist(), thing_class_ids)
     alive = torch.ones(len(classes), dtype=torch.bool)
-    query_segment = torch.tensor(segment_of_query, dtype=torch.int64)
+    query_segment = torch.tensor(segment_of_query, dtype=torch.int32)
     # The pixels of dropped segments go to the next best ones, which can then be large enough or
     # still too small: repeat until none is.
     while True:
-        segment_map = _strongest(logits, query_segment, alive, options.mask_threshold)
+        segment_map = _strongest(masks, query_segment, alive, options.mask_threshold)
         areas = torch.bincount(segment_map.flatten(), minlength=len(classes) + 1)[1:].cpu()
         small = alive & (areas <= options.min_area)
         if not small.any():
@@ -191,7 +189,7 @@ def merge_strongest(
         [best_score[segment] for segment in living],
         thing_class_ids,
     )
-    return new_id.to(segment_map.device, non_blocking=True)[segment_map], segments
+    return _looked_up(new_id, segment_map), segments
 
 
 def merge_published(
@@ -216,16 +214,18 @@ def merge_published(
     Two things differ. Ids are larger by one, because 0 is void in Detectron2. The batch padding is
     cropped, so that the result does not depend on the batch.
     """
-    logits = masks.at_image_size()
+    device = masks.logits.device
     label_list, score_list = labels.tolist(), scores.tolist()
     segment_of_query, _ = segments_of_queries(label_list, thing_class_ids)
     # For each remaining query, the position of the query that receives its pixels.
     owner = [segment_of_query.index(segment) for segment in segment_of_query]
     living = list(range(len(label_list)))
     while living:
-        query = torch.tensor(living, device=logits.device)
-        winner = logits[query].softmax(dim=0).argmax(dim=0)
-        position = torch.tensor(owner, device=logits.device)[winner]
+        query = torch.tensor(living, device=device)
+        position_of = torch.tensor(owner, device=device, dtype=torch.int32)
+        position = torch.empty(masks.image_size, dtype=torch.int32, device=device)
+        for rows, logits in masks.image_bands():
+            position[rows] = position_of[logits[query].softmax(dim=0).argmax(dim=0)]
         segment_map = resize_map(position, masks.output_size)
         areas = torch.bincount(segment_map.flatten(), minlength=len(living)).tolist()
         large = [position for position, area in enumerate(areas) if area > options.min_area]
@@ -236,10 +236,10 @@ def merge_published(
                 [score_list[query] for query in living],
                 thing_class_ids,
             )
-            return (segment_map + 1).int(), segments
+            return segment_map + 1, segments
         living = [living[position] for position in large]
         owner = list(range(len(living)))
-    return torch.zeros(masks.output_size, dtype=torch.int32, device=logits.device), []
+    return torch.zeros(masks.output_size, dtype=torch.int32, device=device), []
 
 
 def merge_mask2former(
@@ -257,39 +257,41 @@ def merge_mask2former(
     the pixels where its own mask is at least one half is dropped, and its pixels become void.
     Queries of one stuff class form one segment. There is no minimum area.
     """
-    probabilities = masks.at_output_size().sigmoid()
-    if len(probabilities) == 0:
-        return probabilities.new_zeros(masks.output_size, dtype=torch.int32), []
-    weights = scores.to(probabilities.device, non_blocking=True)
-    winner = (weights[:, None, None] * probabilities).argmax(dim=0)
-    claims = probabilities >= 0.5
-    claimed = claims.gather(0, winner[None])[0]
-    # Per query: pixels won, pixels of its own mask, pixels won inside its own mask. One transfer.
-    counts = torch.stack(
-        [
-            torch.bincount(winner.flatten(), minlength=len(claims)),
-            claims.flatten(1).sum(dim=1),
-            torch.bincount(winner[claimed], minlength=len(claims)),
-        ]
-    )
+    num_queries, device = len(masks), masks.logits.device
+    # 1 + the query that gets each pixel; 0: void.
+    final = torch.zeros(masks.output_size, dtype=torch.int32, device=device)
+    if num_queries == 0:
+        return final, []
+    weights = scores.to(device, non_blocking=True)[:, None, None]
+    # Per query: pixels won, pixels of its own mask, pixels won inside its own mask.
+    counts = torch.zeros(3, num_queries, dtype=torch.int64, device=device)
+    for rows, logits in masks.bands():
+        probabilities = logits.sigmoid()
+        claims = probabilities >= 0.5
+        winner = probabilities.mul_(weights).argmax(dim=0)
+        claimed = claims.gather(0, winner[None])[0]
+        counts[0] += torch.bincount(winner.flatten(), minlength=num_queries)
+        counts[1] += claims.flatten(1).sum(dim=1)
+        final[rows] = (winner + 1).masked_fill(~claimed, 0)
+    counts[2] = torch.bincount(final.flatten(), minlength=num_queries + 1)[1:]
     kept = [
         query
-        for query, (won, own, final) in enumerate(counts.T.tolist())
-        if final > 0 and won / own >= options.overlap_threshold
+        for query, (won, own, inside) in enumerate(counts.T.tolist())
+        if inside > 0 and won / own >= options.overlap_threshold
     ]
     label_list, score_list, final_areas = labels.tolist(), scores.tolist(), counts[2].tolist()
     segment_of_kept, classes = segments_of_queries(
         [label_list[query] for query in kept], thing_class_ids
     )
-    new_id = torch.zeros(len(claims), dtype=torch.int32)
+    new_id = torch.zeros(num_queries + 1, dtype=torch.int32)
     areas = [0] * len(classes)
     for query, segment in zip(kept, segment_of_kept, strict=True):
-        new_id[query] = segment + 1
+        new_id[query + 1] = segment + 1
         areas[segment] += final_areas[query]
     kept_scores = [score_list[query] for query in kept]
     best_score = best_scores(segment_of_kept, kept_scores, len(classes))
-    segment_map = new_id.to(winner.device, non_blocking=True)[winner].masked_fill(~claimed, 0)
-    return segment_map, describe_segments(classes, areas, best_score, thing_class_ids)
+    segments = describe_segments(classes, areas, best_score, thing_class_ids)
+    return _looked_up(new_id, final), segments
 
 
 MERGES: dict[str, Merge] = {
@@ -300,7 +302,7 @@ MERGES: dict[str, Merge] = {
 
 
 def without_duplicates(
-    mask_logits: Tensor, scores: Tensor, is_thing: Tensor, max_iou: float
+    masks: ImageMasks, scores: Tensor, is_thing: Tensor, max_iou: float
 ) -> Tensor:
     """Suppress things that overlap a better one, greedily by mask IoU (not in DETR).
 
@@ -308,7 +310,7 @@ def without_duplicates(
     would then share its pixels.
 
     Args:
-        mask_logits: (K, H, W).
+        masks: of the K queries.
         scores: (K,).
         is_thing: (K,) bool; stuff is always kept.
         max_iou: a thing is dropped when its IoU with a better one of any class is larger.
@@ -316,9 +318,13 @@ def without_duplicates(
     Returns:
         Indices of the queries to keep, ascending, int64, on the device of ``scores``.
     """
-    masks = (mask_logits > 0).flatten(1).float()
-    with torch.autocast(masks.device.type, enabled=False):  # half precision cannot count pixels
-        overlap = masks @ masks.T
+    device = masks.logits.device
+    overlap = torch.zeros(len(masks), len(masks), dtype=torch.float64, device=device)
+    for _, logits in masks.bands():
+        inside = (logits > 0).flatten(1).float()
+        with torch.autocast(device.type, enabled=False):  # half precision cannot count pixels
+            overlap += inside @ inside.T
+    overlap = overlap.float()
     area = overlap.diagonal()
     iou = overlap / (area[:, None] + area[None] - overlap).clamp(min=1)
     things = (is_thing[:, None] & is_thing[None]).to(iou.device, non_blocking=True)
@@ -330,17 +336,29 @@ def without_duplicates(
     return torch.tensor(sorted(kept), dtype=torch.int64, device=scores.device)
 
 
-def _strongest(
-    mask_logits: Tensor, query_segment: Tensor, alive: Tensor, threshold: float
-) -> Tensor:
-    """(H, W) int64: 1 + the remaining segment with the largest mask logit, 0 for none.
+def _strongest(masks: ImageMasks, query_segment: Tensor, alive: Tensor, threshold: float) -> Tensor:
+    """(H, W) int32: 1 + the remaining segment with the largest mask logit, 0 for none.
 
     ``query_segment`` and ``alive`` are on the host, so that no step waits for the device.
     """
     living = alive[query_segment].nonzero()[:, 0]
-    device = mask_logits.device
+    device = masks.logits.device
+    segment_map = torch.zeros(masks.output_size, dtype=torch.int32, device=device)
     if len(living) == 0:
-        return torch.zeros(mask_logits.shape[-2:], dtype=torch.int64, device=device)
-    best, query = mask_logits[living.to(device, non_blocking=True)].max(dim=0)
-    segment_map = query_segment[living].to(device, non_blocking=True)[query] + 1
-    return segment_map.masked_fill(best.sigmoid() < threshold, 0) if threshold > 0 else segment_map
+        return segment_map
+    segment_of = (query_segment[living] + 1).to(device, non_blocking=True)
+    if len(living) < len(masks):
+        masks = masks[living.to(device, non_blocking=True)]
+    for rows, logits in masks.bands():
+        best, query = logits.max(dim=0)
+        found = segment_of[query]
+        if threshold > 0:
+            found = found.masked_fill(best.sigmoid() < threshold, 0)
+        segment_map[rows] = found
+    return segment_map
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """(H, W) int32 entries of a (N,) table on the host, without an int64 copy of the index."""
+    table = table.to(index.device, non_blocking=True)
+    return table.index_select(0, index.flatten()).view(index.shape)

@@ -272,7 +272,7 @@ def to_result(
     if masks is not None and options.semantic:
         assert probabilities is not None
         result["sem_seg"] = semantic_map(masks, probabilities)
-        # All masks were for this map; only those of segments and instances are enlarged at once.
+        # All masks were for this map; only some are those of segments and instances.
         used = chosen.any_use.nonzero()[:, 0]
         masks = masks[used.to(masks.logits.device, non_blocking=True)]
     if masks is None or options.instances:
@@ -308,10 +308,13 @@ def _instances(
     if masks is not None:
         place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
         where = place[found.query].to(source.device, non_blocking=True)
-        logits = masks.at_output_size()
-        instances.pred_masks = (logits > 0)[where]
+        instances.pred_masks = torch.empty(
+            (len(where), *output_size), dtype=torch.bool, device=source.device
+        )
+        for rows, logits in masks.bands():
+            instances.pred_masks[:, rows] = (logits > 0)[where]
         if options.instance_scoring == "mask2former":
-            instances.scores = instances.scores * mask_scores(logits)[where]
+            instances.scores = instances.scores * mask_scores(masks)[where]
     if boxes is None:
         instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))
     else:
