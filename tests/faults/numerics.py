@@ -349,13 +349,13 @@ def _many(count: int) -> list[dict[str, Any]]:
 
 def _more_than_queries(place: Place) -> None:
     output = _box_command(place, _many(12))
-    said = "1 of 1 images have more objects (up to 12, in 0.png) than the model has queries"
+    said = "1 of 3 images have more objects (up to 12, in 0.png) than the model has queries"
     _keep_warning(place, output, said)
 
 
 def _more_than_detections(place: Place) -> None:
     output = _box_command(place, _many(12), "TEST.DETECTIONS_PER_IMAGE", 9)
-    said = "than TEST.DETECTIONS_PER_IMAGE 9; AP then counts at most 75 % of the objects"
+    said = "than TEST.DETECTIONS_PER_IMAGE 9; AP then counts at most 75.0 % of the objects"
     _keep_warning(place, output, said)
 
 
