@@ -169,6 +169,19 @@ def _evaluated(place: Place) -> None:
     assert not (place.folder / "out/inference").exists()
 
 
+def _scores_of_large_weights(place: Place) -> None:
+    arguments = _spoiled_weights(place, 0.0)
+    weights = place.folder / "run/model_final.pth"
+    content = _read(weights)
+    for value in content["model"].values():
+        if value.dim() > 1:
+            value.fill_(1e38)
+    torch.save(content, weights)
+    place.command("train_net.py", "--eval-only", *arguments, "MODEL.WEIGHTS", weights)
+    assert not list((place.folder / "out").glob("inference/*/*results*"))
+    assert not (place.folder / "out/report.html").exists()
+
+
 def _infinite_weights_trained_on(place: Place) -> None:
     arguments = _spoiled_weights(place, float("inf"))
     place.command("train_net.py", *arguments, "MODEL.WEIGHTS", place.folder / "run/model_final.pth")
@@ -427,6 +440,12 @@ FAULTS = [
         _weights_spoiled_between_checkpoints,
     ),
     RunFault("NaN in `MODEL.WEIGHTS`", EVALUATE, NOTHING, _evaluated),
+    RunFault(
+        "weights of 1e38, whose scores are not finite",
+        EVALUATE,
+        "there are no results",
+        _scores_of_large_weights,
+    ),
     RunFault("an infinity in `MODEL.WEIGHTS`", TRAIN, NOTHING, _infinite_weights_trained_on),
     RunFault("NaN in `.safetensors`", EVALUATE, NOTHING, _of_safetensors),
     RunFault(
