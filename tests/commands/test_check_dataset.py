@@ -72,7 +72,7 @@ def test_the_limits_of_a_model_are_named(config: list[str], capsys: Lines) -> No
     out = capsys.readouterr().out
     assert "warning: more objects than queries (2)" in out
     assert "warning: more objects than detections (1)" in out
-    assert "AP then counts at most 0 % of the objects of the set as found" in out
+    assert "AP then counts at most 0.0 % of the objects of the set as found" in out
 
 
 def test_a_training_set_without_targets_is_an_error(

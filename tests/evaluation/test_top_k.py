@@ -13,7 +13,7 @@ from timm.utils import accuracy
 from torch import Tensor
 
 from batchformer_panoptic.engine.processes import launch_processes
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import NonFiniteError, UserError
 from batchformer_panoptic.evaluation import TopKEvaluator
 from batchformer_panoptic.evaluation.top_k import true_class_ranks
 from helpers.image_folders import unique_name
@@ -88,6 +88,14 @@ def test_equal_scores_and_scores_that_are_no_numbers_do_not_help() -> None:
     )
     labels = torch.tensor([0, 2, 0, 0, 2, 1])
     assert true_class_ranks(logits, labels).tolist() == [0, 2, 3, 1, 1, 1]
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    logits = torch.ones(3, 4)
+    logits[1] = float("nan")
+    evaluator = TopKEvaluator(register([0, 1, 2], 4))
+    with pytest.raises(NonFiniteError, match="the class logits of images 1 are NaN"):
+        process(evaluator, logits, [0, 1, 2])
 
 
 def test_half_precision_logits_are_compared_in_full() -> None:

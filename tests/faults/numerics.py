@@ -169,6 +169,19 @@ def _evaluated(place: Place) -> None:
     assert not (place.folder / "out/inference").exists()
 
 
+def _scores_of_large_weights(place: Place) -> None:
+    arguments = _spoiled_weights(place, 0.0)
+    weights = place.folder / "run/model_final.pth"
+    content = _read(weights)
+    for value in content["model"].values():
+        if value.dim() > 1:
+            value.fill_(1e38)
+    torch.save(content, weights)
+    place.command("train_net.py", "--eval-only", *arguments, "MODEL.WEIGHTS", weights)
+    assert not list((place.folder / "out").glob("inference/*/*results*"))
+    assert not (place.folder / "out/report.html").exists()
+
+
 def _infinite_weights_trained_on(place: Place) -> None:
     arguments = _spoiled_weights(place, float("inf"))
     place.command("train_net.py", *arguments, "MODEL.WEIGHTS", place.folder / "run/model_final.pth")
@@ -351,13 +364,13 @@ def _many(count: int) -> list[dict[str, Any]]:
 
 def _more_than_queries(place: Place) -> None:
     output = _box_command(place, _many(12))
-    said = "1 of 1 images have more objects (up to 12, in 0.png) than the model has queries"
+    said = "1 of 3 images have more objects (up to 12, in 0.png) than the model has queries"
     _keep_warning(place, output, said)
 
 
 def _more_than_detections(place: Place) -> None:
     output = _box_command(place, _many(12), "TEST.DETECTIONS_PER_IMAGE", 9)
-    said = "than TEST.DETECTIONS_PER_IMAGE 9; AP then counts at most 75 % of the objects"
+    said = "than TEST.DETECTIONS_PER_IMAGE 9; AP then counts at most 75.0 % of the objects"
     _keep_warning(place, output, said)
 
 
@@ -429,6 +442,12 @@ FAULTS = [
         _weights_spoiled_between_checkpoints,
     ),
     RunFault("NaN in `MODEL.WEIGHTS`", EVALUATE, NOTHING, _evaluated),
+    RunFault(
+        "weights of 1e38, whose scores are not finite",
+        EVALUATE,
+        "there are no results",
+        _scores_of_large_weights,
+    ),
     RunFault("an infinity in `MODEL.WEIGHTS`", TRAIN, NOTHING, _infinite_weights_trained_on),
     RunFault("NaN in `.safetensors`", EVALUATE, NOTHING, _of_safetensors),
     RunFault(

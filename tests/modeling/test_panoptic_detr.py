@@ -397,6 +397,14 @@ def test_nan_in_the_network_names_the_images():
         model(random_inputs([(48, 64), (40, 40)]))
 
 
+def test_nan_in_evaluation_names_the_images():
+    model = tiny_model().eval()
+    inputs = random_inputs([(48, 64), (48, 64)])
+    inputs[1]["image"] = inputs[1]["image"].float() * float("nan")
+    with pytest.raises(NonFiniteError, match=r"the class scores of image_1\.png are not finite"):
+        model(inputs)
+
+
 @pytest.mark.parametrize("entry", [0, 2])  # in the second stream, entry 2 is image 0 again
 def test_a_matching_cost_names_its_images_and_terms(entry):
     model = tiny_model(**BLOCK).train()

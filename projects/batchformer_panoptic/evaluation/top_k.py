@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.io import write_json
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ class TopKEvaluator(DatasetEvaluator):
         Args:
             inputs: the model's inputs, of which ``image_id`` is read.
             outputs: the model's outputs, of which ``class_logits`` is read.
+
+        Raises:
+            UserError: an unusable output, or an image of another data set.
+            NonFiniteError: the logit of a true class is NaN.
         """
         image_ids = [image_input["image_id"] for image_input in inputs]
         for image_id, output in zip(image_ids, outputs, strict=True):
@@ -70,6 +74,12 @@ class TopKEvaluator(DatasetEvaluator):
         logits = torch.stack([output["class_logits"] for output in outputs]).float()
         labels = torch.tensor([self._labels[i] for i in image_ids], device=logits.device)
         ranks = true_class_ranks(logits, labels).tolist()
+        spoiled = [i for i, rank in zip(image_ids, ranks, strict=True) if rank == logits.shape[1]]
+        if spoiled:
+            raise NonFiniteError(
+                f"the class logits of images {', '.join(map(str, spoiled))} are NaN: the weights "
+                "are damaged, or too large for the precision of the evaluation"
+            )
         self._ranks.update(zip(image_ids, ranks, strict=True))
 
     def _check_output(self, image_id: int, output: Mapping[str, Any]) -> None:

@@ -227,7 +227,8 @@ class PanopticDETR(nn.Module):
             ``MODEL.PANOPTIC.SEMANTIC_TEST`` also ``sem_seg``: (K, H, W) float32 class scores.
 
         Raises:
-            NonFiniteError: the matching cost is not finite; the message names the images.
+            NonFiniteError: the matching cost in training, or a class score in evaluation, is not
+                finite; the message names the images.
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -392,6 +393,7 @@ class PanopticDETR(nn.Module):
             decoded.scores,
             decoded.labels,
         )
+        _refuse_non_finite(scores, batched_inputs)
         masks = None
         needed = needed_masks(chosen, self.inference_options)
         if predictions.masks is not None:
@@ -427,6 +429,18 @@ class PanopticDETR(nn.Module):
         class_map = class_maps(targets, padded_size)
         losses = [pixel_class_loss(x, class_map, num_pixels) for x in self.semantic_head(features)]
         return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
+
+
+def _refuse_non_finite(scores: Tensor, batched_inputs: Sequence[dict[str, Any]]) -> None:
+    """Raise `NonFiniteError` unless the scores (B, Q), which are on the host, are numbers."""
+    entries = [i for i, of_image in enumerate(scores) if not of_image.isfinite().all()]
+    if entries:
+        names = ", ".join(_name_of(batched_inputs[i]) for i in entries)
+        raise NonFiniteError(
+            f"the class scores of {names} are not finite: the weights are damaged, or too large "
+            "for the precision of the evaluation (TEST.FAST)",
+            entries,
+        )
 
 
 def _check_boxes_only(cfg: CfgNode, transformer: Transformer) -> None:

@@ -37,7 +37,7 @@ def check_detections(content: Record, detections: int) -> Iterator[Problem]:
     if said := _above(counts, detections):
         possible = sum(min(count, detections) for count in counts.values()) / counts.total()
         message = f"{said} than TEST.DETECTIONS_PER_IMAGE {detections}; AP then counts at most "
-        message += f"{100 * possible:.0f} % of the objects of the set as found"
+        message += f"{100 * possible:.1f} % of the objects of the set as found"
         yield Problem("more objects than detections", message, severity="warning")
 
 
