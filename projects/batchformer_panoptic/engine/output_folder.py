@@ -1,11 +1,13 @@
 """OUTPUT_DIR: one process that writes to it, and what a killed one has left in it."""
 
 import atexit
+import contextlib
 import logging
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +22,7 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_REPLACED = ".replaced"
 
 # The locks of this process by folder, with its id, since a forked process has a copy of this dict.
 _held: dict[Path, tuple[int, TextIO]] = {}
@@ -112,6 +115,34 @@ def remove_temporaries(folder: Path, names: Sequence[str]) -> None:
     for path in (folder / "inference").rglob(".*"):
         if name_of_temporary(path.name) is not None:
             path.unlink()
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> None:
+    """Move files and folders of an earlier run to where `put_back` finds them."""
+    (folder / _REPLACED).mkdir(exist_ok=True)
+    for path in paths:
+        path.rename(folder / _REPLACED / path.name)
+
+
+def put_back(folder: Path) -> None:
+    """Undo `set_aside`; without it, nothing happens."""
+    replaced = folder / _REPLACED
+    for path in replaced.iterdir() if replaced.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.rename(folder / path.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """Delete the run that was set aside if the block succeeds, and put it back if it fails."""
+    try:
+        yield
+    except BaseException:
+        put_back(folder)
+        raise
+    shutil.rmtree(folder / _REPLACED, ignore_errors=True)
 
 
 def logged_values(folder: Path, iteration: int) -> dict[str, Any]:

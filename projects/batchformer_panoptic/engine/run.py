@@ -1,10 +1,12 @@
 """The body of ``train_net.py``: arguments, the choice of processes, and what each of them runs."""
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
@@ -13,6 +15,7 @@ from detectron2.utils import comm
 from ..data.check import check_before_run
 from ..errors import UserError
 from ..signals import follow_parent
+from .output_folder import replacing
 from .processes import Member, find_member, launch_processes, restarted_by, run_as_member
 from .setup import at_least, command_parser, setup_cfg
 from .trainer import PanopticTrainer
@@ -140,14 +143,17 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     if schedulers and not args.eval_only:
         args.resume, args.overwrite = True, False
     cfg = setup_cfg(args)
-    check_before_run(cfg, eval_only=args.eval_only)
-    if args.eval_only:
-        PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
-        return
-    if schedulers:
-        logger.info(f"restarted by {schedulers[0]}: continuing the run as with --resume")
-    trainer = PanopticTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    # Until the training starts, --overwrite has deleted nothing.
+    folder = Path(cfg.OUTPUT_DIR)
+    with replacing(folder) if comm.is_main_process() else contextlib.nullcontext():
+        check_before_run(cfg, eval_only=args.eval_only)
+        if args.eval_only:
+            PanopticTrainer.evaluate_weights(cfg, resume=args.resume)
+            return
+        if schedulers:
+            logger.info(f"restarted by {schedulers[0]}: continuing the run as with --resume")
+        trainer = PanopticTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
     trainer.train()
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import re
-import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..errors import UserError, did_you_mean, one_line
 from ..modeling.fast_inference import check_fast
 from ..visualization.curves import METRICS_NAME
 from ..visualization.report import REPORT_NAME
-from .output_folder import hold, release, remove_temporaries
+from .output_folder import hold, put_back, release, remove_temporaries, set_aside
 from .ranges import check_values, warn_of_keys_without_effect
 from .solver import apply_epochs
 from .trackers import check_loggers
@@ -230,7 +229,7 @@ _CONFIG = "config.yaml"
 
 
 def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Create and lock the folder, and write ``config.yaml``; with ``--overwrite``, empty it first.
+    """Create and lock the folder, and write ``config.yaml``; set an earlier run aside if asked to.
 
     An evaluation leaves the ``config.yaml`` of a training as it is; a resumed training writes it
     when it is clear that it can be resumed.
@@ -251,6 +250,7 @@ def _prepare_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _start_folder(folder: Path, cfg: CfgNode, args: argparse.Namespace) -> None:
+    put_back(folder)  # after a kill between `set_aside` and the first step
     files = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
     # A training that has made a step has metrics; weights may also come from elsewhere.
     metrics = folder / METRICS_NAME
@@ -269,9 +269,8 @@ def _start_folder(folder: Path, cfg: CfgNode, args: argparse.Namespace) -> None:
                 "another OUTPUT_DIR"
             )
     if args.overwrite:
-        for path in files:
-            path.unlink()
-        shutil.rmtree(folder / "inference", ignore_errors=True)
+        others = [folder / _CONFIG, folder / "inference"]
+        set_aside(folder, [*files, *(path for path in others if path.exists())])
     if not ((folder / _CONFIG).exists() if args.eval_only else args.resume):
         write_text(folder / _CONFIG, cfg.dump())
 
