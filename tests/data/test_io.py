@@ -364,7 +364,10 @@ def test_unwanted_files_are_refused_by_every_reader(tmp_path: Path, read: Any, k
         Image.new("1", (20000, 20000)).save(path)
     else:
         mode = "F" if kind == "SPIDER" else "RGB"
-        Image.new(mode, (40, 40)).save(path, format=kind)
+        # Pillow would take all later files of this suffix for SPIDER's.
+        other = path.with_suffix(f".{kind}")
+        Image.new(mode, (40, 40)).save(other, format=kind)
+        other.rename(path)
     with pytest.raises(
         UserError, match=rf"{path} cannot be read: (unknown image format|Image size)"
     ):
@@ -375,7 +378,7 @@ def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path) -> Non
     path = tmp_path / "x.png"
     Image.new("RGB", (30, 20)).save(path)
     # Without its pixels the file can be opened but not decoded.
-    path.write_bytes(path.read_bytes()[:40])
+    path.write_bytes(path.read_bytes()[:45])
     with pytest.raises(
         UserError, match=r"x.png has 30 x 20 = 600 pixels, more than INPUT.MAX_PIXE"
     ):

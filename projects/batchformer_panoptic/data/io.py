@@ -155,24 +155,29 @@ def _opened(
             for readers of the header.
     """
     with _reading(path, role), PathManager.open(str(path), "rb") as file:
-        with open_image(file) as image:
-            width, height = image.size
-            if max_pixels is not None and width * height > max_pixels:
-                raise UserError(
-                    f"{role} {path} has {width} x {height} = {width * height} pixels, more than "
-                    f"INPUT.MAX_PIXELS {max_pixels}: shrink it, or raise that key"
-                )
-            if check and image.format == "PNG":
-                _verify_png(file)
+        is_png = check and file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
         file.seek(0)
-        with open_image(file) as image:
+        with _whole_png() if is_png else contextlib.nullcontext():
+            image = open_image(file)
+        width, height = image.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise UserError(
+                f"{role} {path} has {width} x {height} = {width * height} pixels, more than "
+                f"INPUT.MAX_PIXELS {max_pixels}: shrink it, or raise that key"
+            )
+        if is_png:
+            with _whole_png():
+                image.verify()
+            file.seek(0)
+            image = open_image(file)  # Pillow asks for it
+        with image:
             yield image
 
 
-def _verify_png(file: IO[bytes]) -> None:
-    file.seek(0)
+@contextlib.contextmanager
+def _whole_png() -> Iterator[None]:
     try:
-        Image.open(file, formats=("PNG",)).verify()
+        yield
     except (OSError, SyntaxError):
         raise ValueError("it is cut off, or one of its checksums is wrong") from None
 
