@@ -77,7 +77,10 @@ def test_a_range_allows_what_it_says(allowed, fitting, others):
             "NUM_HEADS 5 must divide the 384 channels of stage 3",
         ),
         ({"MODEL__SMALL_RESNET__STAGE_STRIDES": [1]}, "they have 4 and 1"),
-        ({"SOLVER__MAX_ITER": 10**99}, r"not 1000+\.\.\. \(100 characters\)"),
+        ({"SOLVER__MAX_ITER": 10**99}, r"at most 2147483647, not 10+\.\.\. \(100 characters\)"),
+        ({"SEED": 2**32}, "SEED must be at most 4294901760, not 4294967296"),
+        ({"SEED": -2}, "SEED must be from -1 to 4294901760, not -2"),
+        ({"INPUT__MIN_SIZE_TRAIN": ()}, r"must be one or more numbers, each at least 1, not \[\]"),
     ],
 )
 def test_the_key_its_value_and_the_remedy_are_named(changes, message):
