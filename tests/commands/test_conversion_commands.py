@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -213,8 +213,8 @@ def test_a_failing_write_leaves_the_target_untouched(
     src, dst = save_checkpoint(official_boxes(), tmp_path / "src.pth"), tmp_path / "dst.pth"
     dst.write_bytes(b"precious")
 
-    def fail(content: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)

@@ -189,7 +189,7 @@ def test_a_video_keeps_its_frames_and_speed(run: Run, tmp_path: Path, output: st
         ),
         (
             ["--input", "{images}", "--output", "{images}/notes.txt"],
-            "cannot be written",
+            "cannot write",
         ),
     ],
 )

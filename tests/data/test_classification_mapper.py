@@ -239,3 +239,13 @@ def test_each_epoch_has_its_own_images() -> None:
     epochs = [set(draws[start : start + 30]) for start in (0, 30, 60)]
     assert [len(epoch) for epoch in epochs] == [10, 10, 10]
     assert len(set.union(*epochs)) > 15
+
+
+def test_a_thin_image_that_would_explode_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (96, 1)).save(path)
+    arguments = {"transform": lambda _: torch.zeros(3, 1, 1), "short_side": 256}
+    ClassificationMapper(**arguments, max_pixels=256 * 96 * 256)({"file_name": str(path)})
+    smaller = ClassificationMapper(**arguments, max_pixels=256 * 96 * 256 - 1)
+    with pytest.raises(UserError, match=r"thin.png: 96 x 1 pixels .* resized to 256 are more than"):
+        smaller({"file_name": str(path)})

@@ -16,8 +16,13 @@ from PIL import Image
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.data import PanopticDatasetMapper, build_augmentations
-from batchformer_panoptic.data.panoptic_mapper import number_segments, transform_segment_map
+from batchformer_panoptic.data.panoptic_mapper import (
+    BoundedResize,
+    number_segments,
+    transform_segment_map,
+)
 from batchformer_panoptic.errors import UserError
+from helpers.tiny_model import tiny_cfg
 
 
 @pytest.fixture
@@ -320,3 +325,20 @@ def test_augmentations_that_do_not_exist(cfg: CfgNode, key: str, value: object) 
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=key):
         build_augmentations(cfg, True)
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (1, 96)])
+def test_a_thin_image_keeps_a_pixel(size):
+    cfg = tiny_cfg(INPUT__MIN_SIZE_TEST=48, INPUT__MAX_SIZE_TEST=64)
+    mapped = PanopticDatasetMapper(cfg, is_train=False).map_image(np.zeros((*size, 3), np.uint8))
+    height, width = mapped["image"].shape[1:]
+    assert min(height, width) >= 1
+    assert max(height, width) <= 64
+    assert (mapped["height"], mapped["width"]) == size
+
+
+def test_a_resize_that_explodes_is_refused():
+    resize = BoundedResize(T.ResizeShortestEdge([48], sample_style="choice"), 48 * 4608)
+    assert resize.get_transform(np.zeros((1, 96, 3), np.uint8)).new_w == 4608
+    with pytest.raises(UserError, match=r"97 x 1 pixels would be resized to 4656 x 48, more than"):
+        resize.get_transform(np.zeros((1, 97, 3), np.uint8))

@@ -30,9 +30,10 @@ _TRAINING = {
 }
 
 
-def _train(place: Place, run: Run, *options: object) -> Path:
+def _train(place: Place, run: Run, *options: object, resume: bool = False) -> Path:
     output = place.folder / "out"
-    words = ["--config-file", run.config_file, "OUTPUT_DIR", output, *options]
+    flags = ["--resume"] if resume else []
+    words = ["--config-file", run.config_file, *flags, "OUTPUT_DIR", output, *options]
     place.command("train_net.py", *words)
     return output
 
@@ -60,9 +61,8 @@ def _file_limit_in_training(place: Place) -> None:
     output = _train(place, run)
     assert place.status == 0, place.words
     kept = {p.name: p.read_bytes() for p in output.iterdir() if p.name.startswith(("mod", "last"))}
-    resumed = [*("--resume", "SOLVER.MAX_ITER", 4)]
     size = max(map(len, kept.values())) // 2
-    _with_file_limit(place, size, lambda: _train(place, run, *resumed))
+    _with_file_limit(place, size, lambda: _train(place, run, "SOLVER.MAX_ITER", 4, resume=True))
     assert {name: (output / name).read_bytes() for name in kept} == kept
     assert not [name for name in file_names(output) if name.startswith(".")]
 
@@ -213,7 +213,7 @@ def _incomplete_optimizer(place: Place) -> None:
         state.pop("exp_avg", None)
     torch.save(content, checkpoint)
     before = checkpoint.read_bytes()
-    _train(place, run, "--resume", "SOLVER.MAX_ITER", 4)
+    _train(place, run, "SOLVER.MAX_ITER", 4, resume=True)
     assert checkpoint.read_bytes() == before
 
 

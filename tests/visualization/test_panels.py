@@ -59,7 +59,7 @@ def test_image_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         read_image(tmp_path / "text.png")
     with pytest.raises(UserError, match=r"absent\.png does not exist"):
         read_image(tmp_path / "absent.png")
-    with pytest.raises(UserError, match=r"x\.png cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*x\.png: "):
         write_image(tmp_path / "text.png" / "x.png", panel(RED))
     with pytest.raises(UserError, match=r"x\.strange cannot be written"):
         write_image(tmp_path / "x.strange", panel(RED))

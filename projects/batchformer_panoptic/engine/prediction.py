@@ -219,7 +219,8 @@ class PredictionFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with writing(self._path / _RECORDS):
+            self._file.close()
 
     def _open(self, header: dict[str, str], overwrite: bool) -> dict[str, dict[str, Any]]:
         """Return the records of finished images by name, after removing an unfinished one."""

@@ -128,6 +128,7 @@ class Predictor:
         """Hashes of the weights and of the settings that predictions depend on."""
         cfg = self._cfg.clone()
         cfg.MODEL.WEIGHTS = cfg.MODEL.INIT_FROM = cfg.MODEL.DEVICE = ""
+        cfg.INPUT.MAX_PIXELS = 0  # of no effect on what is predicted
         text = cfg.MODEL.dump() + cfg.INPUT.dump() + cfg.TEST.FAST.dump()
         contents = {"weights": Path(self._weights).read_bytes(), "settings": text.encode()}
         return {

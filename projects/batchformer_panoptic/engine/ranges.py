@@ -35,7 +35,7 @@ class Range(NamedTuple):
     may_be_empty: bool = False
 
     def __str__(self) -> str:
-        if self.high >= _LARGEST_INT:
+        if self.high in (_LARGEST_INT, math.inf):
             text = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
         else:
             text = f"{'more than' if self.open_low else 'from'} {self.low:g} to "
@@ -229,7 +229,7 @@ def check_values(cfg: CfgNode) -> None:
     for key, allowed in RANGES.items():
         value = values[key]
         if value is not None and not allowed.allows(value):
-            raise UserError(f"{key} must be {allowed}, not {_short(value)}")
+            raise UserError(f"{key} must be {_rule(allowed, value)}, not {_short(value)}")
     for fits, message in (*_pairs(cfg), *_heads(cfg)):
         if not fits:
             raise UserError(message)
@@ -258,6 +258,14 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _as_lists(value: Any) -> Any:
     """A value as YAML returns it, which has no tuples."""
     return [_as_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _rule(allowed: Range, value: Any) -> str:
+    """The range in the words that fit a value outside it."""
+    if isinstance(value, list | tuple) and allowed.length is None:
+        return f"one or more numbers, each {allowed}"
+    too_large = isinstance(value, int | float) and value > allowed.high
+    return f"at most {allowed.high:.10g}" if too_large else str(allowed)
 
 
 def _short(value: Any) -> str:

@@ -106,7 +106,7 @@ def at_least(low: int) -> Callable[[str], int]:
     """Return an argparse type: a whole number that is not below ``low``."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
+        if not text.isdecimal() or not low <= int(text) < 2**31:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
         return int(text)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.postprocessing import masks as masks_module
 from batchformer_panoptic.modeling.postprocessing.masks import (
     ImageMasks,
@@ -18,6 +19,7 @@ from batchformer_panoptic.modeling.postprocessing.panoptic import (
     merge_panoptic,
 )
 from helpers.commands import REPO_ROOT
+from helpers.tiny_model import tiny_model
 
 # (map, padded, image, output): enlarged, shrunk, only one side, unchanged.
 SIZES = [
@@ -91,6 +93,20 @@ def test_scores_and_semantic_maps_in_bands_equal_those_at_once(in_bands):
     in_bands(5, SIZES[0][3][1], 16)
     torch.testing.assert_close(mask_scores(masks_of(SIZES[0], 40)), scores)
     torch.testing.assert_close(semantic_map(masks_of(SIZES[0], 40), probabilities), semantic)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ({"MODEL__PANOPTIC__SEMANTIC_TEST": True}, (20000, 20000), "6.0 GiB.*SEMANTIC_TEST False"),
+        ({}, (50000, 50000), r"image of 50000 x 50000 pixels take .* lower TEST.DETECTIONS_PER_IM"),
+    ],
+)
+def test_results_that_exhaust_the_memory_are_refused(kind, size, message):
+    model = tiny_model(**kind).eval()
+    image = torch.zeros(3, 48, 64, dtype=torch.uint8)
+    with pytest.raises(UserError, match=message):
+        model([{"image": image, "height": size[0], "width": size[1]}])
 
 
 @pytest.mark.slow

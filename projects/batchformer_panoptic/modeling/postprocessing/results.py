@@ -271,6 +271,9 @@ def to_result(
         )
     if masks is not None and options.semantic:
         assert probabilities is not None
+        _check_size(
+            4 * probabilities.shape[1], output_size, "set MODEL.PANOPTIC.SEMANTIC_TEST False"
+        )
         result["sem_seg"] = semantic_map(masks, probabilities)
         # All masks were for this map; only some are those of segments and instances.
         used = chosen.any_use.nonzero()[:, 0]
@@ -308,6 +311,11 @@ def _instances(
     if masks is not None:
         place = chosen.any_use.cumsum(0) - 1  # of a used query among the masks
         where = place[found.query].to(source.device, non_blocking=True)
+        _check_size(
+            len(where),
+            output_size,
+            "lower TEST.DETECTIONS_PER_IMAGE, or set MODEL.PANOPTIC.INSTANCES_TEST False",
+        )
         instances.pred_masks = torch.empty(
             (len(where), *output_size), dtype=torch.bool, device=source.device
         )
@@ -323,6 +331,21 @@ def _instances(
     if options.instance_scoring == "mask2former":
         instances = _best_first(instances, options.instance_score_threshold)
     return instances
+
+
+# The largest map of scores or masks that is returned for an image, in bytes.
+_LARGEST_RESULT = 2**32
+
+
+def _check_size(bytes_per_pixel: int, output_size: tuple[int, int], remedy: str) -> None:
+    """Refuse a result that would exhaust the memory."""
+    height, width = output_size
+    size = bytes_per_pixel * height * width
+    if size > _LARGEST_RESULT:
+        raise UserError(
+            f"the masks or scores of an image of {width} x {height} pixels take "
+            f"{size / 2**30:.1f} GiB, more than {_LARGEST_RESULT / 2**30:g}: {remedy}"
+        )
 
 
 def _best_first(instances: Instances, score_threshold: float) -> Instances:
