@@ -137,14 +137,14 @@ def _nan_gradient_of_several_batches(place: Place) -> None:
 
 
 def _learning_rate_of_infinity(place: Place) -> None:
-    output = _train(place, SOLVER__BASE_LR=1e9, SOLVER__MAX_ITER=1)
+    output = _train(place, SOLVER__BASE_LR=1e38, SOLVER__MAX_ITER=1)
     assert not list(output.glob("*.pth"))
     assert not (output / "last_checkpoint").exists()
     assert not (output / "inference").exists()
 
 
 def _weights_spoiled_between_checkpoints(place: Place) -> None:
-    output = _train(place, SOLVER__BASE_LR=1e9, SOLVER__CHECKPOINT_PERIOD=10)
+    output = _train(place, SOLVER__BASE_LR=1e38, SOLVER__CHECKPOINT_PERIOD=10)
     assert "images of the batch" not in place.words
     assert "an earlier iteration has spoiled" in place.words
     assert not list(output.glob("*.pth"))
@@ -430,13 +430,13 @@ FAULTS = [
         _nan_gradient_of_several_batches,
     ),
     RunFault(
-        "a learning rate of 1e9 in the last iteration",
+        "a learning rate of 1e38 in the last iteration",
         TRAIN,
         "no weights are written, nothing is evaluated",
         _learning_rate_of_infinity,
     ),
     RunFault(
-        "a learning rate of 1e9, noticed one iteration later",
+        "a learning rate of 1e38, noticed one iteration later",
         TRAIN,
         "no weights are written, no images are blamed",
         _weights_spoiled_between_checkpoints,

@@ -66,6 +66,7 @@ _SHARE = Range(0, 1)
 
 # All numbers that a run reads, by key; keys that may be None are checked where they are not.
 RANGES: dict[str, Range] = {
+    "SOLVER.BASE_LR": Range(0, math.inf, open_high=True),
     **dict.fromkeys(
         (
             "MODEL.SMALL_RESNET.STEM_CHANNELS",
@@ -135,7 +136,6 @@ RANGES: dict[str, Range] = {
             "INPUT.CLASSIFICATION.PADDING",
             "INPUT.CLASSIFICATION.COLOR_JITTER",
             "DATALOADER.REPEAT_THRESHOLD",
-            "SOLVER.BASE_LR",
             "SOLVER.BASE_LR_END",
             "SOLVER.WEIGHT_DECAY",
             "SOLVER.WEIGHT_DECAY_NORM",
