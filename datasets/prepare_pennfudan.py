@@ -26,15 +26,9 @@ import numpy as np
 from panopticapi.utils import id2rgb
 from PIL import UnidentifiedImageError
 
-from batchformer_panoptic.data.io import (
-    PreparedFolder,
-    open_image,
-    read_image_facts,
-    segment_extents,
-    write_image,
-    write_json,
-    writing,
-)
+from batchformer_panoptic.data.images import open_image, read_image_facts, write_image
+from batchformer_panoptic.data.io import PreparedFolder, write_json, writing
+from batchformer_panoptic.data.segment_maps import segment_extents
 from batchformer_panoptic.errors import UserError, command, one_line
 
 NAMES = [

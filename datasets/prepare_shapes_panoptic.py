@@ -29,7 +29,8 @@ import cv2
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from batchformer_panoptic.data.io import PreparedFolder, write_image, write_json
+from batchformer_panoptic.data.images import write_image
+from batchformer_panoptic.data.io import PreparedFolder, write_json
 from batchformer_panoptic.engine.setup import integer_between
 from batchformer_panoptic.errors import UserError, command, one_line
 

@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from batchformer_panoptic.data.io import IMAGE_SUFFIXES, find_images
+from batchformer_panoptic.data.images import IMAGE_SUFFIXES, find_images
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
 from batchformer_panoptic.errors import UserError, command

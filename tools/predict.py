@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from batchformer_panoptic.data.io import ImageArray, find_images
+from batchformer_panoptic.data.images import ImageArray, find_images
 from batchformer_panoptic.engine.prediction import Prediction, PredictionFolder, image_ids_of
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import (

@@ -12,7 +12,7 @@ from PIL import Image
 
 from batchformer_panoptic import register_panoptic_dataset
 from batchformer_panoptic.data import build_train_loader, load_panoptic_json, setup_datasets
-from batchformer_panoptic.data.io import read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from helpers.commands import load_script
 from helpers.foreign_formats import (

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from batchformer_panoptic.data.io import read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.engine import predictor as predictor_module
 from helpers.commands import load_script
 from helpers.tiny_dataset import TinyPanopticDataset

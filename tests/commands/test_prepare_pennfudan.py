@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchformer_panoptic.data.io import read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from helpers.commands import load_script
 from helpers.pennfudan_download import write_download
 

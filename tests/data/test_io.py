@@ -13,14 +13,16 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from batchformer_panoptic import add_batchformer_panoptic_config
-from batchformer_panoptic.data import io, register_panoptic_dataset
-from batchformer_panoptic.data.io import (
+from batchformer_panoptic.data import images, io, register_panoptic_dataset
+from batchformer_panoptic.data.images import (
     IMAGE_SUFFIXES,
     missing_file,
-    possible_segment_maps,
-    read_coco_json,
     read_image,
     read_image_facts,
+)
+from batchformer_panoptic.data.io import read_coco_json
+from batchformer_panoptic.data.segment_maps import (
+    possible_segment_maps,
     read_index_map,
     read_segment_map,
 )
@@ -351,10 +353,10 @@ def test_images_are_opened_in_one_place() -> None:
     folders = ("projects", "tools", "demo", "datasets")
     sources = [path for name in folders for path in (REPO_ROOT / name).rglob("*.py")]
     found = [path.name for path in sources if "Image.open(" in path.read_text()]
-    assert found == ["io.py"]
+    assert found == ["images.py"]
 
 
-@pytest.mark.parametrize("read", [io.read_image, io.read_image_facts, io.read_index_map])
+@pytest.mark.parametrize("read", [read_image, read_image_facts, read_index_map])
 @pytest.mark.parametrize("kind", ["EPS", "SPIDER", "DDS", "bomb"])
 def test_unwanted_files_are_refused_by_every_reader(tmp_path: Path, read: Any, kind: str) -> None:
     path = tmp_path / "x.png"
@@ -377,12 +379,12 @@ def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path) -> Non
     content[41:-12] = bytes(len(content) - 53)  # the pixels, which cannot be decoded any more
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"x.png has 30 x 20 = 600 pixels, more than INPUT"):
-        io.read_image(path, max_pixels=599)
+        read_image(path, max_pixels=599)
     with pytest.raises(UserError, match="cannot be read"):
-        io.read_image(path, max_pixels=600)
+        read_image(path, max_pixels=600)
 
 
 def test_the_default_limit_is_that_of_the_config_and_of_pillow() -> None:
     cfg = get_cfg()
     add_batchformer_panoptic_config(cfg)
-    assert cfg.INPUT.MAX_PIXELS == io.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    assert cfg.INPUT.MAX_PIXELS == images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS

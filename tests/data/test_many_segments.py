@@ -13,8 +13,8 @@ from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
 from batchformer_panoptic.data import PanopticDatasetMapper
-from batchformer_panoptic.data.io import read_segment_map
 from batchformer_panoptic.data.panoptic_mapper import number_segments, panoptic_instances
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.modeling.set_prediction.targets import to_target
 from helpers.commands import load_script

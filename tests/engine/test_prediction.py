@@ -11,7 +11,8 @@ from panopticapi.evaluation import pq_compute
 
 from batchformer_panoptic import Predictor
 from batchformer_panoptic.data import ClassTable, load_dataset_dicts
-from batchformer_panoptic.data.io import read_image, read_segment_map
+from batchformer_panoptic.data.images import read_image
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.engine.prediction import (
     PredictedSegment,
     Prediction,

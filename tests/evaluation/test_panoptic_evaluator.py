@@ -18,7 +18,7 @@ from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset, p
 from detectron2.utils.events import EventStorage
 from panopticapi.evaluation import pq_compute
 
-from batchformer_panoptic.data.io import read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.evaluation import PanopticEvaluator, PanopticQuality, Segments
 from batchformer_panoptic.evaluation import panoptic_evaluator as module

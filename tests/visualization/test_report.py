@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from batchformer_panoptic.config import add_batchformer_panoptic_config
 from batchformer_panoptic.data import register_panoptic_dataset
-from batchformer_panoptic.data.io import read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.visualization import report as module
 from batchformer_panoptic.visualization.report import write_report

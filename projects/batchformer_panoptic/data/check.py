@@ -249,7 +249,8 @@ def _cache_file(cfg: CfgNode, paths: Mapping[str, Mapping[str, str]]) -> Path:
     digest = hashlib.sha256(json.dumps([paths, split, limits]).encode())
     # Rules that change make the old results invalid.
     folder = Path(__file__).parent
-    for source in (folder / "io.py", *sorted((folder / "validation").glob("*.py"))):
+    readers = (folder / name for name in ("images.py", "io.py", "segment_maps.py"))
+    for source in (*readers, *sorted((folder / "validation").glob("*.py"))):
         digest.update(source.read_bytes())
     for roles in paths.values():
         local = {role: PathManager.get_local_path(path) for role, path in roles.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
-from .io import MAX_PIXELS, read_image
+from .images import MAX_PIXELS, read_image
 from .panoptic_mapper import check_image_format
 
 TRAIN_CROPS = ("resized", "padded")

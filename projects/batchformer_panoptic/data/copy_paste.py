@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .io import ImageArray, IntArray
+from .images import ImageArray
+from .segment_maps import IntArray
 
 
 class SegmentedImage(NamedTuple):

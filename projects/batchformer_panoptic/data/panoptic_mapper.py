@@ -17,15 +17,8 @@ from scipy import ndimage
 
 from ..errors import UserError
 from .copy_paste import SegmentedImage, paste_things
-from .io import (
-    MAX_PIXELS,
-    ImageArray,
-    IntArray,
-    read_image,
-    read_segment_map,
-    runs,
-    segment_extents,
-)
+from .images import MAX_PIXELS, ImageArray, read_image
+from .segment_maps import IntArray, read_segment_map, runs, segment_extents
 from .validation import (
     check_image_size,
     check_png_size,

@@ -19,16 +19,9 @@ import numpy.typing as npt
 import pycocotools.mask as mask_util
 
 from ..data import ClassTable
-from ..data.io import (
-    ImageArray,
-    read_coco_json,
-    segment_extents,
-    write_atomically,
-    write_image,
-    write_json,
-    write_segment_map,
-    writing,
-)
+from ..data.images import ImageArray, write_image
+from ..data.io import read_coco_json, write_atomically, write_json, writing
+from ..data.segment_maps import segment_extents, write_segment_map
 from ..errors import UserError, one_line
 from ..visualization import draw_result, legend, legend_entries
 

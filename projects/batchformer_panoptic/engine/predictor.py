@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from ..data import ClassTable, PanopticDatasetMapper, class_section, setup_datasets
 from ..data.datasets.setup import class_table_of
-from ..data.io import ImageArray, read_image
+from ..data.images import ImageArray, read_image
 from ..errors import UserError, one_line
 from ..modeling.fast_inference import model_for_evaluation
 from .prediction import Prediction

@@ -24,7 +24,8 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..data.io import IntArray, read_coco_json, write_json
+from ..data.io import read_coco_json, write_json
+from ..data.segment_maps import IntArray
 from ..data.validation import (
     SECTIONS,
     check_boxes,

@@ -19,7 +19,8 @@ from panopticapi.evaluation import PQStat
 from panopticapi.utils import id2rgb
 from tabulate import tabulate
 
-from ..data.io import write_image, write_json
+from ..data.images import write_image
+from ..data.io import write_json
 from ..errors import UserError
 from .panoptic_ground_truth import PanopticGroundTruth
 from .panoptic_quality import PanopticCounts, Segments, count_image

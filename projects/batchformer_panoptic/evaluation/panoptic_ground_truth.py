@@ -10,7 +10,8 @@ from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
 
 from ..data.class_table import dataset_ids_of
-from ..data.io import read_coco_json, read_segment_map
+from ..data.io import read_coco_json
+from ..data.segment_maps import read_segment_map
 from ..data.validation import (
     Problem,
     check_annotations,

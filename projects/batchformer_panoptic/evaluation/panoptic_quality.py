@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from panopticapi.evaluation import VOID, PQStat
 
-from ..data.io import runs, segment_extents
+from ..data.segment_maps import runs, segment_extents
 from ..data.validation import (
     check_area,
     check_repeated_ids,

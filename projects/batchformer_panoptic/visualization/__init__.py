@@ -1,6 +1,6 @@
 """Drawing of predictions, annotations and training targets."""
 
-from ..data.io import read_image, write_image
+from ..data.images import read_image, write_image
 from .drawing import draw_ground_truth, draw_result, draw_scene, draw_targets
 from .error_map import ERROR_ENTRIES, draw_errors
 from .scene import contact_sheet, side_by_side, write_pictures

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.class_table import ClassTable, Color
-from ..data.io import ImageArray
+from ..data.images import ImageArray
 from .scene import (
     BoolMap,
     Box,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.class_table import ClassTable, Color
-from ..data.io import ImageArray
+from ..data.images import ImageArray
 from .drawing import automatic_scale, enlarge, muted, owners
 from .scene import Scene, nearest, scene_of_annotation, scene_of_result
 

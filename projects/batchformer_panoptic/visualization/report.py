@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 
 from ..config import classifies
 from ..data.class_table import ClassTable
-from ..data.io import ImageArray, read_image, read_json, read_segment_map, write_text
+from ..data.images import ImageArray, read_image
+from ..data.io import read_json, write_text
+from ..data.segment_maps import read_segment_map
 from ..evaluation.panoptic_evaluator import RESULTS_NAME as PANOPTIC_RESULTS
 from ..evaluation.top_k import RESULTS_NAME as TOP_K_RESULTS
 from .curves import METRICS_NAME, read_curves

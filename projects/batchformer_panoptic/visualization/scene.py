@@ -15,7 +15,8 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
 
 from ..data.class_table import Color
-from ..data.io import ImageArray, read_segment_map, segment_extents, write_image
+from ..data.images import ImageArray, write_image
+from ..data.segment_maps import read_segment_map, segment_extents
 from ..errors import UserError
 from .text import legend, title_bar
 

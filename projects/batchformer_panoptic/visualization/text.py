@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.class_table import ClassTable, Color
-from ..data.io import ImageArray
+from ..data.images import ImageArray
 
 logger = logging.getLogger(__name__)
 

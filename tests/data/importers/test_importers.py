@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batchformer_panoptic.data.images import read_image
 from batchformer_panoptic.data.importers import read_source, recognise
 from batchformer_panoptic.data.importers.source import (
     ImageIndex,
@@ -27,7 +28,7 @@ from batchformer_panoptic.data.importers.source import (
     split_of,
 )
 from batchformer_panoptic.data.importers.writing import choose_classes, convert, paint
-from batchformer_panoptic.data.io import read_image, read_segment_map
+from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.errors import UserError
 from helpers.foreign_formats import dump, png_bytes
 

@@ -13,7 +13,8 @@ from batchformer_panoptic.data import (
     load_panoptic_json,
     register_panoptic_dataset,
 )
-from batchformer_panoptic.data.io import read_coco_json, segment_extents
+from batchformer_panoptic.data.io import read_coco_json
+from batchformer_panoptic.data.segment_maps import segment_extents
 from batchformer_panoptic.data.validation import (
     Depth,
     Problem,

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ...errors import UserError
-from ..io import missing_file
+from ..images import missing_file
 
 
 def resolve_path(path: str) -> str:

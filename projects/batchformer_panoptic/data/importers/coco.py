@@ -9,7 +9,8 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ...errors import UserError
-from ..io import read_coco_json, read_segment_map, segment_extents
+from ..io import read_coco_json
+from ..segment_maps import read_segment_map, segment_extents
 from ..validation import (
     SECTIONS,
     check_lists,

@@ -12,7 +12,9 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 
 from ...errors import UserError
-from ..io import read_image, read_image_facts, read_index_map, read_json
+from ..images import read_image, read_image_facts
+from ..io import read_json
+from ..segment_maps import read_index_map
 from .source import (
     ImageIndex,
     Sample,

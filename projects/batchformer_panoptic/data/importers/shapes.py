@@ -21,7 +21,8 @@ import numpy.typing as npt
 import yaml
 
 from ...errors import UserError
-from ..io import open_image, read_json
+from ..images import open_image
+from ..io import read_json
 from .source import (
     ImageIndex,
     Rle,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pycocotools import mask as mask_utils
 
 from ...errors import UserError, one_line
-from ..io import IMAGE_SUFFIXES
+from ..images import IMAGE_SUFFIXES
 
 # Errors of the readers at a record, a number, an XML file or embedded data that is not as expected.
 _MALFORMED = (AttributeError, IndexError, TypeError, ValueError, OSError, ParseError, zlib.error)

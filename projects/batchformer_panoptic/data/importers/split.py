@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from ...errors import UserError
-from ..io import open_image
+from ..images import open_image
 from .source import Sample, malformed
 
 Vectors = npt.NDArray[np.float32]

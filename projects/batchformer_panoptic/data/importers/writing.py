@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from ...errors import UserError, did_you_mean
 from ..class_table import ClassTable
-from ..io import read_image_facts, segment_extents, turn_by_exif, write_image, write_json, writing
+from ..images import read_image_facts, write_image
+from ..io import write_json, writing
+from ..segment_maps import segment_extents, turn_by_exif
 from .source import (
     SPLITS,
     Category,

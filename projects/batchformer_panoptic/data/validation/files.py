@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ...errors import UserError
-from ..io import (
-    MAX_PIXELS,
-    ImageFacts,
-    PngFault,
-    missing_file,
-    png_fault,
-    read_image_facts,
-    read_png_size,
-    read_segment_map,
-)
+from ..images import MAX_PIXELS, ImageFacts, missing_file, read_image_facts
+from ..segment_maps import PngFault, png_fault, read_png_size, read_segment_map
 from .annotations import check_panoptic_json
 from .instances import check_instances_json
 from .pixels import check_pixels

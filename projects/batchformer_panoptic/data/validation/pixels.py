@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..io import Extent, IntArray, runs, segment_extents
+from ..segment_maps import Extent, IntArray, runs, segment_extents
 from .problems import Problem, Record, image_name, is_integer, segment_number, segments_of
 
 BBOX_TOLERANCE = 1  # pixels: tools disagree on whether a box includes the last pixel

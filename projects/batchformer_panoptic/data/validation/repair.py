@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..io import possible_segment_maps, segment_extents, write_image, write_json
+from ..images import write_image
+from ..io import write_json
+from ..segment_maps import possible_segment_maps, segment_extents
 from .problems import Record, records, segment_number, segments_of
 
 JSON_NAME, PNG_FOLDER = "panoptic.json", "panoptic"
