@@ -13,6 +13,7 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 from batchformer_panoptic.engine.processes import _run_and_close_groups, launch_processes
+from batchformer_panoptic.engine.train_loop import FiniteCheck
 from batchformer_panoptic.errors import NonFiniteError, UserError
 from helpers.stand_in import StandInTrainer, stand_in_cfg
 
@@ -44,6 +45,7 @@ def _train(output_dir: Path) -> None:
         trainer.train()
         assert trainer.iter == trainer.max_iter
 
+    FiniteCheck.is_ready = False  # type: ignore[assignment]  # as on CUDA; the process ends here
     trainer = SplitTrainer(stand_in_cfg(output_dir / "poisoned"))
     if comm.get_rank() == 1:  # the first process, which saves, has a finite loss
         trainer.model.module.register_forward_hook(_refuse)

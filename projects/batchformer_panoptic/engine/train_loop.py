@@ -133,9 +133,9 @@ class MetricWindow:
 class FiniteCheck:
     """Checks in every iteration whether a value of the step is finite.
 
-    On CUDA, the values are copied to pinned memory, and `passed` waits for this copy only. That of
-    the loss is read after the backward pass has been queued, so that the device does not idle. That
-    of the gradient norm is read before the optimizer's step is queued.
+    On CUDA, the values are copied to pinned memory, and `passed` waits for this copy only. In a run
+    of one process, that of the loss is read after the backward pass has been queued, so that the
+    device does not idle. That of the gradient norm is read before the optimizer's step is queued.
 
     Args:
         values: 0-d or 1-d float, the same in all processes; the first one is checked.
@@ -410,7 +410,10 @@ class StreamTrainLoop(SimpleTrainer):
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
             )
             check = FiniteCheck(self._over_processes(total))
-            if combined is None or (check.is_ready and not check.passed()):
+            # A process whose model has raised takes no part in a backward pass, in which the others
+            # would wait for it.
+            is_first_read = check.is_ready or comm.get_world_size() > 1
+            if combined is None or (is_first_read and not check.passed()):
                 raise NonFiniteError(self._describe_losses(losses, failure, batch))
             self._scaler.scale(total / self._accumulation).backward()
         if not check.passed():
