@@ -4,7 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -186,8 +186,8 @@ def test_failed_save_leaves_the_last_checkpoint(
     checkpointer.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
 
-    def fail(content: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
