@@ -4,7 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -186,7 +186,7 @@ def test_failed_save_leaves_the_last_checkpoint(
     checkpointer.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
 
-    def fail(content: Any, file: BinaryIO) -> None:
+    def fail(content: Any, file: IO[bytes]) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 

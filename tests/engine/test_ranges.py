@@ -78,7 +78,7 @@ def test_a_range_allows_what_it_says(allowed, fitting, others):
         ),
         ({"MODEL__SMALL_RESNET__STAGE_STRIDES": [1]}, "they have 4 and 1"),
         ({"SOLVER__MAX_ITER": 10**99}, r"at most 2147483647, not 10+\.\.\. \(100 characters\)"),
-        ({"SEED": 2**32}, "SEED must be at most 4294901760, not 4294967296"),
+        ({"SEED": 2**32}, "SEED must be from -1 to 4294901760, not 4294967296"),
         ({"SEED": -2}, "SEED must be from -1 to 4294901760, not -2"),
         ({"INPUT__MIN_SIZE_TRAIN": ()}, r"must be one or more numbers, each at least 1, not \[\]"),
     ],

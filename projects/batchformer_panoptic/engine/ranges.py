@@ -264,8 +264,8 @@ def _rule(allowed: Range, value: Any) -> str:
     """The range in the words that fit a value outside it."""
     if isinstance(value, list | tuple) and allowed.length is None:
         return f"one or more numbers, each {allowed}"
-    too_large = isinstance(value, int | float) and value > allowed.high
-    return f"at most {allowed.high:.10g}" if too_large else str(allowed)
+    is_large = isinstance(value, int | float) and value > _LARGEST_INT == allowed.high
+    return f"at most {_LARGEST_INT}" if is_large else str(allowed)
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ from ...layers import cxcywh_to_xyxy
 
 # Enlarged logits of one image that are kept, in bytes: 100 queries at 640 x 1000 pixels. More are
 # computed in bands of rows, small enough for the cache of a processor.
-_KEPT_BYTES, _BAND_BYTES = 2**28, 2**22
+_KEPT_BYTES, _BAND_BYTES = 2**28, 2**24
 
 
 class ImageMasks:
