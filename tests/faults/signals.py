@@ -130,7 +130,8 @@ def _to_rank(place: Place, number: int) -> Path:
 
     def send() -> None:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (output / "metrics.json").exists():
+        metrics = output / "metrics.json"  # is opened before the training
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
         ranks = sorted(child.pid or 0 for child in multiprocessing.active_children())
         os.kill(ranks[-1], number)
