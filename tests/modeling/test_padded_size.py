@@ -53,9 +53,9 @@ def test_class_maps_cover_the_padding_of_the_batch(monkeypatch):
     model._size_divisibility = 32
     found = {}
 
-    def recorded(logits, class_map):
+    def recorded(logits, class_map, num_pixels):
         found["class_map"] = class_map
-        return pixel_class_loss(logits, class_map)
+        return pixel_class_loss(logits, class_map, num_pixels)
 
     monkeypatch.setattr(panoptic_detr, "pixel_class_loss", recorded)
     model(random_inputs([(40, 40)]))

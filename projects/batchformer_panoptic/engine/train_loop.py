@@ -457,12 +457,14 @@ class StreamTrainLoop(SimpleTrainer):
         return self._describe(found, [name for _, names in everyone for name in names])
 
     def _describe(self, found: str, images: Sequence[str]) -> str:
-        """Add the cause: weights that were not finite before the step, or else the images."""
-        spoiled = non_finite(dict(self.model.named_parameters()))
-        if spoiled:
-            return (
-                f"{found}; an earlier iteration has spoiled {first(spoiled)}: lower SOLVER.BASE_LR"
-            )
+        """Add the cause: weights that were not finite before the step, or else the images.
+
+        All processes must call.
+        """
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        spoiled = non_finite(dict(model.named_parameters()))
+        for names in filter(None, comm.all_gather(first(spoiled) if spoiled else "")):
+            return f"{found}; an earlier iteration has spoiled {names}: lower SOLVER.BASE_LR"
         return (
             f"{found}; images of the batch: {', '.join(images)}; look at these images, lower "
             "SOLVER.BASE_LR or switch SOLVER.AMP.ENABLED off"
