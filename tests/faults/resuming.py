@@ -226,6 +226,10 @@ FAULTS = [
         "`last_checkpoint` is full of zeros",
         lambda output: (output / "last_checkpoint").write_bytes(bytes(17)),
     ),
+    _goes_on(
+        "a picture as `last_checkpoint`",
+        lambda output: (output / "last_checkpoint").write_bytes(b"\xff\xd8\xff\xe0" * 9),
+    ),
     RunFault("`last_checkpoint` cannot be read (EIO)", _COMMAND, _ARE_SAME, _unreadable, status=0),
     _goes_on("`last_checkpoint` names a file without trainer state", _final_is_weights_only),
     _goes_on("the newest checkpoint is half a file", _shorten(_LAST)),
