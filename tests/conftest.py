@@ -2,6 +2,7 @@
 
 import logging
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +32,15 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_are_those_of_a_terminal() -> None:
+    """In the background and under nohup, tests would inherit that signals are ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

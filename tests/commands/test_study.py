@@ -327,7 +327,7 @@ def test_a_run_waits_for_a_process_that_has_its_folder(study: ModuleType, tmp_pa
         # As the training of a study that was killed: it has inherited the lock.
         child = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock])
     with study.locked(tmp_path):
-        assert child.poll() == 0
+        assert child.wait(timeout=5) == 0  # it closes its files before it can be waited for
 
 
 def test_a_failing_command_is_named_with_its_last_line(study: ModuleType, tmp_path: Path) -> None:

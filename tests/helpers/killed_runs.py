@@ -53,7 +53,7 @@ PLACES = [
     "evaluation 3",
 ]
 _OF_TRAINING = re.compile("batchformer_panoptic|detectron2|fvcore|tensorboard|torch/serialization")
-_TIMES = {"time", "data_time", "eta_seconds"}
+_TIMES = {"time", "data_time", "eta_seconds", "images_per_second", "cpu_memory", "gpu_memory"}
 
 
 class SplitTrainer(StandInTrainer):
