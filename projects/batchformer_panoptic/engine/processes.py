@@ -100,6 +100,9 @@ def launch_processes(
     except (ProcessExitedException, ProcessRaisedException) as error:
         lost = _describe_lost(error, machine_rank * processes)
         if lost and not received:
+            if getattr(error, "signal_name", "") == "SIGABRT":
+                # A thread of gloo may abort a process that has given its reason, at its end.
+                _raise_first(mistakes, UserError)
             raise UserError(lost) from None
         number = received[0] if received else getattr(error, "exit_code", 0) - 128
         is_stopped = number in STOP_SIGNALS

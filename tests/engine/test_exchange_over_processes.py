@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from batchformer_panoptic.batchformer import BatchFormerHook, attach
 from batchformer_panoptic.batchformer.batchformer import SINGLE, TWO_STREAMS
 from batchformer_panoptic.batchformer.exchange import MapSizes, gather_objects
-from batchformer_panoptic.engine.run import launch_processes
+from batchformer_panoptic.engine.processes import launch_processes
 from batchformer_panoptic.errors import UserError
 
 IMAGES = (1, 3, 2)
