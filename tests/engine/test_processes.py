@@ -1,5 +1,6 @@
 """Processes that other programs start, processes that stop together, and those that are lost."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -227,6 +228,17 @@ def test_processes_that_do_not_meet_are_named(
 
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _refuse_and_abort() -> None:
+    atexit.register(os.abort)  # as a thread of gloo does now and then
+    raise UserError("the reason")
+
+
+@pytest.mark.distributed
+def test_the_reason_of_a_process_that_aborts_at_its_end_is_kept() -> None:
+    with pytest.raises(UserError, match=r"^the reason$"):
+        launch_processes(_refuse_and_abort, 2)
 
 
 @pytest.mark.slow
