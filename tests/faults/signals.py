@@ -231,7 +231,7 @@ FAULTS = [
     ),
     _fault("mpirun without a place to meet", NOTHING, _launched_by(MPIRUN), 2),
     _fault(
-        "srun on hosts that are no simple list",
+        "srun on hosts that are not a simple list",
         NOTHING,
         _launched_by({**SLURM, "SLURM_JOB_NODELIST": "rack[1-2]n[1-4]"}),
         2,

@@ -151,7 +151,7 @@ def check_loggers(names: Any) -> None:
     """Refuse a value of ``LOGGERS``.
 
     Raises:
-        UserError: it is no list of known names, or the package of one is not installed.
+        UserError: it is not a list of known names, or the package of one is not installed.
     """
     for name in [names] if isinstance(names, str) else names:
         if name not in LOGGERS or isinstance(names, str):
