@@ -18,15 +18,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 # Of the metadata of the model: everything that the graph itself does not know.
 METADATA_KEY = "batchformer_panoptic"
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "GIF")
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif", ".gif"}
 _BOX_SCORE = 0.5
 
@@ -137,11 +138,16 @@ class Prediction:
         written[0].write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
         self.overlay().save(written[1], quality=92)
         if self.segment_map is not None:
-            ids = self.segment_map
-            colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
             written.append(folder / f"{name}.png")
-            Image.fromarray(colors.astype(np.uint8)).save(written[2])
+            self.id_image().save(written[2])
         return written
+
+    def id_image(self) -> Image.Image:
+        """The segment map as COCO panoptic stores it: id = R + 256 G + 65536 B."""
+        ids = np.zeros(self.image.shape[:2], np.int32)
+        ids = ids if self.segment_map is None else self.segment_map
+        colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
+        return Image.fromarray(colors.astype(np.uint8))
 
 
 class Predictor:
@@ -202,11 +208,17 @@ class Predictor:
             raise ModelError(f"{model} cannot be loaded: {reason}") from error
         return cls(session, score_threshold=score_threshold)
 
-    def predict(self, image: str | Path | Image.Image | Pixels) -> Prediction:
+    def predict(
+        self,
+        image: str | Path | Image.Image | Pixels,
+        *,
+        score_threshold: float | None = None,
+    ) -> Prediction:
         """Predict one photograph.
 
         Args:
             image: a file, an image of Pillow, or (H, W, 3) uint8 RGB.
+            score_threshold: 0 to 1, in place of that of the predictor.
 
         Raises:
             ModelError: the file cannot be read.
@@ -215,6 +227,7 @@ class Predictor:
         if not isinstance(picture, Image.Image):
             picture = read_image(picture)
         rgb = picture.convert("RGB")
+        threshold = self.score_threshold if score_threshold is None else score_threshold
         height, width = self._network_size(rgb.height, rgb.width)
         values = np.asarray(rgb.resize((width, height), Image.Resampling.BILINEAR), np.float32)
         if self._metadata["format"] == "BGR":
@@ -229,7 +242,7 @@ class Predictor:
                         "images": np.ascontiguousarray(values.transpose(2, 0, 1)[None]),
                         "image_sizes": sizes,
                         "output_sizes": np.array([[rgb.height, rgb.width]], np.int64),
-                        "score_threshold": np.array(self.score_threshold, np.float32),
+                        "score_threshold": np.array(threshold, np.float32),
                     },
                 ),
                 strict=True,
@@ -292,21 +305,34 @@ class Predictor:
         )
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(source: str | Path | IO[bytes], max_pixels: int | None = None) -> Image.Image:
     """Read a photograph as 8-bit RGB, rotated according to its EXIF data.
 
+    Args:
+        source: a path or an open file.
+        max_pixels: larger images are refused before they are decoded.
+
     Raises:
-        ModelError: the file is missing or damaged.
+        ModelError: the file is missing, damaged or too large.
     """
+    name = "the image" if hasattr(source, "read") else f"image {source}"
     try:
-        with Image.open(path) as image:
+        with Image.open(source, formats=_FORMATS) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ModelError(
+                    f"{name} has {image.width} x {image.height} pixels, more than {max_pixels}"
+                )
             rotated = ImageOps.exif_transpose(image)
             if rotated.mode.startswith("I"):  # 16 bits: Pillow would clip them
                 values = np.asarray(rotated).astype(np.uint32) >> 8
                 rotated = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             return rotated.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ModelError(f"image {path} cannot be read: {error}") from error
+    except ModelError:
+        raise
+    except UnidentifiedImageError:
+        raise ModelError(f"{name} cannot be read: unknown image format") from None
+    except Exception as error:  # damaged files raise anything in Pillow's many readers
+        raise ModelError(f"{name} cannot be read: {error}") from error
 
 
 def _boxes_of(
