@@ -23,7 +23,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="127.0.0.1",
         help="address to listen at; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: a free one")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="default: %(default)s; 0: a free one"
+    )
     parser.add_argument(
         "--max-megabytes", type=at_least(1), default=20, help="of an upload; default: %(default)s"
     )

@@ -22,7 +22,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 # Of the metadata of the model: everything that the graph itself does not know.
@@ -153,14 +152,16 @@ class Prediction:
 class Predictor:
     """A model in an ONNX file, with the preprocessing that it was trained for.
 
+    Args:
+        session: an ``onnxruntime.InferenceSession``.
+        score_threshold: see :meth:`load`.
+
     Attributes:
         classes: ``id`` in the data set, ``name``, ``isthing`` and ``color`` of each class.
         score_threshold: queries below it are not used.
     """
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, *, score_threshold: float | None = None
-    ) -> None:
+    def __init__(self, session: Any, *, score_threshold: float | None = None) -> None:
         content = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if content is None:
             raise ModelError("the model was not exported by batchformer_panoptic")
@@ -194,8 +195,13 @@ class Predictor:
             threads: of the CPU; 0 leaves the choice to ONNX Runtime.
 
         Raises:
-            ModelError: the file is missing, damaged, or another model.
+            ModelError: the file is missing, damaged, or another model, or there is no ONNX Runtime.
         """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            reason = f"onnxruntime cannot be imported ({error})"
+            raise ModelError(f"{reason}: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -317,7 +323,9 @@ def read_image(source: str | Path | IO[bytes], max_pixels: int | None = None) ->
     """
     name = "the image" if hasattr(source, "read") else f"image {source}"
     try:
-        with Image.open(source, formats=_FORMATS) as image:
+        Image.init()
+        known = [kind for kind in _FORMATS if kind in Image.OPEN]
+        with Image.open(source, formats=known) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ModelError(
                     f"{name} has {image.width} x {image.height} pixels, more than {max_pixels}"

@@ -61,11 +61,15 @@ class PredictionServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, predictor: Predictor, host: str = "127.0.0.1", port: int = 8000, limits: Limits = Limits()
+        self,
+        predictor: Predictor,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__((host, port), _Handler)
         self.predictor = predictor
-        self.limits = limits
+        self.limits = limits = limits or Limits()
         self.is_local = host in _LOOPBACK
         self._model = threading.Lock()
         self._connections = threading.BoundedSemaphore(limits.max_connections)
@@ -107,7 +111,9 @@ class PredictionServer(ThreadingHTTPServer):
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests; try again later")
         try:
             if not self._model.acquire(timeout=self.limits.seconds):
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the model is busy; try again later")
+                raise RequestError(
+                    HTTPStatus.SERVICE_UNAVAILABLE, "the model is busy; try again later"
+                )
             try:
                 prediction = self.predictor.predict(image, score_threshold=score_threshold)
             finally:
@@ -121,9 +127,7 @@ def describe(prediction: Prediction) -> dict[str, Any]:
     """The answer of the endpoint: size, segments and, with masks, the COCO panoptic PNG."""
     height, width = prediction.image.shape[:2]
     colors = {entry["id"]: entry["color"] for entry in prediction.classes}
-    segments = [
-        {**entry, "color": colors[entry["category_id"]]} for entry in prediction.to_json()
-    ]
+    segments = [{**entry, "color": colors[entry["category_id"]]} for entry in prediction.to_json()]
     answer = {"width": width, "height": height, "segments": segments, "segment_map": None}
     if prediction.segment_map is not None:
         png = io.BytesIO()
