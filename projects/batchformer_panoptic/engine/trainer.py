@@ -32,7 +32,7 @@ from ..data import CheckedLoader, build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
-from ..evaluation import build_evaluator, main_metric, per_class_values
+from ..evaluation import OverlappedEvaluator, build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
@@ -482,8 +482,12 @@ class PanopticTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``."""
-        return build_evaluator(cfg, dataset_name, str(_inference_dir(cfg, dataset_name)))
+        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``.
+
+        It processes a batch while the model predicts the next one.
+        """
+        folder = str(_inference_dir(cfg, dataset_name))
+        return OverlappedEvaluator(build_evaluator(cfg, dataset_name, folder))
 
     @classmethod
     def test(
