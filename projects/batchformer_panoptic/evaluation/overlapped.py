@@ -13,7 +13,8 @@ class OverlappedEvaluator(DatasetEvaluator):
     """An evaluator with the same results, whose `process` returns before it is done.
 
     Batches are processed one after the other, in their order. At most one is on its way, so that no
-    more than two batches of predictions are held. A second thread is sufficient because decoding,
+    more than two batches of predictions are held. Segment maps and instances are copied from a GPU
+    first, which leaves its memory to the model. A second thread is sufficient because decoding,
     numpy and PyTorch release Python's lock.
 
     Args:
@@ -39,7 +40,7 @@ class OverlappedEvaluator(DatasetEvaluator):
         self._finish()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "evaluator")
-        self._on_its_way = self._thread.submit(self._process, inputs, outputs)
+        self._on_its_way = self._thread.submit(self._process, inputs, list(map(_on_host, outputs)))
 
     # Gradients are a setting of a thread.
     @torch.no_grad()
@@ -63,3 +64,13 @@ class OverlappedEvaluator(DatasetEvaluator):
             self._thread.shutdown()
             self._thread = None
         return self.evaluator.evaluate()
+
+
+def _on_host(output: Mapping[str, Any]) -> dict[str, Any]:
+    copied = dict(output)
+    if "instances" in copied:
+        copied["instances"] = copied["instances"].to("cpu")
+    if "panoptic_seg" in copied:
+        segment_map, segments = copied["panoptic_seg"]
+        copied["panoptic_seg"] = (segment_map.cpu(), segments)
+    return copied
