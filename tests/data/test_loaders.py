@@ -106,6 +106,21 @@ def test_what_moves_to_a_gpu_as_one_buffer_is_the_same(
         assert same_pixels(mine[0], theirs[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_on_the_gpu_in_one_buffer(cfg: CfgNode, num_workers: int) -> None:
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    expected = take(cfg, 3)
+    cfg.MODEL.DEVICE = "cuda"
+    found = take(cfg, 3)
+    assert all(sample["image"].is_cuda for batch in found for sample in batch)
+    assert all(one_buffer(batch) for batch in found)
+    for sample in itertools.chain(*found):
+        sample |= {key: sample[key].cpu() for key in ("image", "segment_map")}
+    assert_same(found, expected)
+
+
 def one_buffer(batch: list[dict[str, Any]]) -> bool:
     tensors = [sample[key] for sample in batch for key in ("image", "segment_map")]
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
