@@ -244,6 +244,7 @@ def test_mask2former_is_compared_with_equal_losses_and_predictions(run, tmp_path
     assert "| transformers" in document.read_text()
 
 
+@pytest.mark.slow
 def test_steps_beside_a_busy_process_are_timed(run, tmp_path):
     document = tmp_path / "document.md"
     document.write_text("<!-- neighbours -->\n<!-- end neighbours -->\n")
