@@ -20,7 +20,9 @@ from . import (
     digits_accuracy,
     inference,
     layer_cost,
+    loading,
     mask2former_cost,
+    neighbours,
     pq_evaluation,
     quickstart_cost,
     sampling_cost,
@@ -40,6 +42,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "streams": two_streams,
     "mask2former": mask2former_cost,
     "pq": pq_evaluation,
+    "loading": loading,
+    "neighbours": neighbours,
     "curves": cost_curves,
     "digits": digits_accuracy,
 }

@@ -242,3 +242,28 @@ def test_mask2former_is_compared_with_equal_losses_and_predictions(run, tmp_path
     assert [row["arm"] for row in rows if row["what"] == "inference"] == [arms[0], "transformers"]
     assert all(row["tensor_bytes"] > 0 for row in rows)
     assert "| transformers" in document.read_text()
+
+
+@pytest.mark.slow
+def test_steps_beside_a_busy_process_are_timed(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- neighbours -->\n<!-- end neighbours -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "neighbours", "--rounds", "1", "--images", "1"]) == 0
+    rows = json.loads((tmp_path / "neighbours.json").read_text())["rows"]
+    ways = list(sys.modules["benchmarks.neighbours"].WAYS)
+    assert [(row["busy"], row["way"]) for row in rows] == [(b, w) for b in (0, 1) for w in ways]
+    assert all(wall > 0 and cpu > 0 for row in rows for wall, cpu in row["times"])
+    assert "load average" in document.read_text()
+
+
+def test_the_parts_of_loading_are_timed(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- loading -->\n<!-- end loading -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["loading", "--rounds", "1", "--size", "48", "64", "--images", "2"]
+    assert run.main([*where, *what]) == 0
+    rows = json.loads((tmp_path / "loading.json").read_text())["rows"]
+    seconds = {row["part"]: row["seconds"] for row in rows}
+    assert 0 < seconds["decoding the JPEG"] < seconds[sys.modules["benchmarks.loading"].TRAINING]
+    assert "| all of a test image" in document.read_text()

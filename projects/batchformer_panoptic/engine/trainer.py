@@ -32,7 +32,7 @@ from ..data import CheckedLoader, build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
-from ..evaluation import build_evaluator, main_metric, per_class_values
+from ..evaluation import OverlappedEvaluator, build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
@@ -41,6 +41,7 @@ from ..visualization.report import example_pictures, has_examples, write_report
 from .output_folder import cut_metrics, hold, last_logged, logged_values, release
 from .processes import is_failed_collective
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from .threads import limit_threads
 from .trackers import LOGGERS
 from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
 from .writers import (
@@ -74,6 +75,8 @@ class PanopticTrainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _warn_about_single_images(cfg)
         model = self.build_model(cfg)
+        images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        limit_threads(cfg, model, images, training=True, workers=cfg.DATALOADER.NUM_WORKERS)
         optimizer = self.build_optimizer(cfg, model)
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
         self._unwrapped = model
@@ -479,8 +482,12 @@ class PanopticTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``."""
-        return build_evaluator(cfg, dataset_name, str(_inference_dir(cfg, dataset_name)))
+        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``.
+
+        It processes a batch while the model predicts the next one.
+        """
+        folder = str(_inference_dir(cfg, dataset_name))
+        return OverlappedEvaluator(build_evaluator(cfg, dataset_name, folder))
 
     @classmethod
     def test(
@@ -504,6 +511,7 @@ class PanopticTrainer(DefaultTrainer):
             UserError: there are no weights to load, or they do not fit.
         """
         model = cls.build_model(cfg)
+        limit_threads(cfg, model, cfg.TEST.IMS_PER_BATCH, workers=cfg.DATALOADER.NUM_WORKERS)
         checkpointer = PanopticCheckpointer(
             model,
             cfg.OUTPUT_DIR,
