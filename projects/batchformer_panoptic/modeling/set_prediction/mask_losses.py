@@ -11,11 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import sigmoid_focal_loss
 
-# Target pixels of the masks whose losses are computed together. On a CPU tensors of this size stay
-# in the cache; a GPU needs more work per kernel launch.
-_PIXELS_AT_ONCE = {"cpu": 1 << 20}
-_PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
-
+from .targets import pixels_at_once
 
 def mask_focal_loss(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Tensor:
     """Focal loss (gamma 2) averaged over the pixels of each mask.
@@ -95,8 +91,7 @@ def upsampled_mask_losses(
             [mask_focal_loss(large, masks, alpha=alpha), mask_dice_loss(large, masks)]
         )
 
-    pixels = _PIXELS_AT_ONCE.get(logits.device.type, _PIXELS_AT_ONCE_ELSEWHERE)
-    step = max(1, pixels // (size[0] * size[1]))
+    step = max(1, pixels_at_once(logits.device) // (size[0] * size[1]))
     starts = range(0, max(1, len(logits)), step)  # without masks one empty part keeps the graph
     parts = [
         checkpoint(
