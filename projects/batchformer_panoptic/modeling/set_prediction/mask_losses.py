@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import sigmoid_focal_loss
 
 from .targets import pixels_at_once
 
@@ -24,7 +23,7 @@ def mask_focal_loss(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Te
     Returns:
         (K,), non-negative.
     """
-    return sigmoid_focal_loss(logits, masks, alpha=alpha, gamma=2.0).mean(dim=1)
+    return _focal_loss(logits, logits.sigmoid(), masks, alpha)
 
 
 def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -37,7 +36,25 @@ def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (K,) in 0 to 1.
     """
+    return _dice_loss(logits.sigmoid(), masks)
+
+
+def focal_and_dice_losses(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Tensor:
+    """(2, K): :func:`mask_focal_loss` and :func:`mask_dice_loss` with one sigmoid for both."""
     probabilities = logits.sigmoid()
+    focal = _focal_loss(logits, probabilities, masks, alpha)
+    return torch.stack([focal, _dice_loss(probabilities, masks)])
+
+
+def _focal_loss(logits: Tensor, probabilities: Tensor, masks: Tensor, alpha: float) -> Tensor:
+    # The weights of both sides and the probability of the wrong side, at every pixel.
+    weight = masks * (2 * alpha - 1) + (1 - alpha)
+    wrong = torch.lerp(probabilities, 1 - probabilities, masks)
+    entropy = F.binary_cross_entropy_with_logits(logits, masks, weight, reduction="none")
+    return (entropy * wrong.square()).mean(dim=1)
+
+
+def _dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
     overlap = (probabilities * masks).sum(dim=1)
     return 1 - (2 * overlap + 1) / (probabilities.sum(dim=1) + masks.sum(dim=1) + 1)
 
@@ -68,7 +85,7 @@ def upsampled_mask_losses(
     masks_of: Callable[[slice], Tensor],
     *,
     alpha: float = 0.25,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """:func:`mask_focal_loss` and :func:`mask_dice_loss` of predictions resized to their targets.
 
     The masks are processed a few at a time with activation checkpointing. Without it autograd would
@@ -81,15 +98,13 @@ def upsampled_mask_losses(
         alpha: weight of the pixels inside in the focal loss.
 
     Returns:
-        Focal and Dice losses, each (K,).
+        (2, K), Focal and Dice losses.
     """
 
     def losses_of(part: slice) -> Tensor:
         large = F.interpolate(logits[part, None], size=size, mode="bilinear", align_corners=False)
         large, masks = large.flatten(1), masks_of(part).flatten(1).to(large.dtype)
-        return torch.stack(
-            [mask_focal_loss(large, masks, alpha=alpha), mask_dice_loss(large, masks)]
-        )
+        return focal_and_dice_losses(large, masks, alpha=alpha)
 
     step = max(1, pixels_at_once(logits.device) // (size[0] * size[1]))
     starts = range(0, max(1, len(logits)), step)  # without masks one empty part keeps the graph
@@ -99,5 +114,4 @@ def upsampled_mask_losses(
         )
         for start in starts
     ]
-    focal, dice = torch.cat(parts, dim=1)
-    return focal, dice
+    return torch.cat(parts, dim=1)
