@@ -419,7 +419,8 @@ class StreamTrainLoop(SimpleTrainer):
             is_first_read = check.is_ready or comm.get_world_size() > 1
             if combined is None or (is_first_read and not check.passed()):
                 raise NonFiniteError(self._describe_losses(losses, failure, batch))
-            self._scaler.scale(total / self._accumulation).backward()
+            share = total / self._accumulation if self._accumulation > 1 else total
+            self._scaler.scale(share).backward()
         if not check.passed():
             raise NonFiniteError(self._describe_losses(losses, failure, batch))
         self._stop.agreed = self._stop.agreed or check.read()[1] > 0

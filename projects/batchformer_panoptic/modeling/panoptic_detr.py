@@ -433,8 +433,8 @@ class PanopticDETR(nn.Module):
         if self.semantic_head is None:
             return {}
         class_map = class_maps(targets, padded_size)
-        losses = [pixel_class_loss(x, class_map, num_pixels) for x in self.semantic_head(features)]
-        return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
+        loss = pixel_class_loss(self.semantic_head(features), class_map, num_pixels)
+        return {"loss_semantic": self.semantic_weight * loss}
 
 
 def _refuse_non_finite(scores: Tensor, batched_inputs: Sequence[dict[str, Any]]) -> None:

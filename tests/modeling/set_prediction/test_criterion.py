@@ -310,5 +310,5 @@ def test_pixel_classes_come_from_labels_and_void_is_left_out():
     expected = torch.stack(
         [-logits[0, :, y, x].log_softmax(0)[maps[0, y, x]] for y in range(2) for x in range(2)]
     ).mean()
-    torch.testing.assert_close(pixel_class_loss(logits, maps), expected)
-    assert pixel_class_loss(logits, torch.full_like(maps, -1)).item() == 0.0
+    torch.testing.assert_close(pixel_class_loss([logits, logits], maps), 2 * expected)
+    assert pixel_class_loss([logits], torch.full_like(maps, -1)).item() == 0.0

@@ -318,7 +318,7 @@ def matching_metrics(
     wanted = targets.labels[last.global_target]
     decoded = scoring.decode(predictions.logits[-1])
     labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
-    correct = (labels == wanted).float().sum() / max(len(wanted), 1)
+    correct = (labels == wanted).sum() * (100 / max(len(wanted), 1))
     # Numbers that the host knows, with one transfer.
     known = torch.tensor([*map(float, targets.counts), len(wanted) / len(targets.counts)])
     known = known.to(wanted.device, non_blocking=True)
@@ -326,9 +326,9 @@ def matching_metrics(
     cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
     kept = decoded.is_object & (decoded.scores > score_threshold)
     return {
-        "class_error": 100 - 100 * correct,
+        "class_error": 100 - correct,
         "cardinality_error": cardinality,
-        "kept_queries": kept.sum(-1).float().mean(),
+        "kept_queries": kept.sum() / len(kept),
         "matched_objects": matched,
     }
 

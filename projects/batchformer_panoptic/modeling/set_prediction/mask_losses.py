@@ -3,7 +3,7 @@
 Shapes: K masks, (h, w) as predicted, (H, W) of the targets, P pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,24 +59,27 @@ def _dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (probabilities.sum(dim=1) + masks.sum(dim=1) + 1)
 
 
-def pixel_class_loss(logits: Tensor, class_map: Tensor, num_pixels: Tensor | None = None) -> Tensor:
-    """Cross entropy averaged over the pixels that have a class; 0 if there are none.
+def pixel_class_loss(
+    logits: Sequence[Tensor], class_map: Tensor, num_pixels: Tensor | None = None
+) -> Tensor:
+    """Cross entropy averaged over the pixels that have a class, summed over predictions.
 
     Args:
-        logits: (B, K, h, w), resized to ``class_map`` bilinearly.
-        class_map: (B, H, W) int64 in [0, K), negative where a pixel has no class.
+        logits: (B, K, h, w) each, resized to ``class_map`` bilinearly.
+        class_map: (B, H, W) int64 in [0, K), -1 where a pixel has no class.
         num_pixels: 0-d, a normaliser in place of the number of these pixels.
 
     Returns:
-        0-d, non-negative.
+        0-d, non-negative; 0 without such pixels.
     """
-    large = F.interpolate(
-        logits.float(), size=class_map.shape[-2:], mode="bilinear", align_corners=False
-    )
-    total = F.cross_entropy(large, class_map.clamp(min=-1), ignore_index=-1, reduction="sum")
+    large = [
+        F.interpolate(x.float(), size=class_map.shape[-2:], mode="bilinear", align_corners=False)
+        for x in logits
+    ]
+    totals = [F.cross_entropy(x, class_map, ignore_index=-1, reduction="sum") for x in large]
     if num_pixels is None:
         num_pixels = (class_map >= 0).sum()
-    return total / num_pixels.clamp(min=1)
+    return torch.stack(totals).sum() / num_pixels.clamp(min=1)
 
 
 def upsampled_mask_losses(

@@ -168,8 +168,11 @@ class HungarianMatcher:
             NonFiniteError: a cost is NaN or infinite.
         """
         terms = {term.name: term(predictions, targets) for term in self.costs}
-        total = sum(term.weight * terms[term.name] for term in self.costs)
-        cost = torch.as_tensor(total).cpu().numpy()
+        first, *others = self.costs
+        total = first.weight * terms[first.name]
+        for term in others:
+            total = torch.add(total, terms[term.name], alpha=term.weight)
+        cost = total.cpu().numpy()
         counts = targets.counts
         real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # (B', T_max)
         bad = ~np.isfinite(cost).all(axis=(0, 2)) & real

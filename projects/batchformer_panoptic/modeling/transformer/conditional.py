@@ -121,9 +121,8 @@ class ConditionalDecoderLayer(FeedForwardLayer):
             (B', Q, C).
         """
         split = self.self_attn.split_heads
-        q, k, v = joint_linear(
-            queries, [self.sa_qcontent_proj, self.sa_kcontent_proj, self.sa_v_proj]
-        )
+        self_attention = [self.sa_qcontent_proj, self.sa_kcontent_proj, self.sa_v_proj]
+        q, k, v = joint_linear(queries, self_attention)
         attended = self.self_attn(split(q + positions[0]), split(k + positions[1]), split(v))
         queries = self.norm1(queries + self.dropout(attended))
 
@@ -195,8 +194,8 @@ class ConditionalDecoder(Decoder):
             own = tuple(islice(of_layer, len(layer.position_layers())))
             memories = keys[index], keys_pos[index], values[index]
             queries = layer(queries, own, spatial, *memories, valid_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states), references.expand(len(states), -1, -1, -1)
+            states.append(queries)
+        return self.norm(torch.stack(states)), references.expand(len(states), -1, -1, -1)
 
 
 @TRANSFORMER_REGISTRY.register()

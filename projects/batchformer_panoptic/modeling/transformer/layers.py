@@ -7,6 +7,7 @@ layers. Parameter names are those of facebookresearch/detr.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ def padding_mask(
     """Padding masks at the resolution of a feature map.
 
     Equal to nearest-neighbour resizing of the full-resolution padding mask, as in DETR, but without
-    that mask: rows and columns are resized separately.
+    that mask: rows and columns are resized separately, on the host.
 
     Args:
         image_sizes: (height, width) in pixels of each of the B images, before padding.
@@ -59,18 +60,19 @@ def padding_mask(
     Returns:
         (B, h, w) bool, True where the cell is padding.
     """
-    valid = [
-        _valid_cells([size[axis] for size in image_sizes], padded_size[axis], map_size[axis])
+    sizes = np.asarray(image_sizes)
+    rows, columns = (
+        _nearest_pixels(padded_size[axis], map_size[axis]) < sizes[:, axis, None]
         for axis in (0, 1)
-    ]
-    rows, columns = (v.to(device, non_blocking=True) for v in valid)
-    return ~(rows[:, :, None] & columns[:, None, :])
+    )
+    mask = ~(rows[:, :, None] & columns[:, None, :])
+    return torch.from_numpy(mask).to(device, non_blocking=True)
 
 
-def _valid_cells(lengths: list[int], padded_length: int, num_cells: int) -> Tensor:
-    pixel = torch.arange(padded_length)
-    inside = (pixel < torch.tensor(lengths)[:, None]).float()
-    return F.interpolate(inside[:, None], size=num_cells, mode="nearest")[:, 0].bool()
+def _nearest_pixels(length: int, num_cells: int) -> np.ndarray:
+    """(num_cells,) the pixel that PyTorch's nearest-neighbour resizing takes for each cell."""
+    scale = np.float32(length) / np.float32(num_cells)
+    return np.floor(np.arange(num_cells, dtype=np.float32) * scale).clip(max=length - 1)
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -372,5 +374,5 @@ class DETRDecoder(Decoder):
         states = []
         for layer in self.layers:
             queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states), None
+            states.append(queries)
+        return self.norm(torch.stack(states)), None

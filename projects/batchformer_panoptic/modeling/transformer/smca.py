@@ -337,8 +337,8 @@ class SMCADecoder(Decoder):
                 grid.map_sizes,
                 key_padding_mask,
             )
-            states.append(self.norm(queries))
-        return torch.stack(states), references.expand(len(states), -1, -1, -1)
+            states.append(queries)
+        return self.norm(torch.stack(states)), references.expand(len(states), -1, -1, -1)
 
 
 def build_smca_decoder(cfg: CfgNode, strides: Sequence[int]) -> SMCADecoder:
