@@ -21,7 +21,7 @@ from ..batchformer import Losses, StreamState
 from ..batchformer.exchange import gather_objects
 from ..config import boxes_only_changes
 from ..errors import NonFiniteError, UserError
-from .backbone import checkpoint_stages
+from .backbone import checkpoint_stages, fold_frozen_norms
 from .build import (
     build_criterion,
     build_mask_head,
@@ -157,6 +157,7 @@ class PanopticDETR(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the parts that the config names."""
         backbone = build_backbone(cfg)
+        fold_frozen_norms(backbone)
         if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
             checkpoint_stages(backbone)
         shapes = backbone.output_shape()
