@@ -112,8 +112,9 @@ def attend(
         attn_mask=None if visible is None else visible[:, None],
         dropout_p=attention.dropout if attention.training else 0.0,
     )
-    result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
-    return result
+    # The module's result has the queries first in memory, which decides what dropout draws for each.
+    result: Tensor = attention.out_proj(attended.permute(2, 0, 1, 3).flatten(2))
+    return result.transpose(0, 1)
 
 
 class CheckpointedLayer(nn.Module):
