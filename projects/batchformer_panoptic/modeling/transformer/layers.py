@@ -83,7 +83,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention with fewer operations than its module, which also copies masks.
 
@@ -94,7 +94,8 @@ def attend(
         query: (B', Q, C).
         key: (B', N, C).
         value: (B', N, C).
-        visible: (B', Q or 1, N) bool, True where a query may attend, or None for everywhere.
+        mask: (B', Q or 1, N), bool and True where a query may attend, or float and added to the
+            scores; None for everywhere.
 
     Returns:
         (B', Q, C).
@@ -107,14 +108,28 @@ def attend(
     projected = [F.linear(*of_input) for of_input in zip(inputs, weights, biases, strict=True)]
     if query is key:
         projected = [*projected[0].split(width, dim=-1), projected[1]]
+    dropout = attention.dropout if attention.training else 0.0
     attended = F.scaled_dot_product_attention(
         *(x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected),
-        attn_mask=None if visible is None else visible[:, None],
-        dropout_p=attention.dropout if attention.training else 0.0,
+        attn_mask=None if mask is None else mask[:, None],
+        dropout_p=dropout,
     )
-    # The module's result has the queries first in memory, which decides what dropout draws for each.
-    result: Tensor = attention.out_proj(attended.permute(2, 0, 1, 3).flatten(2))
-    return result.transpose(0, 1)
+    result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
+    if dropout > 0:
+        # In memory the module's result has the queries first, and a dropout draws in this order.
+        result = result.transpose(0, 1).contiguous().transpose(0, 1)
+    return result
+
+
+def padding_bias(key_padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, N) bool, True at padding -> (B, 1, N) to add to scores, -inf there; None stays None.
+
+    Made once for all layers; PyTorch would convert a bool mask in every layer.
+    """
+    if key_padding_mask is None:
+        return None
+    mask = key_padding_mask[:, None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
 class CheckpointedLayer(nn.Module):
@@ -183,12 +198,11 @@ class EncoderLayer(FeedForwardLayer):
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
 
-    def forward(self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """(B', N, C) tokens and positions, (B', N) bool mask True at padding -> (B', N, C)."""
+    def forward(self, tokens: Tensor, pos: Tensor, padding_bias: Tensor | None) -> Tensor:
+        """(B', N, C) tokens and positions, and :func:`padding_bias` (B', 1, N) -> (B', N, C)."""
         inner = self.norm1(tokens) if self.pre_norm else tokens
         query = inner + pos
-        visible = None if key_padding_mask is None else ~key_padding_mask[:, None]
-        attended = attend(self.self_attn, query, query, inner, visible)
+        attended = attend(self.self_attn, query, query, inner, padding_bias)
         tokens = tokens + self.dropout(attended)
         if not self.pre_norm:
             tokens = self.norm1(tokens)
@@ -229,7 +243,7 @@ class DecoderLayer(FeedForwardLayer):
         query_pos: Tensor,
         memory: Tensor,
         memory_keys: Tensor,
-        key_padding_mask: Tensor | None,
+        padding_bias: Tensor | None,
     ) -> Tensor:
         """Update the queries.
 
@@ -238,7 +252,7 @@ class DecoderLayer(FeedForwardLayer):
             query_pos: (B', Q, C) learned positions, added to queries and keys of attention.
             memory: (B', N, C) values of the cross-attention.
             memory_keys: (B', N, C) its keys: memory plus position encoding.
-            key_padding_mask: (B', N) bool, True at padding, or None.
+            padding_bias: (B', 1, N) of :func:`padding_bias`, or None.
 
         Returns:
             (B', Q, C).
@@ -251,8 +265,9 @@ class DecoderLayer(FeedForwardLayer):
             queries = self.norm1(queries)
 
         inner = self.norm2(queries) if self.pre_norm else queries
-        visible = None if key_padding_mask is None else ~key_padding_mask[:, None]
-        attended = attend(self.multihead_attn, inner + query_pos, memory_keys, memory, visible)
+        attended = attend(
+            self.multihead_attn, inner + query_pos, memory_keys, memory, padding_bias
+        )
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
             queries = self.norm2(queries)
@@ -292,7 +307,7 @@ class DETREncoder(nn.Module):
             self.batchformer,
             tokens,
             pos,
-            key_padding_mask,
+            padding_bias(key_padding_mask, tokens.dtype),
             key_padding_mask=key_padding_mask,
         )
         return (tokens if self.norm is None else self.norm(tokens)), streams
@@ -371,9 +386,10 @@ class DETRDecoder(Decoder):
     ) -> tuple[Tensor, None]:
         """See :class:`Decoder`; there are no reference points."""
         memory_keys = memory + pos
+        bias = padding_bias(key_padding_mask, memory.dtype)
         queries = torch.zeros_like(query_pos)
         states = []
         for layer in self.layers:
-            queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
+            queries = layer(queries, query_pos, memory, memory_keys, bias)
             states.append(queries)
         return self.norm(torch.stack(states)), None
