@@ -257,7 +257,9 @@ def _factors_of_logged(
         rows[f"{stream}/total_loss"] = [float(len(weights) * (of == stream)) for *_, of in parts]
     for index, (term, _, stream) in enumerate(parts):
         if stream:
-            rows[f"{stream}/{term}"] = [float(len(weights) * (index == i)) for i in range(len(names))]
+            rows[f"{stream}/{term}"] = [
+                float(len(weights) * (index == i)) for i in range(len(names))
+            ]
     return list(rows), torch.tensor(list(rows.values()), device=device)
 
 

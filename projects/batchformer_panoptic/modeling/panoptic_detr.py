@@ -48,7 +48,14 @@ from .set_prediction.mask_losses import pixel_class_loss
 from .set_prediction.matcher import HungarianMatcher
 from .set_prediction.predictions import MaskSelector, Predictions
 from .set_prediction.scoring import Scoring
-from .set_prediction.targets import ImageTarget, TargetBatch, class_maps, pad_and_stack, to_device, to_targets
+from .set_prediction.targets import (
+    ImageTarget,
+    TargetBatch,
+    class_maps,
+    pad_and_stack,
+    to_device,
+    to_targets,
+)
 from .transformer import Transformer, TransformerOutput, build_transformer
 from .transformer.layers import BatchPadding
 

@@ -66,5 +66,7 @@ def test_little_memory_beside_the_result():
     pixels = 480 * 640
     of_masks = peak_bytes(lambda: TargetBatch(targets).masks.gather(image, local))
     assert 200 * pixels <= of_masks < 250 * pixels
-    of_shares = peak_bytes(lambda: TargetBatch(targets).masks.gather_shares(image, local, (120, 160)))
+    of_shares = peak_bytes(
+        lambda: TargetBatch(targets).masks.gather_shares(image, local, (120, 160))
+    )
     assert of_shares < 170 * pixels  # one float32 mask for each pair would be 800

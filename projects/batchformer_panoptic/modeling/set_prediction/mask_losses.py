@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .targets import pixels_at_once
 
+
 def mask_focal_loss(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Tensor:
     """Focal loss (gamma 2) averaged over the pixels of each mask.
 

@@ -181,7 +181,9 @@ class ConditionalDecoder(Decoder):
         valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
         # All layers read the same positions and the same memory: each is projected at once.
         layers: list[Any] = list(self.layers)
-        positions = joint_linear(query_pos, chain.from_iterable(x.position_layers() for x in layers))
+        positions = joint_linear(
+            query_pos, chain.from_iterable(x.position_layers() for x in layers)
+        )
         of_memory = [x.ca_kcontent_proj for x in layers] + [x.ca_v_proj for x in layers]
         keys_and_values = joint_linear(memory, of_memory)
         keys, values = keys_and_values[: len(layers)], keys_and_values[len(layers) :]

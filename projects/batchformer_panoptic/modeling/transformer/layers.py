@@ -62,8 +62,7 @@ def padding_mask(
     """
     sizes = np.asarray(image_sizes)
     rows, columns = (
-        _nearest_pixels(padded_size[axis], map_size[axis]) < sizes[:, axis, None]
-        for axis in (0, 1)
+        _nearest_pixels(padded_size[axis], map_size[axis]) < sizes[:, axis, None] for axis in (0, 1)
     )
     mask = ~(rows[:, :, None] & columns[:, None, :])
     return torch.from_numpy(mask).to(device, non_blocking=True)
@@ -265,9 +264,7 @@ class DecoderLayer(FeedForwardLayer):
             queries = self.norm1(queries)
 
         inner = self.norm2(queries) if self.pre_norm else queries
-        attended = attend(
-            self.multihead_attn, inner + query_pos, memory_keys, memory, padding_bias
-        )
+        attended = attend(self.multihead_attn, inner + query_pos, memory_keys, memory, padding_bias)
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
             queries = self.norm2(queries)
