@@ -175,8 +175,7 @@ def test_synchronisations_of_a_forward_pass(name: str) -> None:
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing CUDA") as found:
-            losses = model(batch)
-            torch.stack(list(losses.values())).sum().backward()
+            model(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in found if "synchronizing CUDA" in str(w.message)]) == 1

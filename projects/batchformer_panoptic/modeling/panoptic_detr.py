@@ -270,7 +270,9 @@ class PanopticDETR(nn.Module):
         images = [inputs["image"] for inputs in batched_inputs]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         divisor = self._size_divisibility
-        height, width = (-(-max(lengths) // divisor) * divisor for lengths in zip(*sizes))
+        height, width = (
+            -(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True)
+        )
         pixels = to_device(pad_and_stack(images, (height, width)), self.device)
         pixels = (pixels - self.pixel_mean) / self.pixel_std
         padding = BatchPadding(sizes, (height, width))

@@ -83,7 +83,7 @@ class FoldedConv2d(Conv2d):
     checkpoints are those of Detectron2.
     """
 
-    _affine: tuple[Any, tuple[Tensor, Tensor]] | None = None
+    _kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
@@ -97,31 +97,29 @@ class FoldedConv2d(Conv2d):
 
     def _affine_of(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
         """(C_out, 1, 1, 1) scale and (C_out,) shift, computed when the norm has changed."""
-        buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if torch.compiler.is_compiling():
-            return _affine(*buffers, norm.eps)
+            return _affine(norm)
+        buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         state = [(buffer, buffer._version, buffer.data_ptr()) for buffer in buffers]
-        if self._affine is None or any(
+        if self._kept is None or any(
             old[0] is not new[0] or old[1:] != new[1:]
-            for old, new in zip(self._affine[0], state, strict=True)
+            for old, new in zip(self._kept[0], state, strict=True)
         ):
-            self._affine = (state, _affine(*buffers, norm.eps))
-        return self._affine[1]
+            self._kept = (state, _affine(norm))
+        return self._kept[1]
 
 
-def _affine(
-    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    scale = weight * (variance + eps).rsqrt()
-    return scale[:, None, None, None], bias - mean * scale
+def _affine(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 def fold_frozen_norms(backbone: nn.Module) -> None:
     """Make Detectron2's convolutions with a frozen batch norm :class:`FoldedConv2d`, in place."""
     for module in backbone.modules():
-        if type(module) is Conv2d and type(module.norm) is FrozenBatchNorm2d:
-            if module.bias is None:
-                module.__class__ = FoldedConv2d
+        has_norm = type(getattr(module, "norm", None)) is FrozenBatchNorm2d
+        if has_norm and type(module) is Conv2d and getattr(module, "bias", None) is None:
+            setattr(module, "__class__", FoldedConv2d)  # noqa: B010, parameters and hooks stay
 
 
 # --- activation checkpointing --------------------------------------------------------------------

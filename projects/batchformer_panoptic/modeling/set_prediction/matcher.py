@@ -256,6 +256,6 @@ def _to_matching(
     ]
     table = np.concatenate(rows, axis=1)
     per_layer = [sum(len(queries) for queries, _ in images) for images in pairs]
-    columns = torch.from_numpy(table).to(device, non_blocking=True)
     starts = tuple(np.cumsum([0, *per_layer]).tolist())
-    return Matching(*columns, layer_starts=starts)
+    row, layer, image, query, local, total = torch.from_numpy(table).to(device, non_blocking=True)
+    return Matching(row, layer, image, query, local, total, layer_starts=starts)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ...layers import xyxy_to_cxcywh
 
-# Pixels of the masks that are made, or whose losses are computed, together. On a CPU tensors of this
-# size stay in the cache; a GPU needs more work per kernel launch.
+# Pixels of the masks that are made, or whose losses are computed, together. On a CPU, tensors of
+# this size stay in the cache; a GPU needs more work per kernel launch.
 PIXELS_AT_ONCE = {"cpu": 1 << 20}
 _PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
 # Full-size maps that are copied at a time, whatever their size, while masks are made from them.
@@ -193,8 +193,8 @@ class TargetBatch:
         """(B', largest count) int64 positions in all objects, those of others past the own ones."""
         ends = np.cumsum(self.counts)
         index = (ends - self.counts)[:, None] + np.arange(max(self.counts, default=0))
-        index = torch.from_numpy(index.clip(max=max(sum(self.counts) - 1, 0)))
-        return index.to(self.targets[0].labels.device, non_blocking=True)
+        host = torch.from_numpy(index.clip(max=max(sum(self.counts) - 1, 0)))
+        return host.to(self.targets[0].labels.device, non_blocking=True)
 
     @cached_property
     def masks(self) -> "BatchMasks":

@@ -108,10 +108,9 @@ def attend(
     if query is key:
         projected = [*projected[0].split(width, dim=-1), projected[1]]
     dropout = attention.dropout if attention.training else 0.0
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
     attended = F.scaled_dot_product_attention(
-        *(x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected),
-        attn_mask=None if mask is None else mask[:, None],
-        dropout_p=dropout,
+        q, k, v, attn_mask=None if mask is None else mask[:, None], dropout_p=dropout
     )
     result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
     if dropout > 0:
