@@ -62,7 +62,9 @@ def padding_mask(
     """
     sizes = np.asarray(image_sizes)
     rows, columns = (
-        _nearest_pixels(padded_size[axis], map_size[axis]) < sizes[:, axis, None] for axis in (0, 1)
+        # While the model is traced the sizes are tensors.
+        _nearest_pixels(int(padded_size[axis]), int(map_size[axis])) < sizes[:, axis, None]
+        for axis in (0, 1)
     )
     mask = ~(rows[:, :, None] & columns[:, None, :])
     return torch.from_numpy(mask).to(device, non_blocking=True)
