@@ -5,6 +5,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,35 +227,40 @@ def combine_streams(
     Raises:
         UserError: a stream without a weight.
     """
-    streams = list(dict.fromkeys(name.split("/", 1)[1] for name in losses if "/" in name))
+    names = tuple(losses)
+    streams = dict.fromkeys(name.split("/", 1)[1] for name in names if "/" in name)
     unknown = [stream for stream in streams if stream not in stream_weights]
     if unknown:
         raise UserError(f"MODEL.BATCHFORMER.STREAM_WEIGHTS has no weight for stream {unknown[0]!r}")
-    terms: dict[str, list[Tensor]] = {}
-    own: dict[str, Tensor] = {}
-    for name, loss in losses.items():
-        term, _, stream = name.partition("/")
-        weight = stream_weights[stream] if stream else 1.0
-        terms.setdefault(term, []).append(loss if weight == 1.0 else loss * weight)
+    weights = tuple((stream, stream_weights[stream]) for stream in streams)
+    values = torch.stack(list(losses.values()))
+    logged_names, factors = _factors_of_logged(names, weights, values.device)
+    weighted = values if all(weight == 1.0 for _, weight in weights) else values * factors[0]
+    logged = (factors * values.detach()).sum(1)
+    return StreamLosses(weighted.sum(), dict(zip(logged_names, logged.unbind(), strict=True)))
+
+
+@lru_cache(maxsize=16)
+def _factors_of_logged(
+    names: tuple[str, ...], weights: tuple[tuple[str, float], ...], device: torch.device
+) -> tuple[list[str], Tensor]:
+    """Names of the logged values, and for each a row of the factors of all losses in it.
+
+    The first row is that of the total. Rows are kept, so that no step copies them to the device.
+    """
+    parts = [name.partition("/") for name in names]
+    weight_of = {"": 1.0, **dict(weights)}
+    rows = {"total_loss": [weight_of[stream] for _, _, stream in parts]}
+    for term, _, _ in parts:
+        rows[term] = [weight_of[stream] * (name == term) for name, _, stream in parts]
+    for stream, _ in weights:
+        rows[f"{stream}/total_loss"] = [float(len(weights) * (of == stream)) for *_, of in parts]
+    for index, (term, _, stream) in enumerate(parts):
         if stream:
-            own[f"{stream}/{term}"] = loss.detach() * len(streams)
-    term_totals = {term: _add(parts) for term, parts in terms.items()}
-    total = _add(list(term_totals.values()))
-    logged = {"total_loss": total.detach()}
-    logged.update({term: value.detach() for term, value in term_totals.items()})
-    for stream in streams:
-        logged[f"{stream}/total_loss"] = _add(
-            [value for name, value in own.items() if name.startswith(f"{stream}/")]
-        )
-    logged.update(own)
-    return StreamLosses(total, logged)
-
-
-def _add(values: list[Tensor]) -> Tensor:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
+            rows[f"{stream}/{term}"] = [
+                float(len(weights) * (index == i)) for i in range(len(names))
+            ]
+    return list(rows), torch.tensor(list(rows.values()), device=device)
 
 
 # The training loop.
@@ -354,7 +360,7 @@ class StreamTrainLoop(SimpleTrainer):
             images += _names_of(batch)
             self._images += len(batch)
             for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
-                share = value.detach() / self._accumulation
+                share = value / self._accumulation if self._accumulation > 1 else value
                 metrics[name] = metrics[name] + share if name in metrics else share
         self.after_backward()
 
@@ -415,7 +421,8 @@ class StreamTrainLoop(SimpleTrainer):
             is_first_read = check.is_ready or comm.get_world_size() > 1
             if combined is None or (is_first_read and not check.passed()):
                 raise NonFiniteError(self._describe_losses(losses, failure, batch))
-            self._scaler.scale(total / self._accumulation).backward()
+            share = total / self._accumulation if self._accumulation > 1 else total
+            self._scaler.scale(share).backward()
         if not check.passed():
             raise NonFiniteError(self._describe_losses(losses, failure, batch))
         self._stop.agreed = self._stop.agreed or check.read()[1] > 0

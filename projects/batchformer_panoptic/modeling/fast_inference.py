@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import UserError, one_line
+from .backbone import FoldedConv2d
 
 logger = logging.getLogger(__name__)
 
-# Exact types: subclasses may transform their weights before the convolution.
-_CONVOLUTIONS = (nn.Conv2d, Conv2d)
+# Exact types: other subclasses may transform their weights before the convolution.
+_CONVOLUTIONS = (nn.Conv2d, Conv2d, FoldedConv2d)
 # oneDNN's block of input channels; see `breaks_channels_last`.
 _BLOCK = 16
 

@@ -26,7 +26,7 @@ from .base import (
     mask_level,
 )
 from .detr import post_norm_arguments
-from .layers import BatchPadding, FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer, attend
 from .multi_scale import LevelProjection, Levels, describe_levels, flatten_maps
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
@@ -120,7 +120,7 @@ class DeformableDecoderLayer(FeedForwardLayer):
             (B', Q, C).
         """
         keys = queries + query_pos
-        attended = self.self_attn(keys, keys, queries, need_weights=False)[0]
+        attended = attend(self.self_attn, keys, keys, queries)
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(
             queries + query_pos,
