@@ -444,6 +444,13 @@ def _add_solver_keys(cfg: CN) -> None:
     # Decay of the exponential moving average of the weights, which is evaluated instead of the
     # last weights. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Half precision of SOLVER.AMP.ENABLED: "bfloat16", or "float16" with loss scaling (GPUs only).
+    # "": bfloat16 on a CPU and on GPUs that compute in it, otherwise float16.
+    cfg.SOLVER.AMP.DTYPE = ""
+    # Train and evaluate float32 convolutions and matrix products in TF32 on GPUs that have it:
+    # inputs are rounded to 10 bits, sums are in float32. False: no TF32, not even in convolutions,
+    # where PyTorch uses it by default.
+    cfg.SOLVER.TF32 = True
 
 
 def _add_test_keys(cfg: CN) -> None:

@@ -34,6 +34,7 @@ from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
 from ..evaluation import build_evaluator, main_metric, per_class_values
 from ..modeling.fast_inference import model_for_evaluation
+from ..modeling.precision import amp_dtype
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
 from ..visualization.curves import METRICS_NAME
@@ -86,7 +87,7 @@ class PanopticTrainer(DefaultTrainer):
                 zip(TWO_STREAMS.names, cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS, strict=True)
             ),
             seed=cfg.SEED,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            amp=amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
             stop=self._stop,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import UserError, one_line
+from .precision import cast_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ def prepare_for_inference(
         model: a `PanopticDETR` or another model of this package; it is not changed.
         compile: compile the backbone (the whole model if it has none) with ``torch.compile``. The
             first image sizes cost a compilation each, until sizes become dynamic.
-        bfloat16: run convolutions, matrix products and attention in bfloat16. Scores, boxes, the
-            softmax of the mask head and all post-processing stay in float32.
+        bfloat16: run convolutions, matrix products and attention in bfloat16, in which the copy
+            keeps their weights. Scores, boxes, the softmax of the mask head and all post-processing
+            stay in float32.
 
     Returns:
         A model with the same call signature.
@@ -79,6 +81,10 @@ def prepare_for_inference(
         fast.backbone = backbone
     if not breaks_channels_last(fast):
         fast = fast.to(memory_format=torch.channels_last)
+    if bfloat16:
+        # Autocast would cast weights without gradients anew in every call.
+        for *_, weight in cast_weights(fast):
+            weight.data = weight.data.bfloat16()
     if compile:
         _check_compiler(_device(fast))
         (backbone if isinstance(backbone, Backbone) else fast).compile()

@@ -196,7 +196,8 @@ class MaskHead(nn.Module):
         x = F.relu_(self.norms[0](x.add_(_of_entries(of_image[0], source_index))))
         x = F.relu_(self.norms[1](self.convs[1](x)))
         for conv, norm, part in zip(self.convs[2:], self.norms[2:], of_image[1:], strict=True):
-            x = conv_upsampled(x, conv.get_parameter("weight"), (part.shape[-2], part.shape[-1]))
+            assert isinstance(conv, nn.Conv2d)
+            x = conv_upsampled(x, conv.weight, (part.shape[-2], part.shape[-1]))
             x = F.relu_(norm(x.add_(_of_entries(part, source_index))))
         return self.predictor(x)[:, 0]
 
@@ -204,7 +205,7 @@ class MaskHead(nn.Module):
         self, projected_map: Tensor, backbone_maps: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Image parts (B, C_i, H_i, W_i) of the first and the last three convolutions."""
-        weight, bias = self._first_weights()[0], self.convs[0].get_parameter("bias")
+        weight, _, bias = self._first_weights()
         parts = [F.conv2d(projected_map, weight, bias, padding=1)]
         for conv, adapter, backbone_map in zip(
             self.convs[2:], self.adapters, backbone_maps, strict=True
@@ -212,11 +213,13 @@ class MaskHead(nn.Module):
             parts.append(conv(adapter(backbone_map)))
         return tuple(parts)
 
-    def _first_weights(self) -> tuple[Tensor, Tensor]:
-        """Weights of the first convolution for the projected map and for the attention maps."""
-        weight = self.convs[0].get_parameter("weight")
-        of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
-        return of_image, of_attention
+    def _first_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """First convolution: its weights for projected map and attention maps, and its bias."""
+        first = self.convs[0]
+        assert isinstance(first, nn.Conv2d)
+        widths = [self.embed_dim, self.attention.num_heads]
+        of_image, of_attention = first.weight.split(widths, dim=1)
+        return of_image, of_attention, first.bias
 
 
 class QueryMaskHead(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...layers import MLP, sine_encoding
 from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, post_norm_arguments
-from .layers import Decoder, FeedForwardLayer, MemoryGrid
+from .layers import Decoder, FeedForwardLayer, MemoryGrid, for_products
 
 
 class ConditionalAttention(nn.Module):
@@ -116,11 +116,11 @@ class ConditionalDecoderLayer(FeedForwardLayer):
         Returns:
             (B', Q, C).
         """
-        split = self.self_attn.split_heads
+        split, content = self.self_attn.split_heads, for_products(queries)
         attended = self.self_attn(
-            split(self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_pos)),
-            split(self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_pos)),
-            split(self.sa_v_proj(queries)),
+            split(self.sa_qcontent_proj(content) + self.sa_qpos_proj(query_pos)),
+            split(self.sa_kcontent_proj(content) + self.sa_kpos_proj(query_pos)),
+            split(self.sa_v_proj(content)),
         )
         queries = self.norm1(queries + self.dropout(attended))
 
@@ -169,11 +169,12 @@ class ConditionalDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
+        queries = torch.zeros_like(query_pos)
+        query_pos, memory, pos = (for_products(x) for x in (query_pos, memory, pos))
         references = self.ref_point_head(query_pos).float()
         # The position encoding of the tokens starts with the rows, reference points with x.
         where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
         valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
-        queries = torch.zeros_like(query_pos)
         states = []
         for index, layer in enumerate(self.layers):
             spatial = where if index == 0 else where * self.query_scale(queries)

@@ -76,6 +76,17 @@ def _valid_cells(lengths: list[int], padded_length: int, num_cells: int) -> Tens
 # --- layers --------------------------------------------------------------------------------------
 
 
+def for_products(x: Tensor) -> Tensor:
+    """Cast a float32 input of several matrix products to autocast's dtype, outside autocast none.
+
+    Autocast would cast it for each of them.
+    """
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class CheckpointedLayer(nn.Module):
     """Base of the layers that support activation checkpointing.
 
@@ -145,7 +156,7 @@ class EncoderLayer(FeedForwardLayer):
     def forward(self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """(B', N, C) tokens and positions, (B', N) bool mask True at padding -> (B', N, C)."""
         inner = self.norm1(tokens) if self.pre_norm else tokens
-        query = inner + pos
+        query = for_products(inner + pos)
         attended = self.self_attn(
             query, query, inner, key_padding_mask=key_padding_mask, need_weights=False
         )[0]
@@ -204,7 +215,7 @@ class DecoderLayer(FeedForwardLayer):
             (B', Q, C).
         """
         inner = self.norm1(queries) if self.pre_norm else queries
-        keys = inner + query_pos
+        keys = for_products(inner + query_pos)
         attended = self.self_attn(keys, keys, inner, need_weights=False)[0]
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
@@ -335,7 +346,7 @@ class DETRDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, None]:
         """See :class:`Decoder`; there are no reference points."""
-        memory_keys = memory + pos
+        memory, memory_keys = for_products(memory), for_products(memory + pos)
         queries = torch.zeros_like(query_pos)
         states = []
         for layer in self.layers:

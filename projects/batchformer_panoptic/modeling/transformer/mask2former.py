@@ -31,7 +31,7 @@ from .base import (
     feature_shapes,
 )
 from .deformable import DeformableEncoder, DeformableEncoderLayer, xavier_except_deformable
-from .layers import BatchPadding, FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer, for_products
 from .mask_pilot import MaskPilot, PilotOutput, PilotQueries
 from .multi_scale import describe_levels, flatten_maps
 
@@ -183,7 +183,7 @@ class MaskedDecoderLayer(FeedForwardLayer):
         """
         attended = _attend(self.cross_attn, queries + query_pos, memory + pos, memory, visible)
         queries = self.norm1(queries + self.dropout(attended))
-        keys = queries + query_pos
+        keys = for_products(queries + query_pos)
         attended = _attend(self.self_attn, keys, keys, queries, visible_queries)
         queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)
