@@ -447,6 +447,11 @@ def _add_solver_keys(cfg: CN) -> None:
     # Half precision of SOLVER.AMP.ENABLED: "bfloat16", or "float16" with loss scaling (GPUs only).
     # "": bfloat16 on a CPU and on GPUs that compute in it, otherwise float16.
     cfg.SOLVER.AMP.DTYPE = ""
+    # Train with torch.compile (backbone, layers of the transformer, norms of the mask head), which
+    # needs a compiler. The first steps take minutes; new image sizes are not compiled again. Losses
+    # are equal up to rounding, except that dropout draws other numbers. Evaluation is as without;
+    # TEST.FAST.COMPILE compiles that.
+    cfg.SOLVER.COMPILE = False
     # Train and evaluate float32 convolutions and matrix products in TF32 on GPUs that have it:
     # inputs are rounded to 10 bits, sums are in float32. False: no TF32, not even in convolutions,
     # where PyTorch uses it by default.
@@ -461,8 +466,8 @@ def _add_test_keys(cfg: CN) -> None:
     # up to rounding: conv-bn fusion, and feature maps in channels-last order.
     cfg.TEST.FAST = CN()
     cfg.TEST.FAST.ENABLED = False
-    # Compile the backbone with torch.compile, which needs a compiler. Every image size is compiled
-    # once, so this pays off for many images of few sizes.
+    # Compile backbone, layers of the transformer and norms of the mask head with torch.compile,
+    # which needs a compiler. The first images take minutes; new sizes are not compiled again.
     cfg.TEST.FAST.COMPILE = False
     # Convolutions and matrix products in bfloat16. Scores, boxes, softmaxes over pixels, the
     # resizing of masks and everything after it stay in float32.

@@ -23,6 +23,7 @@ from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
 from ..data.io import write_text
 from ..errors import UserError, did_you_mean, one_line
+from ..modeling.compiled import check_key
 from ..modeling.fast_inference import check_fast
 from ..modeling.precision import amp_dtype, set_tf32
 from ..visualization.curves import METRICS_NAME
@@ -384,6 +385,8 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
     check_fast(cfg)
     amp_dtype(cfg)
+    if cfg.SOLVER.COMPILE and not eval_only:
+        check_key("SOLVER.COMPILE", cfg.MODEL.DEVICE)
     check_loggers(cfg.LOGGERS)
     unknown = set(cfg.MODEL.ACTIVATION_CHECKPOINTING) - set(_CHECKPOINTED_PARTS)
     if unknown:

@@ -33,6 +33,7 @@ from ..data.class_table import ClassTable
 from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
 from ..evaluation import build_evaluator, main_metric, per_class_values
+from ..modeling.compiled import compile_regions
 from ..modeling.fast_inference import model_for_evaluation
 from ..modeling.precision import amp_dtype
 from ..signals import StopRequest, describe, handling, ignore
@@ -77,6 +78,8 @@ class PanopticTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        if cfg.SOLVER.COMPILE:
+            compile_regions(model)
         self._unwrapped = model
         self._stop = StopRequest()
         self._trainer = StreamTrainLoop(
@@ -491,7 +494,13 @@ class PanopticTrainer(DefaultTrainer):
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
         """Evaluate on ``DATASETS.TEST``; ``TEST.FAST`` evaluates a faster copy of the model."""
-        results: dict[str, Any] = super().test(cfg, model_for_evaluation(cfg, model), evaluators)
+        # A compiled training is evaluated as an uncompiled one.
+        is_eager = cfg.SOLVER.COMPILE and not cfg.TEST.FAST.COMPILE
+        stance = torch.compiler.set_stance("force_eager") if is_eager else contextlib.nullcontext()
+        with stance:
+            results: dict[str, Any] = super().test(
+                cfg, model_for_evaluation(cfg, model), evaluators
+            )
         if comm.is_main_process():
             for name, of_dataset in _by_dataset(cfg, results).items():
                 logger.info(f"{name}: {_summary(of_dataset)}")
