@@ -194,7 +194,7 @@ def _example(model: nn.Module, backbone: Backbone) -> Tensor:
     return values.view(1, mean.numel(), 2 * side, 3 * side).to(next(model.parameters()).dtype)
 
 
-# --- memory format ------------------------------------------------------------------------------
+# --- memory format -------------------------------------------------------------------------------
 
 
 def breaks_channels_last(network: nn.Module) -> bool:
