@@ -452,9 +452,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # are equal up to rounding, except that dropout draws other numbers. Evaluation is as without;
     # TEST.FAST.COMPILE compiles that.
     cfg.SOLVER.COMPILE = False
-    # Train and evaluate float32 convolutions and matrix products in TF32 on GPUs that have it:
-    # inputs are rounded to 10 bits, sums are in float32. False: no TF32, not even in convolutions,
-    # where PyTorch uses it by default.
+    # On GPUs that have TF32, train_net.py computes float32 convolutions and matrix products in it:
+    # their inputs are rounded to 10 bits, their sums are in float32. False: no TF32, not even in
+    # convolutions, where PyTorch uses it by default.
     cfg.SOLVER.TF32 = True
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchformer_panoptic import prepare_for_inference
+from batchformer_panoptic.engine.run import argument_parser
+from batchformer_panoptic.engine.setup import setup_cfg
 from batchformer_panoptic.errors import UserError
 from batchformer_panoptic.layers import upsampled_conv
 from batchformer_panoptic.modeling.precision import HalfWeights, amp_dtype, cast_weights, set_tf32
 from helpers.tiny_classifier import tiny_classifier
+from helpers.tiny_dataset import TinyPanopticDataset
 from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_cfg, tiny_model, total
+from helpers.trained_files import write_run
 
 NAMES = ["detr", "conditional", "smca", "deformable", "mask2former"]
 SIZES = [(64, 64), (48, 64)]
@@ -207,3 +212,13 @@ def test_tf32_is_one_switch_for_products_and_convolutions(tf32: None, allowed: b
     assert torch.backends.cuda.matmul.allow_tf32 == allowed
     assert torch.backends.cudnn.allow_tf32 == allowed
     assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+
+
+def test_a_run_sets_the_switch(
+    tf32: None, tmp_path: Path, tiny_panoptic_dataset: TinyPanopticDataset
+) -> None:
+    run = write_run(tmp_path / "run", tiny_panoptic_dataset, SOLVER__TF32=False)
+    torch.backends.cudnn.allow_tf32 = True
+    argv = ["--config-file", str(run.config_file), "OUTPUT_DIR", str(tmp_path / "output")]
+    setup_cfg(argument_parser().parse_args(argv))
+    assert not torch.backends.cudnn.allow_tf32

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import UserError
 
 AMP_DTYPES = ("", "bfloat16", "float16")
 
-# Their weights and biases are the only parameters that autocast casts.
-_CAST_MODULES = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+# Modules whose weights and biases autocast casts.
+_CAST_MODULES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 # As many as in a bucket of DistributedDataParallel (25 MiB), which sends the gradients of a group
 # while those of earlier layers are computed.
 _GROUP_NUMEL = 25 * 2**20 // 4

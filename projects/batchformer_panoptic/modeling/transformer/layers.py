@@ -77,9 +77,9 @@ def _valid_cells(lengths: list[int], padded_length: int, num_cells: int) -> Tens
 
 
 def for_products(x: Tensor) -> Tensor:
-    """Cast a float32 input of several matrix products to autocast's dtype, outside autocast none.
+    """Under autocast, cast a float32 input of several matrix products once.
 
-    Autocast would cast it for each of them.
+    Autocast would cast it for each of them. Outside autocast the input is returned as it is.
     """
     device = x.device.type
     if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
