@@ -61,7 +61,7 @@ def prepare_for_inference(
     Args:
         model: a `PanopticDETR` or another model of this package; it is not changed.
         compile: compile backbone, transformer and mask head with ``torch.compile``, see
-            `compile_regions`. The first images take a minute or more, others of any size do not.
+            `compile_regions`. The first images take long, others of any size do not.
         bfloat16: run convolutions, matrix products and attention in bfloat16, in which the copy
             keeps their weights. Scores, boxes, the softmax of the mask head and all post-processing
             stay in float32.
