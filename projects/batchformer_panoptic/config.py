@@ -448,8 +448,8 @@ def _add_solver_keys(cfg: CN) -> None:
     # "": bfloat16 on a CPU and on GPUs that compute in it, otherwise float16.
     cfg.SOLVER.AMP.DTYPE = ""
     # Train with torch.compile (backbone, layers of the transformer, norms of the mask head), which
-    # needs a compiler. The first steps take long; new image sizes are not compiled again. Losses are
-    # equal up to rounding, except that dropout draws other numbers. Evaluation is as without;
+    # needs a compiler. The first steps take long; new image sizes are not compiled again. Losses
+    # are equal up to rounding, except that dropout draws other numbers. Evaluation is as without;
     # TEST.FAST.COMPILE compiles that. Not measured on a GPU.
     cfg.SOLVER.COMPILE = False
     # On GPUs that have TF32, train_net.py computes float32 convolutions and matrix products in it:
