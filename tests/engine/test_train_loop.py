@@ -13,7 +13,9 @@ import pytest
 import torch
 from detectron2.utils import comm
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from batchformer_panoptic.engine import trainer as trainer_module
 from batchformer_panoptic.engine.train_loop import (
     KeptBuffers,
     MetricWindow,
@@ -22,6 +24,7 @@ from batchformer_panoptic.engine.train_loop import (
 )
 from batchformer_panoptic.engine.trainer import _warn_about_single_images
 from batchformer_panoptic.errors import NonFiniteError, UserError
+from batchformer_panoptic.modeling.compiled import compile_regions
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 LOSSES = {
@@ -251,6 +254,17 @@ def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     assert trainer.model.head.weight.dtype == torch.float32
+
+
+def test_a_compiled_training_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(trainer_module, "compile_regions", lambda m: compile_regions(m, counter))
+    expected = trained(stand_in_cfg(tmp_path / "plain"))
+    found = trained(stand_in_cfg(tmp_path / "compiled", "SOLVER.COMPILE", True))
+    assert counter.frame_count == 1  # the block
+    assert_same_state(found.model.state_dict(), expected.model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_compiler_that_does_not_work_is_explained_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_compiled_backbone_predicts_the_same():
+def test_a_compiled_copy_predicts_the_same():
     model = tiny_model().eval()
     try:
         fast = prepare_for_inference(model, compile=True)

@@ -21,6 +21,7 @@ from ..batchformer import BatchFormerHook
 from ..checkpoint.files import non_finite
 from ..checkpoint.mismatch import first
 from ..errors import NonFiniteError, UserError
+from ..modeling.precision import HalfWeights
 from ..signals import StopRequest
 from .solver import GradientClipper, resumed_state
 from .writers import memory_in_use
@@ -283,7 +284,7 @@ class StreamTrainLoop(SimpleTrainer):
         clipper: clips the gradients and returns their total norm.
         stream_weights: factor of each stream's losses, by stream name.
         seed: the seed of the run; each batch is seeded from (seed, number of the batch, rank).
-        amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
+        amp: the dtype of mixed precision, float16 with loss scaling; None: float32.
         accumulation: number of batches whose gradients are averaged for one step (an iteration).
         ema: moving average that is updated after each step.
         stop: a signal to stop; its attribute ``agreed`` is set if any process has got one.
@@ -301,7 +302,7 @@ class StreamTrainLoop(SimpleTrainer):
         clipper: GradientClipper,
         stream_weights: Mapping[str, float],
         seed: int,
-        amp: bool = False,
+        amp: torch.dtype | None = None,
         accumulation: int = 1,
         ema: WeightAverage | None = None,
         stop: StopRequest | None = None,
@@ -323,11 +324,13 @@ class StreamTrainLoop(SimpleTrainer):
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
-        names = {id(parameter): name for name, parameter in unwrapped.named_parameters()}
+        self._weights = dict(unwrapped.named_parameters())
+        names = {id(parameter): name for name, parameter in self._weights.items()}
         self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device.type
         self._amp = amp
-        self._scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
+        self._half_weights = None if amp is None else HalfWeights(model, amp)
+        self._scaler = torch.amp.GradScaler(self._device, enabled=amp == torch.float16)
 
     def run_step(self) -> None:
         """Run one optimizer step on the mean gradient of one or several batches.
@@ -410,7 +413,10 @@ class StreamTrainLoop(SimpleTrainer):
         Processes exchange gradients only with the last batch of a step.
         """
         is_local = not last and isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if is_local else contextlib.nullcontext():
+        with (
+            self.model.no_sync() if is_local else contextlib.nullcontext(),
+            contextlib.nullcontext() if self._half_weights is None else self._half_weights.in_use(),
+        ):
             losses, combined, failure = self._forward(batch)
             total = (
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
@@ -468,8 +474,7 @@ class StreamTrainLoop(SimpleTrainer):
 
         All processes must call.
         """
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        spoiled = non_finite(dict(model.named_parameters()))
+        spoiled = non_finite(self._weights)
         for names in filter(None, comm.all_gather(first(spoiled) if spoiled else "")):
             return f"{found}; an earlier iteration has spoiled {names}: lower SOLVER.BASE_LR"
         return (
@@ -493,10 +498,9 @@ class StreamTrainLoop(SimpleTrainer):
         return losses, combine_streams(losses, self._stream_weights), ""
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._amp:
+        if self._amp is None:
             return contextlib.nullcontext()
-        dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
-        return torch.autocast(self._device, dtype=dtype)
+        return torch.autocast(self._device, dtype=self._amp)
 
     def _log(self, metrics: Mapping[str, Tensor], data_time: float) -> None:
         storage = get_event_storage()

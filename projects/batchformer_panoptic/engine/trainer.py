@@ -33,7 +33,9 @@ from ..data.class_table import ClassTable
 from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
 from ..evaluation import OverlappedEvaluator, build_evaluator, main_metric, per_class_values
+from ..modeling.compiled import compile_regions
 from ..modeling.fast_inference import model_for_evaluation
+from ..modeling.precision import amp_dtype
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
 from ..visualization.curves import METRICS_NAME
@@ -79,6 +81,8 @@ class PanopticTrainer(DefaultTrainer):
         limit_threads(cfg, model, images, training=True, workers=cfg.DATALOADER.NUM_WORKERS)
         optimizer = self.build_optimizer(cfg, model)
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        if cfg.SOLVER.COMPILE:
+            compile_regions(model)
         self._unwrapped = model
         self._stop = StopRequest()
         self._trainer = StreamTrainLoop(
@@ -89,7 +93,7 @@ class PanopticTrainer(DefaultTrainer):
                 zip(TWO_STREAMS.names, cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS, strict=True)
             ),
             seed=cfg.SEED,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            amp=amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
             stop=self._stop,
@@ -497,7 +501,13 @@ class PanopticTrainer(DefaultTrainer):
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
         """Evaluate on ``DATASETS.TEST``; ``TEST.FAST`` evaluates a faster copy of the model."""
-        results: dict[str, Any] = super().test(cfg, model_for_evaluation(cfg, model), evaluators)
+        # A compiled training is evaluated as an uncompiled one.
+        is_eager = cfg.SOLVER.COMPILE and not cfg.TEST.FAST.COMPILE
+        stance = torch.compiler.set_stance("force_eager") if is_eager else contextlib.nullcontext()
+        with stance:
+            results: dict[str, Any] = super().test(
+                cfg, model_for_evaluation(cfg, model), evaluators
+            )
         if comm.is_main_process():
             for name, of_dataset in _by_dataset(cfg, results).items():
                 logger.info(f"{name}: {_summary(of_dataset)}")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...layers import MLP, joint_linear, sine_encoding
 from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, post_norm_arguments
-from .layers import Decoder, FeedForwardLayer, MemoryGrid
+from .layers import Decoder, FeedForwardLayer, MemoryGrid, for_products
 
 
 class ConditionalAttention(nn.Module):
@@ -175,6 +175,8 @@ class ConditionalDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
+        queries = torch.zeros_like(query_pos)
+        query_pos = for_products(query_pos)
         references = self.ref_point_head(query_pos).float()
         # The position encoding of the tokens starts with the rows, reference points with x.
         where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
@@ -189,7 +191,6 @@ class ConditionalDecoder(Decoder):
         keys, values = keys_and_values[: len(layers)], keys_and_values[len(layers) :]
         keys_pos = joint_linear(pos, (x.ca_kpos_proj for x in layers))
         of_layer = iter(positions)
-        queries = torch.zeros_like(query_pos)
         states = []
         for index, layer in enumerate(layers):
             spatial = where if index == 0 else where * self.query_scale(queries)

@@ -129,7 +129,18 @@ def padding_bias(key_padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor 
     if key_padding_mask is None:
         return None
     mask = key_padding_mask[:, None]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+    return for_products(torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf))
+
+
+def for_products(x: Tensor) -> Tensor:
+    """Under autocast, cast a float32 input of several matrix products once.
+
+    Autocast would cast it for each of them. Outside autocast the input is returned as it is.
+    """
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class CheckpointedLayer(nn.Module):
@@ -383,7 +394,7 @@ class DETRDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, None]:
         """See :class:`Decoder`; there are no reference points."""
-        memory_keys = memory + pos
+        memory, memory_keys = for_products(memory), for_products(memory + pos)
         bias = padding_bias(key_padding_mask, memory.dtype)
         queries = torch.zeros_like(query_pos)
         states = []

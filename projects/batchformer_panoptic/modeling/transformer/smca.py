@@ -19,7 +19,7 @@ from ...errors import UserError
 from ...layers import MLP
 from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, in_feature_shape, post_norm_arguments
-from .layers import Decoder, FeedForwardLayer, MemoryGrid, attend
+from .layers import Decoder, FeedForwardLayer, MemoryGrid, attend, for_products
 
 # Numbers that shape the Gaussian of a head, for each choice of ``dynamic_scale``.
 DYNAMIC_SCALES = {"fixed": 0, "isotropic": 1, "per_axis": 2, "per_axis_and_product": 3}
@@ -320,7 +320,7 @@ class SMCADecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
-        memory_keys = memory + pos
+        memory, memory_keys = for_products(memory), for_products(memory + pos)
         queries = torch.zeros_like(query_pos)
         first = self.layers[0]
         assert isinstance(first, SMCADecoderLayer)
