@@ -45,7 +45,7 @@ class AllQueries(nn.Module):
         def select(layer: Tensor | int, image: Tensor, query: Tensor) -> Tensor:
             (layer,) = set(torch.as_tensor(layer).flatten().tolist())  # masks of one layer only
             entries, queries = output.hidden_states.shape[1:3]
-            everything = torch.ones(entries, queries).nonzero()
+            everything = image.new_ones(entries, queries).nonzero()
             masks = self.decode(output, features, layer, everything[:, 0], everything[:, 1])
             return masks.unflatten(0, (entries, queries))[image, query]
 
