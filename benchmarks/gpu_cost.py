@@ -34,9 +34,16 @@ from batchformer_panoptic.engine import PanopticTrainer, load_config
 from batchformer_panoptic.errors import UserError
 from helpers.tiny_model import random_inputs
 
-from .inference import CONFIGS, NUM_CLASSES, NUM_THINGS, PLAIN, keep_best
+from .inference import (
+    CONFIGS,
+    NUM_CLASSES,
+    NUM_THINGS,
+    PLAIN,
+    keep_best,
+    random_input,
+    random_weights,
+)
 from .inference import WITH_BLOCK as TWO_STREAMS
-from .inference import random_input, random_weights
 from .inference_ways import Case, Naive, with_head
 from .measure import in_turns, median_ratio, peak_bytes, seconds
 from .quickstart_cost import CONFIG as QUICKSTART
