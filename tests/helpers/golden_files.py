@@ -36,9 +36,7 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {our_name(name): value.float() for name, value in state.items()}
 
 
-def features_of(
-    golden: dict[str, Any], device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def features_of(golden: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The backbone maps by name, in float32."""
     features = golden["inputs"]["features"]
     return {name: value.float().to(device) for name, value in features.items()}
