@@ -23,6 +23,7 @@ from . import (
     layer_cost,
     mask2former_cost,
     pq_evaluation,
+    processes_cost,
     quickstart_cost,
     sampling_cost,
     training_step,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "pq": pq_evaluation,
     "curves": cost_curves,
     "digits": digits_accuracy,
+    "processes": processes_cost,
     "gpu": gpu_cost,
 }
 HERE = Path(__file__).resolve().parent

@@ -6,12 +6,13 @@ published" decodes the masks of all queries with copies of the maps of an image 
 stands for the published code. Number formats differ in nothing else: TF32 is off except where it is
 named. Inference ends with the merged segments, and its threshold keeps 12 queries of an image.
 
-An arm that does not fit into memory, and one that would begin after its share of the time, has no
-numbers and the reason instead. "--device cpu --tiny" rehearses the run, with numbers that mean
+An arm that fails, does not fit into memory or would begin after its share of the time has no numbers
+but the reason. "--device cpu --tiny" rehearses the run, with numbers that mean
 nothing and are saved only where --results says.
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from torch import nn
 
 from batchformer_panoptic import prepare_for_inference
 from batchformer_panoptic.engine import PanopticTrainer, load_config
-from batchformer_panoptic.errors import UserError
+from batchformer_panoptic.errors import UserError, one_line
 from helpers.tiny_model import random_inputs
 
 from .inference import (
@@ -180,7 +181,10 @@ def measure(
             ways[name] = way
         except torch.cuda.OutOfMemoryError:
             rows[name] = {"missing": "out of memory"}
+        except (RuntimeError, UserError) as error:  # such as a compiler that fails
+            rows[name] = {"missing": f"failed: {one_line(error, first_line_only=True)}"}
         way = None
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     affordable = int((end - time.monotonic()) / max(of_round, 1e-9))

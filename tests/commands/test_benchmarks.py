@@ -259,25 +259,40 @@ def test_what_does_not_fit_or_begins_too_late_has_a_reason_instead_of_numbers(ru
     gpu = sys.modules["benchmarks.gpu_cost"]
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    calls = {"first": 0, "large": 0}
+    calls = {"first": 0, "large": 0, "broken": 0}
+    errors = {"large": torch.cuda.OutOfMemoryError(), "broken": RuntimeError("no compiler")}
 
     def build(name):
         def way():
             calls[name] += 1
-            if name == "large":
-                raise torch.cuda.OutOfMemoryError
+            if name in errors:
+                raise errors[name]
             now[0] = 5.0
 
         return way
 
-    builders = {name: lambda name=name: build(name) for name in ("large", "first", "late")}
+    builders = {name: lambda name=name: build(name) for name in (*errors, "first", "late")}
     rows, times = gpu.measure(builders, rounds=50, end=2.0)
-    assert [row.get("missing") for row in rows] == ["out of memory", None, "no time"]
-    assert rows[1]["as_fast"] == 1.0
+    reasons = ["out of memory", "failed: no compiler", None, "no time"]
+    assert [row.get("missing") for row in rows] == reasons
+    assert rows[2]["as_fast"] == 1.0
     assert {name: len(values) for name, values in times.items()} == {"first": gpu.FEWEST_ROUNDS}
     assert calls["large"] == 1
     text = gpu.table({"rows": [{"what": "x", "images": 2, **row} for row in rows], "ratios": {}})
     assert "out of memory" in text
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_several_processes_are_compared_with_one(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- processes -->\n<!-- end processes -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "processes", "--rounds", "1", "--images", "1"]) == 0
+    one, *others = json.loads((tmp_path / "processes.json").read_text())["rows"]
+    assert one["times_as_long"] == 1.0
+    assert len(others) == 3
+    assert "| all, gradients in bfloat16 " in document.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
