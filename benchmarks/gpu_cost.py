@@ -6,9 +6,9 @@ published" decodes the masks of all queries with copies of the maps of an image 
 stands for the published code. Number formats differ in nothing else: TF32 is off except where it is
 named. Inference ends with the merged segments, and its threshold keeps 12 queries of an image.
 
-An arm that fails, does not fit into memory or would begin after its share of the time has no numbers
-but the reason. "--device cpu --tiny" rehearses the run, with numbers that mean
-nothing and are saved only where --results says.
+An arm that fails, does not fit into memory or would begin after its share of the time has no
+numbers but the reason. "--device cpu --tiny" rehearses the run, with numbers that mean nothing and
+are saved only where --results says.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def in_process(path: str, rounds: int, images: int) -> None:
     def one() -> None:
         if comm.is_main_process():
             # The losses of a run of one process need no mean over the others.
-            with mock.patch.object(criterion, "num_processes", lambda: 1):
+            with mock.patch.object(criterion, "num_processes", return_value=1):
                 training_step(model.module, batch)
 
     def without_exchange() -> None:
