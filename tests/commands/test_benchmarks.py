@@ -223,7 +223,9 @@ def test_two_streams_are_compared_with_one(run, tmp_path):
     assert "| DETR" in document.read_text()
 
 
-def test_a_rehearsal_measures_every_arm_that_a_cpu_has(run, tmp_path, capsys):
+def test_a_rehearsal_measures_every_arm_that_a_cpu_has(run, tmp_path, monkeypatch):
+    gpu = sys.modules["benchmarks.gpu_cost"]
+    monkeypatch.setattr(gpu, "WARM_UP", 0)
     document = tmp_path / "document.md"
     document.write_text("<!-- gpu -->\n<!-- end gpu -->\n")
     where = ["--results", str(tmp_path), "--document", str(document)]
@@ -235,7 +237,6 @@ def test_a_rehearsal_measures_every_arm_that_a_cpu_has(run, tmp_path, capsys):
     for row in result["rows"]:
         assert row["seconds"] > 0
         arms.setdefault(row["what"], set()).add(row["arm"])
-    gpu = sys.modules["benchmarks.gpu_cost"]
     trained = {
         f"{kind}, {numbers}"
         for kind, numbers in gpu.TRAINING
