@@ -433,6 +433,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # normalised by the number of objects in them. The result is a mean over batches, not the
     # result of one large batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
+    # How several processes exchange gradients: "none" as they are, "bfloat16" rounded to 8 bits of
+    # mantissa, which halves the bytes and pays where the connection is slow (docs/benchmarks.md).
+    cfg.SOLVER.GRADIENT_COMPRESSION = "none"
     # Length of the training in passes over the training images, from which the schedule follows:
     # MAX_ITER is EPOCHS times the number of images (after filtering) divided by the images of an
     # iteration, IMS_PER_BATCH times GRADIENT_ACCUMULATION, rounded up; STEPS change in proportion

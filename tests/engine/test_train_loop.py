@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from batchformer_panoptic.engine import trainer as trainer_module
 from batchformer_panoptic.engine.train_loop import (
+    FiniteCheck,
     KeptBuffers,
     MetricWindow,
     StreamTrainLoop,
@@ -94,12 +95,20 @@ def test_metrics_of_first_and_last_iteration_reach_the_file(tmp_path: Path) -> N
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_means_are_over_the_iterations_that_have_the_metric() -> None:
+def test_means_are_over_the_iterations_that_have_the_metric(device: torch.device) -> None:
     window = MetricWindow()
     for one in ({"a": 1.0, "b": 5.0}, {"a": 4.0}, {"a": 2.0, "b": 7.0}, {"a": 5.0}):
-        window.add({name: torch.tensor(value) for name, value in one.items()})
+        window.add({name: torch.tensor(value, device=device) for name, value in one.items()})
     assert window.flush() == {"a": 3.0, "b": 6.0}
     assert window.flush() == {}
+
+
+@pytest.mark.parametrize("first", [2.5, math.inf, math.nan])
+def test_a_check_is_of_the_first_value(first: float, device: torch.device) -> None:
+    check = FiniteCheck(torch.tensor([first, 7.0], device=device))
+    assert check.is_ready == (device.type == "cpu")
+    assert check.passed() == math.isfinite(first)
+    assert check.read()[1] == 7.0
 
 
 def test_the_second_stream_rests_between_its_steps(tmp_path: Path) -> None:

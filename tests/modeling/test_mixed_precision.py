@@ -73,18 +73,19 @@ def test_costs_and_losses_at_points_are_close_to_those_of_float32():
 @pytest.mark.parametrize(
     "name", ["detr", "conditional", "smca", "smca_multiscale", "deformable", "mask2former"]
 )
-def test_a_step_has_float32_losses_and_gradients(name):
+def test_a_step_has_float32_losses_and_gradients(name, device):
     overrides = {
         "MODEL__DETR__TRANSFORMER_NAME": name,
         "MODEL__SMALL_RESNET__STAGE_STRIDES": [1, 2, 2, 2 if name == "smca_multiscale" else 1],
         "MODEL__BATCHFORMER__ENABLED": True,
     }
     model = tiny_model(**overrides | (MASK2FORMER if name == "mask2former" else {})).train()
+    model.to(device)
     seen = []
     last = model.transformer.pixel_decoder.mask_features if name == "mask2former" else None
     last = last or model.mask_head.predictor
     last.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         losses = model(random_inputs([(64, 64), (48, 64)]))
     assert seen == [torch.bfloat16]
     for key, value in losses.items():

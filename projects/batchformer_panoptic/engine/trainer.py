@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
@@ -23,6 +23,8 @@ from detectron2.utils.events import (
     has_event_storage,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ..batchformer.batchformer import TWO_STREAMS
 from ..checkpoint import PanopticCheckpointer, RunRecord, SettingsRecord
@@ -86,7 +88,7 @@ class PanopticTrainer(DefaultTrainer):
         self._unwrapped = model
         self._stop = StopRequest()
         self._trainer = StreamTrainLoop(
-            _distribute(model, has_rests=_block_rests(cfg)),
+            _distribute(model, cfg),
             optimizer,
             clipper=build_gradient_clipper(cfg),
             stream_weights=dict(
@@ -545,18 +547,44 @@ def _classes_of(dataset_name: str) -> ClassTable:
     return ClassTable.from_metadata(MetadataCatalog.get(dataset_name))
 
 
-def _block_rests(cfg: CfgNode) -> bool:
-    """Whether there are steps in which the block's parameters have no gradient."""
-    node = cfg.MODEL.BATCHFORMER
-    return bool(node.ENABLED and (node.EVERY > 1 or node.ATTEND == "none"))
+_GRADIENT_COMPRESSIONS = {"none": None, "bfloat16": bf16_compress_hook}
 
 
-def _distribute(model: nn.Module, *, has_rests: bool) -> nn.Module:
+def _distribute(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Wrap a model so that several processes average their gradients; one process needs nothing.
+
+    Raises:
+        UserError: an unknown ``SOLVER.GRADIENT_COMPRESSION``.
+    """
+    name = cfg.SOLVER.GRADIENT_COMPRESSION
+    if name not in _GRADIENT_COMPRESSIONS:
+        known = ", ".join(_GRADIENT_COMPRESSIONS)
+        raise UserError(f"SOLVER.GRADIENT_COMPRESSION is {name!r}; known: {known}")
+    return model if comm.get_world_size() == 1 else parallel(model, cfg)
+
+
+def parallel(model: nn.Module, cfg: CfgNode) -> DistributedDataParallel:
+    """Wrap a model so that the processes of the group average their gradients.
+
+    Not as a static graph: it would save the search for parameters without a gradient, of which only
+    a block that rests or has no effect has some, and in outputs other than plain containers of
+    tensors it skips the first average without a word.
+    """
+    block = cfg.MODEL.BATCHFORMER
+    has_unused = block.ENABLED and (block.EVERY > 1 or block.ATTEND == "none")
     # The current GPU, since srun may show each process only one.
     device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return create_ddp_model(
-        model, broadcast_buffers=False, find_unused_parameters=has_rests, device_ids=device_ids
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        find_unused_parameters=has_unused,
+        gradient_as_bucket_view=True,
     )
+    hook = _GRADIENT_COMPRESSIONS[cfg.SOLVER.GRADIENT_COMPRESSION]
+    if hook is not None:
+        wrapped.register_comm_hook(None, hook)
+    return wrapped
 
 
 def _inference_dir(cfg: CfgNode, dataset_name: str) -> Path:
