@@ -23,7 +23,7 @@ DEMO_CONFIG := configs/quickstart/mask2former_shapes.yaml
 DEMO_DATA := datasets/shapes_panoptic
 DEMO_OUTPUT := output/quickstart
 
-.PHONY: help env demo test slow lint format types check clean
+.PHONY: help env demo test slow gpu lint format types check clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -52,6 +52,9 @@ test: $(READY) ## the test suite
 
 slow: $(READY) ## the tests marked slow
 	@if grep -rqs 'mark\.slow' tests; then $(PYTEST) -m slow; else echo "no slow tests"; fi
+
+gpu: $(READY) ## the tests that need a GPU; without one they are skipped
+	$(PYTEST) -m gpu
 
 lint: $(READY) ## style: ruff check, ruff format --check
 	$(PY) -m ruff check $(SOURCES)

@@ -18,10 +18,15 @@ from batchformer_panoptic.errors import UserError, command, one_line
 from . import (
     cost_curves,
     digits_accuracy,
+    gpu_cost,
     inference,
     layer_cost,
+    loading,
     mask2former_cost,
+    neighbours,
+    operators,
     pq_evaluation,
+    processes_cost,
     quickstart_cost,
     sampling_cost,
     training_step,
@@ -38,10 +43,15 @@ BENCHMARKS: dict[str, ModuleType] = {
     "inference": inference,
     "training": training_step,
     "streams": two_streams,
+    "operators": operators,
     "mask2former": mask2former_cost,
     "pq": pq_evaluation,
+    "loading": loading,
+    "neighbours": neighbours,
     "curves": cost_curves,
     "digits": digits_accuracy,
+    "processes": processes_cost,
+    "gpu": gpu_cost,
 }
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -78,9 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.render:
             result = {"machine": machine(), **BENCHMARKS[args.name].run(args)}
+            print(BENCHMARKS[args.name].table(result))
+            if result.get("tiny") and args.results == RESULTS:
+                print("\na rehearsal, which is saved only where --results and --document say")
+                return 0
             path = args.results / f"{args.name}.json"
             write_json(path, result, indent=1)
-            print(BENCHMARKS[args.name].table(result))
             print(f"\n{path}")
         text = args.document.read_text(encoding="utf-8")
         text = rendered(text, read_results(args.results))

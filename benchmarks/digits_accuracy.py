@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ import torch
 from tabulate import tabulate
 
 from batchformer_panoptic.engine.setup import add_opts_argument, at_least
+from batchformer_panoptic.engine.threads import available_cores
 
 from . import ROOT
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each class, in training",
     )
     parser.add_argument(
-        "--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at a time (%(default)s)"
+        "--jobs", type=at_least(1), default=available_cores(), help="runs at a time (%(default)s)"
     )
     add_opts_argument(parser)
 

@@ -45,7 +45,7 @@ class AllQueries(nn.Module):
         def select(layer: Tensor | int, image: Tensor, query: Tensor) -> Tensor:
             (layer,) = set(torch.as_tensor(layer).flatten().tolist())  # masks of one layer only
             entries, queries = output.hidden_states.shape[1:3]
-            everything = torch.ones(entries, queries).nonzero()
+            everything = image.new_ones(entries, queries).nonzero()
             masks = self.decode(output, features, layer, everything[:, 0], everything[:, 1])
             return masks.unflatten(0, (entries, queries))[image, query]
 
@@ -79,15 +79,20 @@ class Naive(AllQueries):
         queries = output.hidden_states[layer, image, query]
         attention = head.attention(queries, output.memory_map, padding_mask, image)
         x = torch.cat([output.projected_map[source], attention], dim=1)
-        x = F.relu(head.norms[0](head.convs[0](x)))
-        x = F.relu(head.norms[1](head.convs[1](x)))
+        x = F.relu(plain_norm(head.norms[0], head.convs[0](x)))
+        x = F.relu(plain_norm(head.norms[1], head.convs[1](x)))
         for name, adapter, conv, norm in zip(
             head.in_features, head.adapters, head.convs[2:], head.norms[2:], strict=True
         ):
             adapted = adapter(features[name])[source]
             x = adapted + F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
-            x = F.relu(norm(conv(x)))
+            x = F.relu(plain_norm(norm, conv(x)))
         return head.predictor(x)[:, 0]
+
+
+def plain_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Group norm and nothing else, whatever else the module of a head does."""
+    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def with_head(model: PanopticDETR, kind: type[AllQueries]) -> PanopticDETR:

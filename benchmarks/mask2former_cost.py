@@ -26,7 +26,7 @@ from batchformer_panoptic.checkpoint.conversion.export import to_huggingface
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.run import tune_allocation
 from batchformer_panoptic.engine.setup import add_opts_argument
-from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_targets
 
 from . import ROOT
 from .measure import in_turns, median_ratio, peak_bytes
@@ -115,7 +115,7 @@ class PeerStep(Step):
         super().__init__(model, batch)
         assert isinstance(ours, PanopticDETR)
         self.pixels = ours.preprocess(batch).tensor
-        targets = [to_target(inputs, self.pixels.device, with_masks=True) for inputs in batch]
+        targets = to_targets(batch, self.pixels.device, with_masks=True)
         self.labels = {
             "class_labels": [target.labels for target in targets],
             "mask_labels": [masks_of(target).float() for target in targets],

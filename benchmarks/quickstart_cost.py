@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from batchformer_panoptic.engine import load_config
 from batchformer_panoptic.engine.setup import at_least
+from batchformer_panoptic.engine.threads import limit_threads
 from helpers.tiny_model import NUM_CLASSES, NUM_THINGS, random_inputs
 
 from . import ROOT
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     steps, parameters = {}, {}
     for name in TRANSFORMERS:
         model = make_model(name)
+        limit_threads(load_config(str(CONFIG)), model, args.images, training=True, workers=1)
         steps[name] = partial(training_step, model, batch)
         parameters[name] = sum(p.numel() for p in model.parameters())
     times = in_turns(steps, args.rounds)

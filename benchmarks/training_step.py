@@ -36,7 +36,7 @@ from batchformer_panoptic.engine.setup import add_opts_argument, at_least
 from batchformer_panoptic.modeling.set_prediction.criterion import MaskLoss
 from batchformer_panoptic.modeling.set_prediction.mask_losses import mask_dice_loss, mask_focal_loss
 from batchformer_panoptic.modeling.set_prediction.matcher import Matching
-from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_targets
 from helpers.tiny_model import random_inputs
 
 from . import ROOT
@@ -150,7 +150,7 @@ class PeerStep(Step):
     def __init__(self, model: nn.Module, ours: PanopticDETR, batch: list[dict[str, Any]]) -> None:
         super().__init__(model, batch)
         self.pixels = ours.preprocess(batch).tensor
-        targets = [to_target(inputs, self.pixels.device, with_masks=True) for inputs in batch]
+        targets = to_targets(batch, self.pixels.device, with_masks=True)
         self.labels = []
         for target in targets:
             own = torch.arange(len(target))

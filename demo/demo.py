@@ -22,6 +22,7 @@ import numpy as np
 from batchformer_panoptic.data.images import IMAGE_SUFFIXES, find_images
 from batchformer_panoptic.engine.predictor import Predictor, configure_for_drawing
 from batchformer_panoptic.engine.setup import add_threshold_argument, command_parser, load_config
+from batchformer_panoptic.engine.threads import limit_threads
 from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.visualization import draw_result, write_image
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config_file, args.opts)
     configure_for_drawing(cfg, args.confidence_threshold)
     predictor = Predictor(cfg)
+    limit_threads(cfg, predictor.model)
     if args.webcam:
         return show_webcam(predictor)
     if args.video_input:

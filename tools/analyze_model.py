@@ -32,6 +32,7 @@ from torch import nn
 from batchformer_panoptic.checkpoint import PanopticCheckpointer, SettingsRecord, read_class_table
 from batchformer_panoptic.data import build_test_loader, class_section, setup_datasets
 from batchformer_panoptic.engine.setup import at_least, command_parser, load_config
+from batchformer_panoptic.engine.threads import limit_threads
 from batchformer_panoptic.errors import UserError, command
 
 Inputs = list[dict[str, Any]]
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config_file, args.opts)
     notes = fill_classes(cfg)
     model = build_model(cfg).eval()
+    limit_threads(cfg, model)
     notes += load_weights(cfg, model)
     inputs: list[Inputs] = []
     if not set(args.tasks) <= {"parameter", "structure"}:

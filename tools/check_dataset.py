@@ -10,7 +10,6 @@ same words, 2 if the check itself cannot run, for example for a missing file.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -35,6 +34,7 @@ from batchformer_panoptic.data.validation import (
     segments_of,
 )
 from batchformer_panoptic.engine.setup import at_least, load_config
+from batchformer_panoptic.engine.threads import available_cores
 from batchformer_panoptic.errors import UserError, command
 
 SEVERITY_ORDER = ("error", "warning", "note")
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes",
         type=at_least(1),
-        default=os.cpu_count() or 1,
+        default=available_cores(),
         metavar="N",
         help="that share the work (default: %(default)s)",
     )

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import batchformer_panoptic  # noqa: F401  before PyTorch, which reads its way of waiting
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
@@ -19,6 +22,7 @@ from torch import Tensor
 from batchformer_panoptic.data import build_test_loader
 from batchformer_panoptic.engine.predictor import Predictor
 from batchformer_panoptic.engine.setup import choose_dataset, command_parser, load_config
+from batchformer_panoptic.engine.threads import limit_threads
 from batchformer_panoptic.errors import UserError, command
 from batchformer_panoptic.evaluation import PanopticEvaluator
 from batchformer_panoptic.modeling.postprocessing.masks import ImageMasks
@@ -78,6 +82,8 @@ class EveryMerge:
 def compare(cfg: CfgNode, dataset: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Metrics of each merge on a data set, in percent; groups without classes are left out."""
     predictor = Predictor(cfg)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    limit_threads(cfg, predictor.model, cfg.TEST.IMS_PER_BATCH, workers=workers)
     predictor.check_classes_of(dataset)
     model: Any = predictor.model
     model.inference_options = model.inference_options._replace(merge=EveryMerge(names))

@@ -25,6 +25,7 @@ from batchformer_panoptic.engine.setup import (
     command_parser,
     load_config,
 )
+from batchformer_panoptic.engine.threads import limit_threads
 from batchformer_panoptic.errors import UserError, command
 
 INTERRUPTED = 130  # exit status, as of a shell
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config_file, args.opts)
     configure_for_drawing(cfg, args.confidence_threshold)
     predictor = Predictor(cfg)
+    limit_threads(cfg, predictor.model, args.batch_size)
     folder = PredictionFolder(
         args.output,
         root,

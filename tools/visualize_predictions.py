@@ -18,6 +18,7 @@ from batchformer_panoptic.engine.setup import (
     load_config,
     sample_images,
 )
+from batchformer_panoptic.engine.threads import limit_threads
 from batchformer_panoptic.errors import command
 from batchformer_panoptic.visualization import (
     ERROR_ENTRIES,
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     name = choose_dataset(cfg, "TEST", args.dataset)
     configure_for_drawing(cfg, args.confidence_threshold)
     predictor = Predictor(cfg)
+    limit_threads(cfg, predictor.model)
     table = predictor.check_classes_of(name)
     pictures = (
         (dataset_dict["file_name"], panels(predictor, dataset_dict, table))

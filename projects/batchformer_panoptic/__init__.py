@@ -5,6 +5,7 @@ since the subpackage ``batchformer`` needs only torch.
 """
 
 import importlib
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ _HOME_OF_NAME = {
     "register_panoptic_dataset": ".data",
 }
 
+
+# Threads that wait for others leave their cores to them (engine/threads.py). The OpenMP runtime
+# reads this when torch is imported; a program that has imported torch before waits as before.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Detectron2 compiles two functions with TorchScript when it is imported.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is", FutureWarning, r"torch\.jit\.")

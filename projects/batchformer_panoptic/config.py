@@ -433,6 +433,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # normalised by the number of objects in them. The result is a mean over batches, not the
     # result of one large batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
+    # How several processes exchange gradients: "none" as they are, "bfloat16" rounded to 8 bits of
+    # mantissa, which halves the bytes and pays where the connection is slow (docs/benchmarks.md).
+    cfg.SOLVER.GRADIENT_COMPRESSION = "none"
     # Length of the training in passes over the training images, from which the schedule follows:
     # MAX_ITER is EPOCHS times the number of images (after filtering) divided by the images of an
     # iteration, IMS_PER_BATCH times GRADIENT_ACCUMULATION, rounded up; STEPS change in proportion
@@ -444,6 +447,18 @@ def _add_solver_keys(cfg: CN) -> None:
     # Decay of the exponential moving average of the weights, which is evaluated instead of the
     # last weights. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Half precision of SOLVER.AMP.ENABLED: "bfloat16", or "float16" with loss scaling (GPUs only).
+    # "": bfloat16 on a CPU and on GPUs that compute in it, otherwise float16.
+    cfg.SOLVER.AMP.DTYPE = ""
+    # Train with torch.compile (backbone, layers of the transformer, norms of the mask head), which
+    # needs a compiler. The first steps take long; new image sizes are not compiled again. Losses
+    # are equal up to rounding, except that dropout draws other numbers. Evaluation is as without;
+    # TEST.FAST.COMPILE compiles that. Not measured on a GPU.
+    cfg.SOLVER.COMPILE = False
+    # On GPUs that have TF32, train_net.py computes float32 convolutions and matrix products in it:
+    # their inputs are rounded to 10 bits, their sums are in float32. False: no TF32, not even in
+    # convolutions, where PyTorch uses it by default.
+    cfg.SOLVER.TF32 = True
 
 
 def _add_test_keys(cfg: CN) -> None:
@@ -454,8 +469,8 @@ def _add_test_keys(cfg: CN) -> None:
     # up to rounding: conv-bn fusion, and feature maps in channels-last order.
     cfg.TEST.FAST = CN()
     cfg.TEST.FAST.ENABLED = False
-    # Compile the backbone with torch.compile, which needs a compiler. Every image size is compiled
-    # once, so this pays off for many images of few sizes.
+    # Compile backbone, layers of the transformer and norms of the mask head with torch.compile,
+    # which needs a compiler. The first images take long; new sizes are not compiled again.
     cfg.TEST.FAST.COMPILE = False
     # Convolutions and matrix products in bfloat16. Scores, boxes, softmaxes over pixels, the
     # resizing of masks and everything after it stay in float32.

@@ -24,7 +24,7 @@ def run(monkeypatch):
 def test_the_document_shows_the_results(run):
     text = DOCUMENT.read_text()
     results = run.read_results(run.RESULTS)
-    assert set(results) == set(run.BENCHMARKS)
+    assert set(results) | {"gpu"} == set(run.BENCHMARKS)  # measured where there is one
     assert run.rendered(text, results) == text
 
 
@@ -36,6 +36,7 @@ def test_results_are_whole(run):
         assert result["rounds"] >= 3, name
         assert not result.get("opts"), name
         assert not result.get("options"), name
+        assert not result.get("tiny"), name
         assert f"<!-- {name} -->\n<!-- end" not in text
     arms = sys.modules["benchmarks.training_step"].ARMS
     assert [row["arm"] for row in results["training"]["rows"]] == list(arms)
@@ -222,6 +223,87 @@ def test_two_streams_are_compared_with_one(run, tmp_path):
     assert "| DETR" in document.read_text()
 
 
+def test_a_rehearsal_measures_every_arm_that_a_cpu_has(run, tmp_path, monkeypatch):
+    gpu = sys.modules["benchmarks.gpu_cost"]
+    monkeypatch.setattr(gpu, "WARM_UP", 0)
+    document = tmp_path / "document.md"
+    document.write_text("<!-- gpu -->\n<!-- end gpu -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    rehearsal = ["gpu", "--rounds", "1", "--device", "cpu", "--tiny"]
+    assert run.main([*where, *rehearsal]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["tiny"]
+    arms: dict[str, set[str]] = {}
+    for row in result["rows"]:
+        assert row["seconds"] > 0
+        arms.setdefault(row["what"], set()).add(row["arm"])
+    trained = {
+        f"{kind}, {numbers}"
+        for kind, numbers in gpu.TRAINING
+        if numbers in ("float32", "TF32", "bfloat16")
+    }
+    predicted = {"as published", "default", "fast", "fast, TF32", "fast, bfloat16"}
+    assert arms == {
+        "training step, 2 images": trained,
+        "training step, 8 images": trained,
+        "training step of the quickstart": {"float32", "bfloat16"},
+        "inference, batch of 1": predicted,
+        "inference, batch of 8": predicted,
+    }
+    assert result["ratios"]["training step, 8 images"].keys() == gpu.RATIOS.keys()
+    text = document.read_text()
+    assert "| as published, one stream, float32 " in text
+    assert "- training step, 8 images: two streams against one, float32 " in text
+
+
+def test_what_does_not_fit_or_begins_too_late_has_a_reason_instead_of_numbers(run, monkeypatch):
+    gpu = sys.modules["benchmarks.gpu_cost"]
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    calls = {"first": 0, "large": 0, "broken": 0}
+    errors = {"large": torch.cuda.OutOfMemoryError(), "broken": RuntimeError("no compiler")}
+
+    def build(name):
+        def way():
+            calls[name] += 1
+            if name in errors:
+                raise errors[name]
+            now[0] = 5.0
+
+        return way
+
+    builders = {name: lambda name=name: build(name) for name in (*errors, "first", "late")}
+    rows, times = gpu.measure(builders, rounds=50, end=2.0)
+    reasons = ["out of memory", "failed: no compiler", None, "no time"]
+    assert [row.get("missing") for row in rows] == reasons
+    assert rows[2]["as_fast"] == 1.0
+    assert {name: len(values) for name, values in times.items()} == {"first": gpu.FEWEST_ROUNDS}
+    assert calls["large"] == 1
+    text = gpu.table({"rows": [{"what": "x", "images": 2, **row} for row in rows], "ratios": {}})
+    assert "out of memory" in text
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_several_processes_are_compared_with_one(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- processes -->\n<!-- end processes -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "processes", "--rounds", "1", "--images", "1"]) == 0
+    one, *others = json.loads((tmp_path / "processes.json").read_text())["rows"]
+    assert one["times_as_long"] == 1.0
+    assert len(others) == 3
+    assert "| all, gradients in bfloat16 " in document.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("options", [[], ["--device", "cpu"]])
+def test_a_machine_without_a_gpu_is_told_how_to_rehearse(options, run, capsys):
+    assert run.main(["gpu", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--tiny" in line
+
+
 @pytest.mark.slow
 def test_mask2former_is_compared_with_equal_losses_and_predictions(run, tmp_path):
     pytest.importorskip("transformers")
@@ -242,3 +324,28 @@ def test_mask2former_is_compared_with_equal_losses_and_predictions(run, tmp_path
     assert [row["arm"] for row in rows if row["what"] == "inference"] == [arms[0], "transformers"]
     assert all(row["tensor_bytes"] > 0 for row in rows)
     assert "| transformers" in document.read_text()
+
+
+@pytest.mark.slow
+def test_steps_beside_a_busy_process_are_timed(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- neighbours -->\n<!-- end neighbours -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    assert run.main([*where, "neighbours", "--rounds", "1", "--images", "1"]) == 0
+    rows = json.loads((tmp_path / "neighbours.json").read_text())["rows"]
+    ways = list(sys.modules["benchmarks.neighbours"].WAYS)
+    assert [(row["busy"], row["way"]) for row in rows] == [(b, w) for b in (0, 1) for w in ways]
+    assert all(wall > 0 and cpu > 0 for row in rows for wall, cpu in row["times"])
+    assert "load average" in document.read_text()
+
+
+def test_the_parts_of_loading_are_timed(run, tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- loading -->\n<!-- end loading -->\n")
+    where = ["--results", str(tmp_path), "--document", str(document)]
+    what = ["loading", "--rounds", "1", "--size", "48", "64", "--images", "2"]
+    assert run.main([*where, *what]) == 0
+    rows = json.loads((tmp_path / "loading.json").read_text())["rows"]
+    seconds = {row["part"]: row["seconds"] for row in rows}
+    assert 0 < seconds["decoding the JPEG"] < seconds[sys.modules["benchmarks.loading"].TRAINING]
+    assert "| all of a test image" in document.read_text()

@@ -21,7 +21,7 @@ from batchformer_panoptic.data import (
     build_train_loader,
     register_panoptic_dataset,
 )
-from batchformer_panoptic.data.loader import identity_of, seeded
+from batchformer_panoptic.data.loader import Failure, PackedBatch, identity_of, seeded
 from batchformer_panoptic.errors import UserError
 
 
@@ -81,6 +81,71 @@ def test_batches_do_not_depend_on_the_number_of_workers(cfg: CfgNode, num_worker
     torch.manual_seed(77)
     cfg.DATALOADER.NUM_WORKERS = num_workers
     assert_same(take(cfg, 6), expected)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_moves_to_a_gpu_as_one_buffer_is_the_same(
+    cfg: CfgNode, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = take(cfg, 3)
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    cfg.MODEL.DEVICE = "cuda"
+    loader, test_loader = build_train_loader(cfg), build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    for checked in (loader, test_loader):
+        assert checked.loader.pin_memory
+        monkeypatch.setattr(checked, "_device", torch.device("cpu"))
+    found = list(itertools.islice(loader, 3))
+    assert_same(found, expected)
+    assert all(one_buffer(batch) for batch in found)
+    assert not any(one_buffer(batch) for batch in expected)
+    cfg.MODEL.DEVICE = "cpu"
+    usual = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    for mine, theirs in zip(test_loader, usual, strict=True):
+        assert mine[0].keys() == theirs[0].keys()
+        assert same_pixels(mine[0], theirs[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_on_the_gpu_in_one_buffer(cfg: CfgNode, num_workers: int) -> None:
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    expected = take(cfg, 3)
+    cfg.MODEL.DEVICE = "cuda"
+    found = take(cfg, 3)
+    assert all(sample["image"].is_cuda for batch in found for sample in batch)
+    assert all(one_buffer(batch) for batch in found)
+    for sample in itertools.chain(*found):
+        sample |= {key: sample[key].cpu() for key in ("image", "segment_map")}
+    assert_same(found, expected)
+
+
+def one_buffer(batch: list[dict[str, Any]]) -> bool:
+    tensors = [sample[key] for sample in batch for key in ("image", "segment_map")]
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def test_a_packed_batch_keeps_types_shapes_and_everything_else() -> None:
+    tensors = {
+        "image": torch.arange(45, dtype=torch.uint8).view(3, 3, 5),
+        "float": torch.rand(2, 3),
+        "map": torch.arange(6, dtype=torch.int16).view(2, 3),
+        "nothing": torch.empty(0, 4),
+        "one": torch.tensor(7),
+        "bool": torch.tensor([True, False]),
+    }
+    failure = Failure("no such file")
+    others = {"file_name": "a.jpg", "instances": object()}
+    packed = PackedBatch([{**others, **tensors}, failure, {"image": tensors["image"][:, :2]}])
+    first, second, third = packed.unpack(torch.device("cpu"))
+    assert first.keys() == {**others, **tensors}.keys()
+    for key, expected in tensors.items():
+        assert first[key].dtype == expected.dtype
+        torch.testing.assert_close(first[key], expected, rtol=0, atol=0)
+    assert {key: first[key] for key in others} == others
+    assert second is failure
+    torch.testing.assert_close(third["image"], tensors["image"][:, :2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("start_iter", [1, 3, 5])

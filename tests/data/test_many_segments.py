@@ -16,7 +16,7 @@ from batchformer_panoptic.data import PanopticDatasetMapper
 from batchformer_panoptic.data.panoptic_mapper import number_segments, panoptic_instances
 from batchformer_panoptic.data.segment_maps import read_segment_map
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.modeling.set_prediction.targets import to_target
+from batchformer_panoptic.modeling.set_prediction.targets import to_targets
 from helpers.commands import load_script
 
 HEIGHT, WIDTH = 240, 320
@@ -85,10 +85,10 @@ def test_what_a_worker_sends_and_the_target_hold_one_map(
     mapped = mapper(image_of(1000, tmp_path))
     assert mapped["segment_map"].nbytes == 2 * HEIGHT * WIDTH
     used = load_script("benchmarks/measure.py").peak_bytes(
-        lambda: to_target(mapped, torch.device("cpu"), with_masks=True)
+        lambda: to_targets([mapped], torch.device("cpu"), with_masks=True)
     )
     assert used < 100 * 1000  # boxes and labels
-    target = to_target(mapped, torch.device("cpu"), with_masks=True)
+    (target,) = to_targets([mapped], torch.device("cpu"), with_masks=True)
     assert target.masks.segment_map.data_ptr() == mapped["segment_map"].data_ptr()
 
 

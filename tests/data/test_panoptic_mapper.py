@@ -295,7 +295,7 @@ def test_resize_or_crop_ranges(cfg: CfgNode) -> None:
         kinds = [type(transform).__name__ for transform in transforms]
         flips += "HFlipTransform" in kinds
         if "CropTransform" in kinds:
-            assert kinds[:3] == ["ResizeTransform", "CropTransform", "ResizeTransform"]
+            assert kinds[:3] == ["_Resize", "CropTransform", "_Resize"]
             first_sizes.add(transforms[0].new_h)
             crops.append((transforms[1].h, transforms[1].w))
         resizes = [t for t in transforms if isinstance(t, T.ResizeTransform)]
@@ -325,6 +325,20 @@ def test_augmentations_that_do_not_exist(cfg: CfgNode, key: str, value: object) 
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=key):
         build_augmentations(cfg, True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_crops_and_flips_are_resized_as_by_detectron2(dtype: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8)
+    of_crop = pixels[5:45, 10:60][:, ::-1]
+    resize = BoundedResize(T.ResizeShortestEdge([31], sample_style="choice"), 10**6)
+    ours, theirs = resize.get_transform(of_crop), T.ResizeTransform(40, 50, 31, 39)
+    np.testing.assert_array_equal(ours.apply_image(of_crop), theirs.apply_image(of_crop.copy()))
+    segment_map = of_crop[..., 0].astype(dtype)
+    np.testing.assert_array_equal(
+        transform_segment_map(segment_map, T.TransformList([ours])),
+        transform_segment_map(segment_map.copy(), T.TransformList([theirs])),
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (1, 96)])

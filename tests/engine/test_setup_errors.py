@@ -62,6 +62,7 @@ def test_config_file(
             ["MODEL.ACTIVATION_CHECKPOINTING", "['encode']"],
             "MODEL.ACTIVATION_CHECKPOINTING names 'encode'",
         ),
+        (["SOLVER.AMP.DTYPE", "float16"], "SOLVER.AMP.DTYPE float16 is for GPUs"),
         (["TEST.FAST.BFLOAT16", "True"], "TEST.FAST.BFLOAT16 is on, TEST.FAST.ENABLED is not"),
     ],
 )

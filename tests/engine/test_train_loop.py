@@ -13,8 +13,11 @@ import pytest
 import torch
 from detectron2.utils import comm
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from batchformer_panoptic.engine import trainer as trainer_module
 from batchformer_panoptic.engine.train_loop import (
+    FiniteCheck,
     KeptBuffers,
     MetricWindow,
     StreamTrainLoop,
@@ -22,6 +25,7 @@ from batchformer_panoptic.engine.train_loop import (
 )
 from batchformer_panoptic.engine.trainer import _warn_about_single_images
 from batchformer_panoptic.errors import NonFiniteError, UserError
+from batchformer_panoptic.modeling.compiled import compile_regions
 from helpers.stand_in import StandInTrainer, assert_same_state, stand_in_cfg, trained
 
 LOSSES = {
@@ -91,12 +95,20 @@ def test_metrics_of_first_and_last_iteration_reach_the_file(tmp_path: Path) -> N
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_means_are_over_the_iterations_that_have_the_metric() -> None:
+def test_means_are_over_the_iterations_that_have_the_metric(device: torch.device) -> None:
     window = MetricWindow()
     for one in ({"a": 1.0, "b": 5.0}, {"a": 4.0}, {"a": 2.0, "b": 7.0}, {"a": 5.0}):
-        window.add({name: torch.tensor(value) for name, value in one.items()})
+        window.add({name: torch.tensor(value, device=device) for name, value in one.items()})
     assert window.flush() == {"a": 3.0, "b": 6.0}
     assert window.flush() == {}
+
+
+@pytest.mark.parametrize("first", [2.5, math.inf, math.nan])
+def test_a_check_is_of_the_first_value(first: float, device: torch.device) -> None:
+    check = FiniteCheck(torch.tensor([first, 7.0], device=device))
+    assert check.is_ready == (device.type == "cpu")
+    assert check.passed() == math.isfinite(first)
+    assert check.read()[1] == 7.0
 
 
 def test_the_second_stream_rests_between_its_steps(tmp_path: Path) -> None:
@@ -251,6 +263,17 @@ def test_amp_on_cpu_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     assert trainer.model.head.weight.dtype == torch.float32
+
+
+def test_a_compiled_training_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(trainer_module, "compile_regions", lambda m: compile_regions(m, counter))
+    expected = trained(stand_in_cfg(tmp_path / "plain"))
+    found = trained(stand_in_cfg(tmp_path / "compiled", "SOLVER.COMPILE", True))
+    assert counter.frame_count == 1  # the block
+    assert_same_state(found.model.state_dict(), expected.model.state_dict())
 
 
 @pytest.mark.parametrize(

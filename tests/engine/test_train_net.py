@@ -124,6 +124,21 @@ def test_error_of_a_launched_process_is_one_line(
 FAST = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1")
 
 
+def test_a_small_model_runs_on_one_thread(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "output" / "model_final.pth"))
+    try:
+        for arguments in (FAST, ("--eval-only", *weights)):
+            torch.set_num_threads(2)
+            assert _run("--config-file", config_file, *arguments) == 0
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_console_shows_lines_and_the_log_everything(
     tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

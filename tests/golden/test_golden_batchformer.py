@@ -42,8 +42,8 @@ def trace_blocks(model):
 
 
 @each_variant
-def test_training_step(name):
-    variant, model = VARIANTS[name], make_model(name)
+def test_training_step(name, device):
+    variant, model = VARIANTS[name], make_model(name).to(device)
     assert_training_step(model, GOLDEN, BASE["targets"], variant, metrics=METRICS)
 
 

@@ -47,8 +47,8 @@ def make_model(name):
 
 
 @pytest.mark.parametrize(("name", "targets"), CASES)
-def test_training_step(name, targets):
-    recorded, model = VARIANTS[name][targets], make_model(name)
+def test_training_step(name, targets, device):
+    recorded, model = VARIANTS[name][targets], make_model(name).to(device)
     assert_training_step(model, GOLDEN, GOLDEN["targets"][targets], recorded, metrics=METRICS)
 
 

@@ -34,10 +34,10 @@ def make_model(name):
 
 
 @pytest.mark.parametrize(("name", "targets"), CASES)
-def test_training_step(name, targets):
-    recorded = VARIANTS[name][targets]
+def test_training_step(name, targets, device):
+    recorded, model = VARIANTS[name][targets], make_model(name).to(device)
     objects = GOLDEN["targets"][targets]
-    predictions = assert_training_step(make_model(name), GOLDEN, objects, recorded, name_in_model)
+    predictions = assert_training_step(model, GOLDEN, objects, recorded, name_in_model)
     if "outputs" in recorded:
         points = recorded["intermediates"]["reference_points"]
         for layer in predictions.transformer.reference_points.sigmoid():

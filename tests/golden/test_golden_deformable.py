@@ -94,9 +94,9 @@ def assert_references(predictions, recorded):
 
 
 @pytest.mark.parametrize(("name", "targets"), CASES)
-def test_training_step(name, targets):
+def test_training_step(name, targets, device):
     variant = VARIANTS[name]
-    model, recorded = make_model(name), variant[targets]
+    model, recorded = make_model(name).to(device), variant[targets]
     objects = GOLDEN["targets"][targets]
     predictions = assert_training_step(model, GOLDEN, objects, recorded, namer(variant["args"]))
     assert_references(predictions, recorded.get("intermediates", {}))
@@ -155,8 +155,8 @@ def test_projected_maps(name, key):
 
 
 @each_block_variant
-def test_training_step_in_two_streams(name):
-    variant, model = BLOCK_VARIANTS[name], make_block_model(name)
+def test_training_step_in_two_streams(name, device):
+    variant, model = BLOCK_VARIANTS[name], make_block_model(name).to(device)
     base = BASE["variants"][variant["base_variant"]]
     objects = BASE["targets"]["full"]
     predictions = assert_training_step(model, WITH_BLOCK, objects, variant, namer(base["args"]))

@@ -53,8 +53,8 @@ def test_outputs_and_masks(training):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_matching_losses_and_gradients(name):
-    recorded, model = TARGETS[name], panoptic_model(GOLDEN)
+def test_matching_losses_and_gradients(name, device):
+    recorded, model = TARGETS[name], panoptic_model(GOLDEN).to(device)
     assert_training_step(model, GOLDEN, recorded["targets"], recorded, metrics=METRICS)
 
 

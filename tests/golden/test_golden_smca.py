@@ -125,11 +125,11 @@ def weights_of_image_0(monkeypatch):
 
 @pytest.mark.parametrize(("golden", "name", "targets"), CASES)
 @pytest.mark.usefixtures("weights_of_image_0")
-def test_training_step(golden, name, targets):
+def test_training_step(golden, name, targets, device):
     """One scale has no level weights; of several, all but the defect is as published."""
     recorded = golden["variants"][name][targets]
     objects = golden["targets"][targets]
-    model = make_model(golden, name)
+    model = make_model(golden, name).to(device)
     predictions = assert_training_step(model, golden, objects, recorded, name_in_model)
     if "outputs" in recorded:
         intermediates = recorded["intermediates"]

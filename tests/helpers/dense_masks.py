@@ -25,7 +25,8 @@ class DenseMasks:
     def lookup(masks: Sequence["DenseMasks"], size: tuple[int, int]) -> MaskLookup:
         padded = [F.pad(m.masks, (0, size[1] - m.size[1], 0, size[0] - m.size[0])) for m in masks]
         together = torch.cat(padded)
-        first = torch.tensor([0, *(len(m) for m in padded)]).cumsum(0)
+        lengths = [0, *(len(m) for m in padded)]
+        first = torch.tensor(lengths, device=together.device).cumsum(0)
         return lambda position, index: together[first[position] + index]
 
     @staticmethod

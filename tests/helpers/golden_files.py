@@ -36,9 +36,10 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {our_name(name): value.float() for name, value in state.items()}
 
 
-def features_of(golden: dict[str, Any]) -> dict[str, Tensor]:
+def features_of(golden: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The backbone maps by name, in float32."""
-    return {name: value.float() for name, value in golden["inputs"]["features"].items()}
+    features = golden["inputs"]["features"]
+    return {name: value.float().to(device) for name, value in features.items()}
 
 
 def sizes_of(golden: dict[str, Any]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
@@ -47,9 +48,12 @@ def sizes_of(golden: dict[str, Any]) -> tuple[list[tuple[int, int]], tuple[int, 
     return [tuple(size) for size in inputs["image_sizes"]], tuple(inputs["padded_size"])
 
 
-def image_targets(targets: Sequence[Mapping[str, Tensor]]) -> list[ImageTarget]:
-    """Targets as the criterion takes them; with masks where the file has them."""
+def image_targets(
+    targets: Sequence[Mapping[str, Tensor]], device: torch.device | str = "cpu"
+) -> list[ImageTarget]:
+    """Targets as the criterion takes them; boxes and masks where the file has them."""
+    moved = [{name: value.to(device) for name, value in target.items()} for target in targets]
     return [
-        ImageTarget(t["labels"], t["boxes"], DenseMasks(t["masks"]) if "masks" in t else None)
-        for t in targets
+        ImageTarget(t["labels"], t.get("boxes"), DenseMasks(t["masks"]) if "masks" in t else None)
+        for t in moved
     ]

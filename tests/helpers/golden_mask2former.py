@@ -125,7 +125,7 @@ def recorded_draws(layers: list[dict[str, Any]]) -> Iterator[None]:
     def matcher_points(shape: tuple[int, ...], device: torch.device) -> Tensor:
         points = torch.stack([torch.stack(layer["matcher_points"]) for layer in ordered])
         assert points.shape[:-1] == shape
-        return points
+        return points.to(device)
 
     draws = iter(
         torch.cat([layer["draws"][kind] for layer in ordered]) for kind in ("oversampled", "random")
@@ -134,7 +134,7 @@ def recorded_draws(layers: list[dict[str, Any]]) -> Iterator[None]:
     def rand(*shape: Any, **options: Any) -> Tensor:
         values = next(draws)
         assert values.shape == shape
-        return values
+        return values.to(options.get("device"))
 
     with (
         mock.patch.object(point_losses, "random_points", matcher_points),

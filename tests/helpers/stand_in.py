@@ -38,7 +38,8 @@ class StandIn(nn.Module):
         """Losses in training; the sum of the weights as the only result in evaluation."""
         if not self.training:
             return [{"weights": self.head.weight.sum().item()} for _ in batch]
-        features = self.dropout(self.backbone(torch.stack([x["image"] for x in batch])))
+        images = torch.stack([x["image"] for x in batch]).to(self.head.weight.device)
+        features = self.dropout(self.backbone(images))
         tokens, streams = self.batchformer.after_layer(0, features[:, None], SINGLE, None)
         losses = {}
         for name, stream in zip(streams.names, streams.split(tokens[:, 0]), strict=True):

@@ -15,8 +15,8 @@ each_shapes = pytest.mark.parametrize("shapes", LEVELS)
 
 
 @each_shapes
-def test_equals_the_definition(shapes):
-    value, locations, weights = random_inputs(shapes)
+def test_equals_the_definition(shapes, device):
+    value, locations, weights = (x.to(device) for x in random_inputs(shapes))
     ours = deform_attn(value, shapes, locations, weights)
     expected = plain_loops(value, shapes, locations, weights)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
@@ -24,12 +24,13 @@ def test_equals_the_definition(shapes):
 
 
 @each_shapes
-def test_gradients_equal_those_of_grid_sample(shapes):
+def test_gradients_equal_those_of_grid_sample(shapes, device):
     results = []
     for function in (deform_attn_torch, by_grid_sample):
-        value, locations, weights = (x.requires_grad_() for x in random_inputs(shapes))
+        inputs = (x.to(device).requires_grad_() for x in random_inputs(shapes))
+        value, locations, weights = inputs
         out = function(value, shapes, locations, weights)
-        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        (out * torch.arange(out.numel(), device=device).view_as(out)).sum().backward()
         results.append((out, value.grad, locations.grad, weights.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -93,9 +94,9 @@ def test_only_required_gradients_are_computed():
         assert inputs[wanted].grad.any()
 
 
-def test_half_precision_values_are_sampled_at_full_precision_places():
+def test_half_precision_values_are_sampled_at_full_precision_places(device):
     shapes = [(40, 60)]
-    value, locations, weights = random_inputs(shapes, spread=0.4)
+    value, locations, weights = (x.to(device) for x in random_inputs(shapes, spread=0.4))
     expected = deform_attn(value, shapes, locations, weights)
     half = value.bfloat16()
     ours = deform_attn(half, shapes, locations.float(), weights.bfloat16())

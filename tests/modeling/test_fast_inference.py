@@ -44,7 +44,7 @@ def network(model, inputs):
     images = model.preprocess(inputs)
     features = model.backbone(images.tensor)
     predictions = model.predict(features, images.image_sizes, tuple(images.tensor.shape[-2:]))
-    everything = torch.ones(predictions.logits.shape[1:3]).nonzero()
+    everything = predictions.logits.new_ones(predictions.logits.shape[1:3]).nonzero()
     masks = predictions.last_masks(everything[:, 0], everything[:, 1])
     boxes = [] if predictions.boxes is None else [predictions.boxes]
     return [predictions.logits, masks, *boxes]
@@ -64,15 +64,16 @@ def randomise(module: nn.Module) -> None:
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
-def test_predictions_are_equal_up_to_rounding(name, norm):
-    model = tiny_model(**TRANSFORMERS[name], MODEL__SMALL_RESNET__NORM=norm).eval()
+def test_predictions_are_equal_up_to_rounding(name, norm, device):
+    model = tiny_model(**TRANSFORMERS[name], MODEL__SMALL_RESNET__NORM=norm).eval().to(device)
     randomise(model.backbone)
     fast = prepare_for_inference(model)
     assert batch_norms(model)
     assert not batch_norms(fast)
     inputs = random_inputs(SIZES[:2])
+    tolerance = {"cpu": 1e-5, "cuda": 1e-4}[device.type]
     for ours, expected in zip(network(fast, inputs), network(model, inputs), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +200,8 @@ def test_a_compiler_that_does_not_work_is_explained_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_compiled_backbone_predicts_the_same():
-    model = tiny_model().eval()
+def test_a_compiled_copy_predicts_the_same(device):
+    model = tiny_model().eval().to(device)
     try:
         fast = prepare_for_inference(model, compile=True)
     except UserError as error:
@@ -212,8 +213,8 @@ def test_a_compiled_backbone_predicts_the_same():
 
 
 @torch.no_grad()
-def test_bfloat16_is_close_and_returns_float32():
-    model = tiny_model(MODEL__DETR__SCORING="focal").eval()
+def test_bfloat16_is_close_and_returns_float32(device):
+    model = tiny_model(MODEL__DETR__SCORING="focal").eval().to(device)
     inputs = random_inputs(SIZES[:1])
     dtypes, maps = [], []
     fast = prepare_for_inference(model, bfloat16=True)

@@ -5,7 +5,7 @@ import torch
 
 from batchformer_panoptic.modeling.set_prediction.criterion import count_objects
 from batchformer_panoptic.modeling.set_prediction.predictions import Predictions, QueryMasks
-from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_target
+from batchformer_panoptic.modeling.set_prediction.targets import TargetBatch, to_targets
 from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model, total
 
 
@@ -25,7 +25,7 @@ def losses_of(model, logits, boxes, masks, targets):
 def test_matcher_and_losses_are_those_of_float32(monkeypatch, scoring, resolution):
     model = tiny_model(MODEL__DETR__SCORING=scoring, MODEL__MASK_HEAD__LOSS_RESOLUTION=resolution)
     inputs = random_inputs([(64, 64), (48, 64)], [3, 2])
-    targets = [to_target(x, torch.device("cpu"), with_masks=True) for x in inputs]
+    targets = to_targets(inputs, torch.device("cpu"), with_masks=True)
     logits = torch.randn(2, 2, 6, model.scoring.num_outputs).bfloat16()
     boxes, masks = torch.rand(2, 2, 6, 4) * 0.4 + 0.2, torch.randn(5, 16, 16).bfloat16()
     expected, matching = losses_of(model, logits.float(), boxes, masks.float(), targets)
@@ -49,7 +49,7 @@ def test_costs_and_losses_at_points_are_close_to_those_of_float32():
     """Masks are products of half precision, which moves some uncertain points."""
     model = tiny_model(**MASK2FORMER)
     inputs = random_inputs([(64, 64), (48, 64)], [3, 2])
-    targets = TargetBatch([to_target(x, torch.device("cpu"), with_masks=True) for x in inputs])
+    targets = TargetBatch(to_targets(inputs, torch.device("cpu"), with_masks=True))
     logits = torch.randn(2, 2, 6, model.scoring.num_outputs).bfloat16()
     embeddings, features = torch.randn(2, 2, 6, 8).bfloat16(), torch.randn(2, 8, 16, 16).bfloat16()
 
@@ -73,18 +73,19 @@ def test_costs_and_losses_at_points_are_close_to_those_of_float32():
 @pytest.mark.parametrize(
     "name", ["detr", "conditional", "smca", "smca_multiscale", "deformable", "mask2former"]
 )
-def test_a_step_has_float32_losses_and_gradients(name):
+def test_a_step_has_float32_losses_and_gradients(name, device):
     overrides = {
         "MODEL__DETR__TRANSFORMER_NAME": name,
         "MODEL__SMALL_RESNET__STAGE_STRIDES": [1, 2, 2, 2 if name == "smca_multiscale" else 1],
         "MODEL__BATCHFORMER__ENABLED": True,
     }
     model = tiny_model(**overrides | (MASK2FORMER if name == "mask2former" else {})).train()
+    model.to(device)
     seen = []
     last = model.transformer.pixel_decoder.mask_features if name == "mask2former" else None
     last = last or model.mask_head.predictor
     last.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         losses = model(random_inputs([(64, 64), (48, 64)]))
     assert seen == [torch.bfloat16]
     for key, value in losses.items():

@@ -82,13 +82,12 @@ class StreamState:
         With one stream a loss keeps its name; with more, ``loss_x`` becomes
         ``loss_x/original``, ``loss_x/batchformer``. The sum over all values is unchanged.
         """
+        by_stream = torch.stack(list(contributions.values())).unflatten(1, (self.num_streams, -1))
+        sums = by_stream.sum(-1)
         if self.num_streams == 1:
-            return {name: value.sum() for name, value in contributions.items()}
-        return {
-            f"{name}/{stream}": part.sum()
-            for name, value in contributions.items()
-            for stream, part in zip(self.names, self.split(value), strict=True)
-        }
+            return dict(zip(contributions, sums[:, 0].unbind(), strict=True))
+        names = [f"{name}/{stream}" for name in contributions for stream in self.names]
+        return dict(zip(names, sums.flatten().unbind(), strict=True))
 
 
 class Losses(dict[str, Tensor]):

@@ -113,7 +113,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> "CheckedLoader":
         # The base seed of workers is drawn from this generator; the global one is the model's.
         generator=torch.Generator(),
     )
-    return CheckedLoader(loader, identity_of(dataset_dicts))
+    return CheckedLoader(loader, identity_of(dataset_dicts), device=cfg.MODEL.DEVICE)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "CheckedLoader":
@@ -134,7 +134,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "CheckedLoader":
     loader.worker_init_fn = prepare_worker
     # An evaluation during training must not change the random numbers of the training.
     loader.generator = torch.Generator()
-    return CheckedLoader(loader)
+    return CheckedLoader(loader, device=cfg.MODEL.DEVICE)
 
 
 def load_dataset_dicts(names: Sequence[str], *, filter_empty: bool) -> list[dict[str, Any]]:
@@ -436,15 +436,26 @@ class SampledDataset(Dataset[dict[str, Any] | Failure]):
 class CheckedLoader:
     """Iterates a DataLoader whose mapper reports failures, and raises them as `UserError`."""
 
-    def __init__(self, loader: "DataLoader[Any]", images: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        loader: "DataLoader[Any]",
+        images: Mapping[str, Any] | None = None,
+        *,
+        device: str = "cpu",
+    ) -> None:
         """Wrap a loader.
 
         Args:
-            loader: of batches of dicts or `Failure`.
+            loader: of batches of dicts or `Failure`; changed for a GPU.
             images: the `identity_of` its data set, None for an evaluation.
+            device: MODEL.DEVICE. To a GPU, the images and segment maps of a batch are moved in one
+                copy, from memory that a thread of the loader has pinned.
         """
         self.loader = loader
         self.images = images
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            loader.collate_fn, loader.pin_memory = PackedBatch, True
         _allow_open_files(loader.num_workers)
 
     def __len__(self) -> int:
@@ -453,11 +464,76 @@ class CheckedLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield batches: lists of mapped dicts."""
-        for batch in self.loader:
+        for found in self.loader:
+            batch = found.unpack(self._device) if isinstance(found, PackedBatch) else found
             for sample in batch:
                 if isinstance(sample, Failure):
                     raise UserError(sample.message)
             yield batch
+
+
+class PackedBatch:
+    """A batch whose tensors are stored in one buffer, one after the other.
+
+    Tensors are those directly in the dicts: images and segment maps. The few numbers of the
+    instances stay where they are, since the model joins them on the host.
+
+    Args:
+        samples: dicts, or `Failure`; not changed.
+    """
+
+    def __init__(self, samples: Sequence[dict[str, Any] | Failure]) -> None:
+        tensors = [value for _, _, value in _tensors_of(samples)]
+        self._buffer = torch.empty(sum(map(_stored_bytes, tensors)), dtype=torch.uint8)
+        for tensor, place in zip(tensors, self._places(self._buffer, tensors), strict=True):
+            place.copy_(tensor)
+        # Shapes and types without values.
+        self._samples = _with_tensors(samples, [x.to("meta") for x in tensors])
+
+    @staticmethod
+    def _places(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the parts of the buffer, each with the shape and type of its tensor."""
+        parts = buffer.split([_stored_bytes(tensor) for tensor in tensors])
+        return [
+            part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
+
+    def pin_memory(self) -> "PackedBatch":
+        """Move the buffer to pinned memory; PyTorch's loader calls it in its own thread."""
+        self._buffer = self._buffer.pin_memory()
+        return self
+
+    def unpack(self, device: torch.device) -> list[Any]:
+        """Return the samples; their tensors are parts of one buffer on the device."""
+        buffer = self._buffer.to(device, non_blocking=True)
+        shapes = [value for _, _, value in _tensors_of(self._samples)]
+        return _with_tensors(self._samples, self._places(buffer, shapes))
+
+
+def _tensors_of(
+    samples: Sequence[dict[str, Any] | Failure],
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Yield the number of the sample, the key and the tensor."""
+    for number, sample in enumerate(samples):
+        for key, value in sample.items() if isinstance(sample, dict) else ():
+            if isinstance(value, torch.Tensor):
+                yield number, key, value
+
+
+def _with_tensors(
+    samples: Sequence[dict[str, Any] | Failure], tensors: Sequence[torch.Tensor]
+) -> list[Any]:
+    """Return copies of the samples with other tensors, in the order of `_tensors_of`."""
+    copies: list[Any] = [dict(x) if isinstance(x, dict) else x for x in samples]
+    for (number, key, _), tensor in zip(_tensors_of(samples), tensors, strict=True):
+        copies[number][key] = tensor
+    return copies
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes in a buffer, up to a multiple of the largest element, as views of a type need."""
+    return -(-tensor.nbytes // 16) * 16
 
 
 def _allow_open_files(workers: int) -> None:

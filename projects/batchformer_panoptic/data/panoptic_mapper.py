@@ -13,7 +13,6 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend.color_augmentation import ColorAugSSDTransform
 from detectron2.structures import Boxes, Instances
-from scipy import ndimage
 
 from ..errors import UserError
 from .copy_paste import SegmentedImage, paste_things
@@ -287,16 +286,10 @@ def panoptic_instances(
         - The segment map of the targets, int16 (H, W): the instance of each pixel, or -1. It is
           not a field of the instances because Detectron2 requires one entry per instance in each.
     """
-    # One pass over the pixels finds all boxes; a segment without pixels has None.
-    found = ndimage.find_objects(segment_map, max_label=len(segments_info))
-    visible = [position for position, slices in enumerate(found) if slices is not None]
-    boxes = np.array(
-        [
-            (columns.start, rows.start, columns.stop, rows.stop)
-            for rows, columns in filter(None, found)
-        ],
-        dtype=np.float32,
-    ).reshape(-1, 4)
+    extents = segment_extents(segment_map)  # in the order of the numbers
+    visible = [number - 1 for number in extents]
+    boxes = np.array([extent.bbox_xywh for extent in extents.values()], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
     index_of = np.full(len(segments_info) + 1, -1, dtype=np.int16)
     index_of[1:][visible] = np.arange(len(visible))
 
@@ -305,7 +298,7 @@ def panoptic_instances(
         [segments_info[position]["category_id"] for position in visible], dtype=torch.int64
     )
     instances.gt_boxes = Boxes(torch.from_numpy(boxes))
-    return instances, torch.from_numpy(index_of[segment_map])
+    return instances, torch.from_numpy(np.take(index_of, segment_map))
 
 
 def box_instances(
@@ -398,14 +391,22 @@ class BoundedResize(T.Augmentation):
         """
         transform = self.resize.get_transform(image)
         if isinstance(transform, T.ResizeTransform):
-            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
-            if transform.new_h * transform.new_w > self.max_pixels:
-                height, width = image.shape[:2]
+            height, width = max(1, transform.new_h), max(1, transform.new_w)
+            if height * width > self.max_pixels:
                 raise UserError(
-                    f"{width} x {height} pixels would be resized to {transform.new_w} x "
-                    f"{transform.new_h}, more than INPUT.MAX_PIXELS {self.max_pixels}: crop it"
+                    f"{transform.w} x {transform.h} pixels would be resized to {width} x {height}, "
+                    f"more than INPUT.MAX_PIXELS {self.max_pixels}: crop it"
                 )
+            return _Resize(transform.h, transform.w, height, width, transform.interp)
         return transform
+
+
+class _Resize(T.ResizeTransform):
+    """Detectron2's resize without the slow copy that Pillow makes of a crop."""
+
+    def apply_image(self, img: ImageArray, interp: int | None = None) -> ImageArray:
+        resized: ImageArray = super().apply_image(np.ascontiguousarray(img), interp)
+        return resized
 
 
 def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:

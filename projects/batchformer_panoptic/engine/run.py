@@ -137,7 +137,6 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     Raises:
         UserError: a user's mistake.
     """
-    _share_cores()
     # Of several machines, torchrun counts a restart only where it has lost a process.
     schedulers = [name for name in comm.all_gather(restarted_by(os.environ)) if name]
     if schedulers and not args.eval_only:
@@ -177,12 +176,6 @@ def _check_processes(args: argparse.Namespace, member: Member | None) -> None:
             f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: machines "
             "are numbered from 0"
         )
-
-
-def _share_cores() -> None:
-    """Divide the cores among the processes of a CPU run; each would use all of them."""
-    if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
 
 
 def tune_allocation() -> None:

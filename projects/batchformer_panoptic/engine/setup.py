@@ -23,7 +23,9 @@ from ..config import add_batchformer_panoptic_config
 from ..data import load_dataset_dicts, setup_datasets
 from ..data.io import write_text
 from ..errors import UserError, did_you_mean, one_line
+from ..modeling.compiled import check_key
 from ..modeling.fast_inference import check_fast
+from ..modeling.precision import amp_dtype, set_tf32
 from ..visualization.curves import METRICS_NAME
 from ..visualization.report import REPORT_NAME
 from .output_folder import hold, put_back, release, remove_temporaries, set_aside
@@ -210,6 +212,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     logger.info(f"environment, config, model and all results: {cfg.OUTPUT_DIR}/log.txt")
     logger.info(f"SEED is {cfg.SEED}")
     seed_all_rng(cfg.SEED + comm.get_rank())
+    set_tf32(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if schedule:
         logger.info(schedule)
@@ -381,6 +384,9 @@ def _check_run(cfg: CfgNode, *, eval_only: bool) -> None:
     if not cfg.DATASETS[split]:
         raise UserError(f"DATASETS.{split} is empty; name a data set")
     check_fast(cfg)
+    amp_dtype(cfg)
+    if cfg.SOLVER.COMPILE and not eval_only:
+        check_key("SOLVER.COMPILE", cfg.MODEL.DEVICE)
     check_loggers(cfg.LOGGERS)
     unknown = set(cfg.MODEL.ACTIVATION_CHECKPOINTING) - set(_CHECKPOINTED_PARTS)
     if unknown:

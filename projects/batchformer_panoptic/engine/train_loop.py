@@ -5,6 +5,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..batchformer import BatchFormerHook
 from ..checkpoint.files import non_finite
 from ..checkpoint.mismatch import first
 from ..errors import NonFiniteError, UserError
+from ..modeling.precision import HalfWeights
 from ..signals import StopRequest
 from .solver import GradientClipper, resumed_state
 from .writers import memory_in_use
@@ -226,35 +228,40 @@ def combine_streams(
     Raises:
         UserError: a stream without a weight.
     """
-    streams = list(dict.fromkeys(name.split("/", 1)[1] for name in losses if "/" in name))
+    names = tuple(losses)
+    streams = dict.fromkeys(name.split("/", 1)[1] for name in names if "/" in name)
     unknown = [stream for stream in streams if stream not in stream_weights]
     if unknown:
         raise UserError(f"MODEL.BATCHFORMER.STREAM_WEIGHTS has no weight for stream {unknown[0]!r}")
-    terms: dict[str, list[Tensor]] = {}
-    own: dict[str, Tensor] = {}
-    for name, loss in losses.items():
-        term, _, stream = name.partition("/")
-        weight = stream_weights[stream] if stream else 1.0
-        terms.setdefault(term, []).append(loss if weight == 1.0 else loss * weight)
+    weights = tuple((stream, stream_weights[stream]) for stream in streams)
+    values = torch.stack(list(losses.values()))
+    logged_names, factors = _factors_of_logged(names, weights, values.device)
+    weighted = values if all(weight == 1.0 for _, weight in weights) else values * factors[0]
+    logged = (factors * values.detach()).sum(1)
+    return StreamLosses(weighted.sum(), dict(zip(logged_names, logged.unbind(), strict=True)))
+
+
+@lru_cache(maxsize=16)
+def _factors_of_logged(
+    names: tuple[str, ...], weights: tuple[tuple[str, float], ...], device: torch.device
+) -> tuple[list[str], Tensor]:
+    """Names of the logged values, and for each a row of the factors of all losses in it.
+
+    The first row is that of the total. Rows are kept, so that no step copies them to the device.
+    """
+    parts = [name.partition("/") for name in names]
+    weight_of = {"": 1.0, **dict(weights)}
+    rows = {"total_loss": [weight_of[stream] for _, _, stream in parts]}
+    for term, _, _ in parts:
+        rows[term] = [weight_of[stream] * (name == term) for name, _, stream in parts]
+    for stream, _ in weights:
+        rows[f"{stream}/total_loss"] = [float(len(weights) * (of == stream)) for *_, of in parts]
+    for index, (term, _, stream) in enumerate(parts):
         if stream:
-            own[f"{stream}/{term}"] = loss.detach() * len(streams)
-    term_totals = {term: _add(parts) for term, parts in terms.items()}
-    total = _add(list(term_totals.values()))
-    logged = {"total_loss": total.detach()}
-    logged.update({term: value.detach() for term, value in term_totals.items()})
-    for stream in streams:
-        logged[f"{stream}/total_loss"] = _add(
-            [value for name, value in own.items() if name.startswith(f"{stream}/")]
-        )
-    logged.update(own)
-    return StreamLosses(total, logged)
-
-
-def _add(values: list[Tensor]) -> Tensor:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
+            rows[f"{stream}/{term}"] = [
+                float(len(weights) * (index == i)) for i in range(len(names))
+            ]
+    return list(rows), torch.tensor(list(rows.values()), device=device)
 
 
 # The training loop.
@@ -277,7 +284,7 @@ class StreamTrainLoop(SimpleTrainer):
         clipper: clips the gradients and returns their total norm.
         stream_weights: factor of each stream's losses, by stream name.
         seed: the seed of the run; each batch is seeded from (seed, number of the batch, rank).
-        amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere.
+        amp: the dtype of mixed precision, float16 with loss scaling; None: float32.
         accumulation: number of batches whose gradients are averaged for one step (an iteration).
         ema: moving average that is updated after each step.
         stop: a signal to stop; its attribute ``agreed`` is set if any process has got one.
@@ -295,7 +302,7 @@ class StreamTrainLoop(SimpleTrainer):
         clipper: GradientClipper,
         stream_weights: Mapping[str, float],
         seed: int,
-        amp: bool = False,
+        amp: torch.dtype | None = None,
         accumulation: int = 1,
         ema: WeightAverage | None = None,
         stop: StopRequest | None = None,
@@ -317,11 +324,13 @@ class StreamTrainLoop(SimpleTrainer):
         self._block_hooks = [part for part in model.modules() if isinstance(part, BatchFormerHook)]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
-        names = {id(parameter): name for name, parameter in unwrapped.named_parameters()}
+        self._weights = dict(unwrapped.named_parameters())
+        names = {id(parameter): name for name, parameter in self._weights.items()}
         self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device.type
         self._amp = amp
-        self._scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
+        self._half_weights = None if amp is None else HalfWeights(model, amp)
+        self._scaler = torch.amp.GradScaler(self._device, enabled=amp == torch.float16)
 
     def run_step(self) -> None:
         """Run one optimizer step on the mean gradient of one or several batches.
@@ -354,7 +363,7 @@ class StreamTrainLoop(SimpleTrainer):
             images += _names_of(batch)
             self._images += len(batch)
             for name, value in self._accumulate(batch, last=part + 1 == self._accumulation).items():
-                share = value.detach() / self._accumulation
+                share = value / self._accumulation if self._accumulation > 1 else value
                 metrics[name] = metrics[name] + share if name in metrics else share
         self.after_backward()
 
@@ -404,7 +413,10 @@ class StreamTrainLoop(SimpleTrainer):
         Processes exchange gradients only with the last batch of a step.
         """
         is_local = not last and isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if is_local else contextlib.nullcontext():
+        with (
+            self.model.no_sync() if is_local else contextlib.nullcontext(),
+            contextlib.nullcontext() if self._half_weights is None else self._half_weights.in_use(),
+        ):
             losses, combined, failure = self._forward(batch)
             total = (
                 torch.tensor(math.nan, device=self._device) if combined is None else combined.total
@@ -415,7 +427,8 @@ class StreamTrainLoop(SimpleTrainer):
             is_first_read = check.is_ready or comm.get_world_size() > 1
             if combined is None or (is_first_read and not check.passed()):
                 raise NonFiniteError(self._describe_losses(losses, failure, batch))
-            self._scaler.scale(total / self._accumulation).backward()
+            share = total / self._accumulation if self._accumulation > 1 else total
+            self._scaler.scale(share).backward()
         if not check.passed():
             raise NonFiniteError(self._describe_losses(losses, failure, batch))
         self._stop.agreed = self._stop.agreed or check.read()[1] > 0
@@ -461,8 +474,7 @@ class StreamTrainLoop(SimpleTrainer):
 
         All processes must call.
         """
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        spoiled = non_finite(dict(model.named_parameters()))
+        spoiled = non_finite(self._weights)
         for names in filter(None, comm.all_gather(first(spoiled) if spoiled else "")):
             return f"{found}; an earlier iteration has spoiled {names}: lower SOLVER.BASE_LR"
         return (
@@ -486,10 +498,9 @@ class StreamTrainLoop(SimpleTrainer):
         return losses, combine_streams(losses, self._stream_weights), ""
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._amp:
+        if self._amp is None:
             return contextlib.nullcontext()
-        dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
-        return torch.autocast(self._device, dtype=dtype)
+        return torch.autocast(self._device, dtype=self._amp)
 
     def _log(self, metrics: Mapping[str, Tensor], data_time: float) -> None:
         storage = get_event_storage()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
@@ -23,6 +23,8 @@ from detectron2.utils.events import (
     has_event_storage,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ..batchformer.batchformer import TWO_STREAMS
 from ..checkpoint import PanopticCheckpointer, RunRecord, SettingsRecord
@@ -32,8 +34,10 @@ from ..data import CheckedLoader, build_test_loader, build_train_loader
 from ..data.class_table import ClassTable
 from ..data.io import write_text
 from ..errors import Stopped, UserError, one_line, user_message
-from ..evaluation import build_evaluator, main_metric, per_class_values
+from ..evaluation import OverlappedEvaluator, build_evaluator, main_metric, per_class_values
+from ..modeling.compiled import compile_regions
 from ..modeling.fast_inference import model_for_evaluation
+from ..modeling.precision import amp_dtype
 from ..signals import StopRequest, describe, handling, ignore
 from ..visualization import side_by_side
 from ..visualization.curves import METRICS_NAME
@@ -41,6 +45,7 @@ from ..visualization.report import example_pictures, has_examples, write_report
 from .output_folder import cut_metrics, hold, last_logged, logged_values, release
 from .processes import is_failed_collective
 from .solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from .threads import limit_threads
 from .trackers import LOGGERS
 from .train_loop import NonFiniteError, StreamTrainLoop, WeightAverage
 from .writers import (
@@ -74,19 +79,23 @@ class PanopticTrainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _warn_about_single_images(cfg)
         model = self.build_model(cfg)
+        images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        limit_threads(cfg, model, images, training=True, workers=cfg.DATALOADER.NUM_WORKERS)
         optimizer = self.build_optimizer(cfg, model)
         self.ema = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        if cfg.SOLVER.COMPILE:
+            compile_regions(model)
         self._unwrapped = model
         self._stop = StopRequest()
         self._trainer = StreamTrainLoop(
-            _distribute(model, has_rests=_block_rests(cfg)),
+            _distribute(model, cfg),
             optimizer,
             clipper=build_gradient_clipper(cfg),
             stream_weights=dict(
                 zip(TWO_STREAMS.names, cfg.MODEL.BATCHFORMER.STREAM_WEIGHTS, strict=True)
             ),
             seed=cfg.SEED,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            amp=amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             ema=self.ema,
             stop=self._stop,
@@ -479,8 +488,12 @@ class PanopticTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``."""
-        return build_evaluator(cfg, dataset_name, str(_inference_dir(cfg, dataset_name)))
+        """Return the evaluator, which writes to ``OUTPUT_DIR/inference/<data set>``.
+
+        It processes a batch while the model predicts the next one.
+        """
+        folder = str(_inference_dir(cfg, dataset_name))
+        return OverlappedEvaluator(build_evaluator(cfg, dataset_name, folder))
 
     @classmethod
     def test(
@@ -490,7 +503,13 @@ class PanopticTrainer(DefaultTrainer):
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
         """Evaluate on ``DATASETS.TEST``; ``TEST.FAST`` evaluates a faster copy of the model."""
-        results: dict[str, Any] = super().test(cfg, model_for_evaluation(cfg, model), evaluators)
+        # A compiled training is evaluated as an uncompiled one.
+        is_eager = cfg.SOLVER.COMPILE and not cfg.TEST.FAST.COMPILE
+        stance = torch.compiler.set_stance("force_eager") if is_eager else contextlib.nullcontext()
+        with stance:
+            results: dict[str, Any] = super().test(
+                cfg, model_for_evaluation(cfg, model), evaluators
+            )
         if comm.is_main_process():
             for name, of_dataset in _by_dataset(cfg, results).items():
                 logger.info(f"{name}: {_summary(of_dataset)}")
@@ -504,6 +523,7 @@ class PanopticTrainer(DefaultTrainer):
             UserError: there are no weights to load, or they do not fit.
         """
         model = cls.build_model(cfg)
+        limit_threads(cfg, model, cfg.TEST.IMS_PER_BATCH, workers=cfg.DATALOADER.NUM_WORKERS)
         checkpointer = PanopticCheckpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -527,18 +547,44 @@ def _classes_of(dataset_name: str) -> ClassTable:
     return ClassTable.from_metadata(MetadataCatalog.get(dataset_name))
 
 
-def _block_rests(cfg: CfgNode) -> bool:
-    """Whether there are steps in which the block's parameters have no gradient."""
-    node = cfg.MODEL.BATCHFORMER
-    return bool(node.ENABLED and (node.EVERY > 1 or node.ATTEND == "none"))
+_GRADIENT_COMPRESSIONS = {"none": None, "bfloat16": bf16_compress_hook}
 
 
-def _distribute(model: nn.Module, *, has_rests: bool) -> nn.Module:
+def _distribute(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Wrap a model so that several processes average their gradients; one process needs nothing.
+
+    Raises:
+        UserError: an unknown ``SOLVER.GRADIENT_COMPRESSION``.
+    """
+    name = cfg.SOLVER.GRADIENT_COMPRESSION
+    if name not in _GRADIENT_COMPRESSIONS:
+        known = ", ".join(_GRADIENT_COMPRESSIONS)
+        raise UserError(f"SOLVER.GRADIENT_COMPRESSION is {name!r}; known: {known}")
+    return model if comm.get_world_size() == 1 else parallel(model, cfg)
+
+
+def parallel(model: nn.Module, cfg: CfgNode) -> DistributedDataParallel:
+    """Wrap a model so that the processes of the group average their gradients.
+
+    Not as a static graph: it would save the search for parameters without a gradient, of which only
+    a block that rests or has no effect has some, and in outputs other than plain containers of
+    tensors it skips the first average without a word.
+    """
+    block = cfg.MODEL.BATCHFORMER
+    has_unused = block.ENABLED and (block.EVERY > 1 or block.ATTEND == "none")
     # The current GPU, since srun may show each process only one.
     device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return create_ddp_model(
-        model, broadcast_buffers=False, find_unused_parameters=has_rests, device_ids=device_ids
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        find_unused_parameters=has_unused,
+        gradient_as_bucket_view=True,
     )
+    hook = _GRADIENT_COMPRESSIONS[cfg.SOLVER.GRADIENT_COMPRESSION]
+    if hook is not None:
+        wrapped.register_comm_hook(None, hook)
+    return wrapped
 
 
 def _inference_dir(cfg: CfgNode, dataset_name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from .build import EVALUATOR_FACTORIES, build_evaluator, main_metric, per_class_values
 from .coco_ap import ThingAPEvaluator, build_box_evaluator
+from .overlapped import OverlappedEvaluator
 from .panoptic_evaluator import (
     ClassQuality,
     GroupQuality,
@@ -16,6 +17,7 @@ __all__ = [
     "EVALUATOR_FACTORIES",
     "ClassQuality",
     "GroupQuality",
+    "OverlappedEvaluator",
     "PanopticEvaluator",
     "PanopticQuality",
     "Segments",

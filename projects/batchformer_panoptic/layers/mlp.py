@@ -1,7 +1,9 @@
-"""The multi-layer perceptron of box heads and decoders."""
+"""The multi-layer perceptron of box heads and decoders, and linear layers of one input."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,3 +26,16 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+def joint_linear(x: Tensor, layers: Iterable[nn.Linear]) -> tuple[Tensor, ...]:
+    """The outputs of several linear layers of one input, by one matrix product.
+
+    Args:
+        x: (..., input_dim).
+        layers: at least one, with biases.
+    """
+    layers = list(layers)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)

@@ -35,7 +35,7 @@ class SinePositionEncoding(nn.Module):
         self.scale = scale
         self.offset = offset
         half = num_channels // 2
-        exponent = 2 * (torch.arange(half) // 2).float() / half
+        exponent = torch.arange(0, half, 2, dtype=torch.float32) / half
         self.register_buffer("wave_lengths", temperature**exponent, persistent=False)
         self.wave_lengths: Tensor
 
@@ -51,13 +51,12 @@ class SinePositionEncoding(nn.Module):
         valid = ~padding_mask
         rows = self._normalise(valid.cumsum(1, dtype=torch.float32), dim=1)
         columns = self._normalise(valid.cumsum(2, dtype=torch.float32), dim=2)
-        return torch.cat(
-            [interleaved_waves(where, self.wave_lengths) for where in (rows, columns)], dim=-1
-        )
+        where = torch.stack([rows, columns], dim=-1) * self.scale
+        return interleaved_waves(where, self.wave_lengths).flatten(-2)
 
     def _normalise(self, index: Tensor, dim: int) -> Tensor:
         last = index.narrow(dim, -1, 1)
-        return (index + self.offset) / (last + self._EPS) * self.scale
+        return (index + self.offset if self.offset else index) / (last + self._EPS)
 
 
 def sine_encoding(
@@ -79,11 +78,11 @@ def sine_encoding(
         (..., num_channels); ``num_channels / D`` channels for each coordinate in turn.
     """
     share = num_channels // coordinates.shape[-1]
-    exponent = 2 * (torch.arange(share, device=coordinates.device) // 2).float() / share
+    exponent = torch.arange(0, share, 2, dtype=torch.float32, device=coordinates.device) / share
     return interleaved_waves(coordinates * scale, temperature**exponent).flatten(-2)
 
 
 def interleaved_waves(positions: Tensor, wave_lengths: Tensor) -> Tensor:
-    """Sine at even and cosine at odd channels: (...) and (K,) -> (..., K)."""
+    """Sine at even and cosine at odd channels: (...) and (K / 2,) -> (..., K)."""
     phase = positions[..., None] / wave_lengths
-    return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
+    return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)

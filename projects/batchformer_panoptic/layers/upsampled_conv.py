@@ -63,7 +63,5 @@ def _doubled_weight(weight: Tensor) -> Tensor:
     Two adjacent large pixels are copies of one small pixel, so taps that fall on both are summed:
     along each side, the taps a, b, c become c, b + c, a + b, a.
     """
-    for dim in (2, 3):
-        a, b, c = weight.unbind(dim)
-        weight = torch.stack([c, b + c, a + b, a], dim)
-    return weight.transpose(0, 1)
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+    return sums.flip(2, 3).transpose(0, 1)

@@ -11,12 +11,15 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..errors import UserError, one_line
+from ..errors import UserError
+from .backbone import FoldedConv2d
+from .compiled import check_compiler, check_key, compile_regions
+from .precision import cast_weights
 
 logger = logging.getLogger(__name__)
 
-# Exact types: subclasses may transform their weights before the convolution.
-_CONVOLUTIONS = (nn.Conv2d, Conv2d)
+# Exact types: other subclasses may transform their weights before the convolution.
+_CONVOLUTIONS = (nn.Conv2d, Conv2d, FoldedConv2d)
 # oneDNN's block of input channels; see `breaks_channels_last`.
 _BLOCK = 16
 
@@ -41,10 +44,7 @@ def check_fast(cfg: CfgNode) -> None:
         if node[key] and not node.ENABLED:
             raise UserError(f"TEST.FAST.{key} is on, TEST.FAST.ENABLED is not: set it to True")
     if node.COMPILE:
-        try:
-            _check_compiler(torch.device(cfg.MODEL.DEVICE))
-        except UserError as error:
-            raise UserError(f"TEST.FAST.COMPILE: {error}, or set it to False") from error
+        check_key("TEST.FAST.COMPILE", cfg.MODEL.DEVICE)
 
 
 # Copies that are made in inference mode could never be part of an autograd graph.
@@ -61,10 +61,11 @@ def prepare_for_inference(
 
     Args:
         model: a `PanopticDETR` or another model of this package; it is not changed.
-        compile: compile the backbone (the whole model if it has none) with ``torch.compile``. The
-            first image sizes cost a compilation each, until sizes become dynamic.
-        bfloat16: run convolutions, matrix products and attention in bfloat16. Scores, boxes, the
-            softmax of the mask head and all post-processing stay in float32.
+        compile: compile backbone, transformer and mask head with ``torch.compile``, see
+            `compile_regions`. The first images take long, others of any size do not.
+        bfloat16: run convolutions, matrix products and attention in bfloat16, in which the copy
+            keeps their weights. Scores, boxes, the softmax of the mask head and all post-processing
+            stay in float32.
 
     Returns:
         A model with the same call signature.
@@ -79,9 +80,13 @@ def prepare_for_inference(
         fast.backbone = backbone
     if not breaks_channels_last(fast):
         fast = fast.to(memory_format=torch.channels_last)
+    if bfloat16:
+        # Autocast would cast weights without gradients anew in every call.
+        for *_, weight in cast_weights(fast):
+            weight.data = weight.data.bfloat16()
     if compile:
-        _check_compiler(_device(fast))
-        (backbone if isinstance(backbone, Backbone) else fast).compile()
+        check_compiler(_device(fast))
+        compile_regions(fast)
     return InBFloat16(fast) if bfloat16 else fast
 
 
@@ -190,7 +195,7 @@ def _example(model: nn.Module, backbone: Backbone) -> Tensor:
     return values.view(1, mean.numel(), 2 * side, 3 * side).to(next(model.parameters()).dtype)
 
 
-# --- memory format, compiler ---------------------------------------------------------------------
+# --- memory format -------------------------------------------------------------------------------
 
 
 def breaks_channels_last(network: nn.Module) -> bool:
@@ -212,14 +217,3 @@ def breaks_channels_last(network: nn.Module) -> bool:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _check_compiler(device: torch.device) -> None:
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # of many types: no compiler, a broken one, no headers, no Triton
-        reason = one_line(error, first_line_only=True)
-        raise UserError(
-            f"torch.compile does not work here ({reason}); install a C++ compiler (for a GPU: "
-            "Triton)"
-        ) from error

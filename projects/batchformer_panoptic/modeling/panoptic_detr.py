@@ -21,7 +21,7 @@ from ..batchformer import Losses, StreamState
 from ..batchformer.exchange import gather_objects
 from ..config import boxes_only_changes
 from ..errors import NonFiniteError, UserError
-from .backbone import checkpoint_stages
+from .backbone import checkpoint_stages, fold_frozen_norms
 from .build import (
     build_criterion,
     build_mask_head,
@@ -48,9 +48,16 @@ from .set_prediction.mask_losses import pixel_class_loss
 from .set_prediction.matcher import HungarianMatcher
 from .set_prediction.predictions import MaskSelector, Predictions
 from .set_prediction.scoring import Scoring
-from .set_prediction.targets import ImageTarget, TargetBatch, class_maps, to_target
+from .set_prediction.targets import (
+    ImageTarget,
+    TargetBatch,
+    class_maps,
+    pad_and_stack,
+    to_device,
+    to_targets,
+)
 from .transformer import Transformer, TransformerOutput, build_transformer
-from .transformer.layers import batch_padding
+from .transformer.layers import BatchPadding, batch_padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +164,7 @@ class PanopticDETR(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the parts that the config names."""
         backbone = build_backbone(cfg)
+        fold_frozen_norms(backbone)
         if "backbone" in cfg.MODEL.ACTIVATION_CHECKPOINTING:
             checkpoint_stages(backbone)
         shapes = backbone.output_shape()
@@ -235,17 +243,15 @@ class PanopticDETR(nn.Module):
         images = self.preprocess(batched_inputs)
         if self.sync_padding:
             images = _pad_to_largest(images)
-        targets = [
-            to_target(
-                inputs,
-                self.device,
-                with_boxes=self.transformer.predicts_boxes,
-                with_masks=self.mask_head is not None,
-            )
-            for inputs in batched_inputs
-        ]
-        features = self.backbone(images.tensor)
         padded_size = _spatial_size(images.tensor)
+        targets = to_targets(
+            batched_inputs,
+            self.device,
+            padded_size=padded_size,
+            with_boxes=self.transformer.predicts_boxes,
+            with_masks=self.mask_head is not None,
+        )
+        features = self.backbone(images.tensor)
         predictions = self.predict(features, images.image_sizes, padded_size, targets)
         try:
             return self.losses(predictions, features, targets)
@@ -257,12 +263,22 @@ class PanopticDETR(nn.Module):
             raise NonFiniteError(f"{error} for images {names}", error.entries) from error
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Move images to the device, normalise them and pad them to one size."""
-        images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
-        return ImageList.from_tensors(
-            [(image - self.pixel_mean) / self.pixel_std for image in images],
-            self.size_divisibility,
+        """Pad images to one size, move them to the device in one copy, and normalise them.
+
+        Padding is zero after the normalisation.
+        """
+        images = [inputs["image"] for inputs in batched_inputs]
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        divisor = self.size_divisibility
+        height, width = (
+            -(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True)
         )
+        pixels = to_device(pad_and_stack(images, (height, width)), self.device)
+        pixels = (pixels - self.pixel_mean) / self.pixel_std
+        padding = BatchPadding(sizes, (height, width))
+        if padding.is_padded:
+            pixels = pixels.masked_fill(padding.mask_like(pixels)[:, None], 0.0)
+        return ImageList(pixels, sizes)
 
     def predict(
         self,
@@ -426,8 +442,8 @@ class PanopticDETR(nn.Module):
         if self.semantic_head is None:
             return {}
         class_map = class_maps(targets, padded_size)
-        losses = [pixel_class_loss(x, class_map, num_pixels) for x in self.semantic_head(features)]
-        return {"loss_semantic": self.semantic_weight * torch.stack(losses).sum()}
+        loss = pixel_class_loss(self.semantic_head(features), class_map, num_pixels)
+        return {"loss_semantic": self.semantic_weight * loss}
 
 
 def _refuse_non_finite(scores: Tensor, batched_inputs: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,11 @@ from batchformer_panoptic.checkpoint.conversion import Request
 from batchformer_panoptic.checkpoint.conversion.backbones import convert_torchvision_resnet
 from batchformer_panoptic.engine.solver import build_optimizer
 from batchformer_panoptic.errors import UserError
-from batchformer_panoptic.modeling.backbone import TESTED_TIMM_MODELS
+from batchformer_panoptic.modeling.backbone import (
+    TESTED_TIMM_MODELS,
+    FoldedConv2d,
+    fold_frozen_norms,
+)
 from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_cfg, tiny_model, total
 
 TIMM = {"MODEL__BACKBONE__NAME": "build_timm_backbone", "INPUT__FORMAT": "RGB"}
@@ -316,3 +320,25 @@ def test_maps_of_timm_are_normalised_on_request():
         expected = expected - expected.mean(1, keepdim=True)
         expected = expected / (expected.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
         torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_folds_frozen_norms_into_convolutions():
+    """With the outputs and gradients of Detectron2's layers, also after a change of statistics."""
+    cfg = tiny_cfg(MODEL__SMALL_RESNET__NORM="FrozenBN")
+    theirs, ours = build_backbone(cfg).double(), build_backbone(cfg).double()
+    fold_frozen_norms(ours)
+    images = torch.randn(2, 3, 48, 64, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        state = {k: torch.rand_like(v) * 0.5 + 0.2 for k, v in theirs.state_dict().items()}
+        for network in (theirs, ours):
+            network.load_state_dict(state)
+            network.zero_grad()
+            sum(x.square().mean() for x in network(images).values()).backward()
+        assert sum(isinstance(m, FoldedConv2d) for m in ours.modules()) == 12
+        for (name, wanted), parameter in zip(
+            theirs.named_parameters(), ours.parameters(), strict=True
+        ):
+            torch.testing.assert_close(parameter.grad, wanted.grad, msg=name)
+    with torch.no_grad():
+        for name, wanted in theirs.eval()(images).items():
+            assert torch.equal(ours.eval()(images)[name], wanted)

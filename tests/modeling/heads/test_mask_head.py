@@ -59,7 +59,7 @@ def slow_mask(head: MaskHead, output: TransformerOutput, maps, entry: int, query
             backbone_map = list(maps.values())[i - 2]
             adapted = head.adapters[i - 2](backbone_map[image : image + 1])
             x = adapted + F.interpolate(x, size=adapted.shape[-2:], mode="nearest")
-        x = norm(conv(x)).relu()
+        x = torch.nn.GroupNorm.forward(norm, conv(x)).relu()
     return head.predictor(x)[0, 0]
 
 

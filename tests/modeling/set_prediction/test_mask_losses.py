@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batchformer_panoptic.modeling.set_prediction import mask_losses
+from batchformer_panoptic.modeling.set_prediction import targets as targets_module
 from batchformer_panoptic.modeling.set_prediction.mask_losses import (
     mask_dice_loss,
     mask_focal_loss,
@@ -28,7 +28,7 @@ def at_once(logits, masks, size=SIZE):
 @pytest.mark.parametrize("number", [0, 1, 7])
 @pytest.mark.parametrize("pixels", [1, 3 * SIZE[0] * SIZE[1], 1 << 20])
 def test_values_and_gradients_are_those_of_all_masks_at_once(monkeypatch, number, pixels):
-    monkeypatch.setitem(mask_losses._PIXELS_AT_ONCE, "cpu", pixels)
+    monkeypatch.setitem(targets_module.PIXELS_AT_ONCE, "cpu", pixels)
     torch.manual_seed(0)
     logits = (4 * torch.randn(number, 5, 6, dtype=torch.float64)).requires_grad_()
     masks = torch.rand(number, *SIZE) < 0.4

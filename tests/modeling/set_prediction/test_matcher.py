@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batchformer_panoptic.errors import NonFiniteError
-from batchformer_panoptic.layers import cxcywh_to_xyxy, generalized_box_iou
+from batchformer_panoptic.layers import generalized_box_iou
 from batchformer_panoptic.modeling.set_prediction.matcher import (
     BoxGIoUCost,
     BoxL1Cost,
@@ -43,7 +43,7 @@ def pair_cost(scoring, logits, box, label, target_box):
     else:
         p = logits.sigmoid()[label]
         cost_class = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
-    giou = generalized_box_iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(target_box))
+    giou = generalized_box_iou(box, target_box)
     return (cost_class + 5 * (box - target_box).abs().sum() - 2 * giou).item()
 
 

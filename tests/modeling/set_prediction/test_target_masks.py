@@ -60,11 +60,13 @@ def test_shares_are_those_of_the_masks_at_full_size(number, size):
 
 
 def test_little_memory_beside_the_result():
-    targets = crowded_targets((120, 160), (120, 160))
+    targets = crowded_targets((480, 640), (480, 640))
     image, local = pairs(200)
     peak_bytes = load_script("benchmarks/measure.py").peak_bytes
-    pixels = 120 * 160
+    pixels = 480 * 640
     of_masks = peak_bytes(lambda: TargetBatch(targets).masks.gather(image, local))
     assert 200 * pixels <= of_masks < 250 * pixels
-    of_shares = peak_bytes(lambda: TargetBatch(targets).masks.gather_shares(image, local, (30, 40)))
+    of_shares = peak_bytes(
+        lambda: TargetBatch(targets).masks.gather_shares(image, local, (120, 160))
+    )
     assert of_shares < 170 * pixels  # one float32 mask for each pair would be 800

@@ -14,7 +14,7 @@ from batchformer_panoptic.modeling.set_prediction.targets import (
     ImageTarget,
     SegmentMap,
     TargetBatch,
-    to_target,
+    to_targets,
 )
 from batchformer_panoptic.modeling.transformer.mask_pilot import MaskPilot, PilotLayout
 from helpers.commands import load_script
@@ -181,7 +181,7 @@ def test_other_masks_are_refused() -> None:
 def predictions_of(model: Any, inputs: list[dict[str, Any]], *, piloted: bool) -> Any:
     images = model.preprocess(inputs)
     features = model.backbone(images.tensor)
-    targets = [to_target(x, model.device, with_boxes=False, with_masks=True) for x in inputs]
+    targets = to_targets(inputs, model.device, with_boxes=False, with_masks=True)
     size = tuple(images.tensor.shape[-2:])
     return model.predict(features, images.image_sizes, size, targets if piloted else None)
 
@@ -264,7 +264,7 @@ def test_padding_queries_are_not_supervised(scoring: str) -> None:
         real[None, None], torch.cat(labels)[None, None], torch.tensor(5.0)
     )
     images = model.preprocess(inputs)
-    targets = [to_target(x, model.device, with_boxes=False, with_masks=True) for x in inputs]
+    targets = to_targets(inputs, model.device, with_boxes=False, with_masks=True)
     losses = model.losses(predictions, model.backbone(images.tensor), targets)
     torch.testing.assert_close(losses["loss_ce_mp"], expected.sum())
 

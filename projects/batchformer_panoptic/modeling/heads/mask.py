@@ -62,6 +62,26 @@ class AttentionMap(nn.Module):
         return weights.view(-1, self.num_heads, height, width).to(scores.dtype)
 
 
+class ImagePartNorm(nn.GroupNorm):
+    """Adds the part of a convolution that depends on the image only, then group norm and ReLU."""
+
+    def forward(self, x: Tensor, of_image: Tensor, image_index: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise.
+
+        Args:
+            x: (K, C, H, W), the part that depends on the query; it may be changed.
+            of_image: (B, C, H, W).
+            image_index: (K,) int64, the image of each query.
+
+        Returns:
+            (K, C, H, W).
+        """
+        part = _of_entries(of_image, image_index)
+        # A compiled sum is part of the kernel after it; in place it would be stored as well.
+        total = x + part if torch.compiler.is_compiling() else x.add_(part)
+        return F.relu_(super().forward(total))
+
+
 class MaskHead(nn.Module):
     """Masks of chosen queries at the resolution of the finest backbone map.
 
@@ -118,7 +138,10 @@ class MaskHead(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(n_in, n_out, kernel_size=3, padding=1) for n_in, n_out in pairwise(widths)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, n), n) for n in widths[1:])
+        self.norms = nn.ModuleList(
+            (nn.GroupNorm if i == 1 else ImagePartNorm)(math.gcd(8, n), n)
+            for i, n in enumerate(widths[1:])
+        )
         self.adapters = nn.ModuleList(
             nn.Conv2d(n_in, n_out, kernel_size=1)
             for n_in, n_out in zip(in_channels.values(), widths[2:5], strict=True)
@@ -195,18 +218,19 @@ class MaskHead(nn.Module):
         ``of_image`` holds the image parts of the first and of the last three convolutions.
         """
         x = F.conv2d(attention, self._first_weights()[1], padding=1)
-        x = F.relu_(self.norms[0](x.add_(_of_entries(of_image[0], source_index))))
+        x = self.norms[0](x, of_image[0], source_index)
         x = F.relu_(self.norms[1](self.convs[1](x)))
         for conv, norm, part in zip(self.convs[2:], self.norms[2:], of_image[1:], strict=True):
-            x = conv_upsampled(x, conv.get_parameter("weight"), (part.shape[-2], part.shape[-1]))
-            x = F.relu_(norm(x.add_(_of_entries(part, source_index))))
+            assert isinstance(conv, nn.Conv2d)
+            x = conv_upsampled(x, conv.weight, (part.shape[-2], part.shape[-1]))
+            x = norm(x, part, source_index)
         return self.predictor(x)[:, 0]
 
     def _image_parts(
         self, projected_map: Tensor, backbone_maps: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Image parts (B, C_i, H_i, W_i) of the first and the last three convolutions."""
-        weight, bias = self._first_weights()[0], self.convs[0].get_parameter("bias")
+        weight, _, bias = self._first_weights()
         parts = [F.conv2d(projected_map, weight, bias, padding=1)]
         for conv, adapter, backbone_map in zip(
             self.convs[2:], self.adapters, backbone_maps, strict=True
@@ -214,11 +238,13 @@ class MaskHead(nn.Module):
             parts.append(conv(adapter(backbone_map)))
         return tuple(parts)
 
-    def _first_weights(self) -> tuple[Tensor, Tensor]:
-        """Weights of the first convolution for the projected map and for the attention maps."""
-        weight = self.convs[0].get_parameter("weight")
-        of_image, of_attention = weight.split([self.embed_dim, self.attention.num_heads], dim=1)
-        return of_image, of_attention
+    def _first_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """First convolution: its weights for projected map and attention maps, and its bias."""
+        first = self.convs[0]
+        assert isinstance(first, nn.Conv2d)
+        widths = [self.embed_dim, self.attention.num_heads]
+        of_image, of_attention = first.weight.split(widths, dim=1)
+        return of_image, of_attention, first.bias
 
 
 class QueryMaskHead(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...batchformer.exchange import num_processes
-from ...layers import cxcywh_to_xyxy, generalized_box_iou
-from .mask_losses import mask_dice_loss, mask_focal_loss, upsampled_mask_losses
+from ...layers import generalized_box_iou
+from .mask_losses import focal_and_dice_losses, upsampled_mask_losses
 from .matcher import Matching
 from .predictions import Predictions
 from .scoring import Scoring
@@ -146,7 +146,7 @@ class BoxGIoULoss:
     ) -> dict[str, Tensor]:
         """See :class:`LossTerm`."""
         boxes, target_boxes = _matched_boxes(predictions, targets, matching)
-        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        giou = generalized_box_iou(boxes, target_boxes)
         sums = matching.sum_by_entry(1 - giou, predictions.logits.shape[:2])
         return {"loss_giou": self.weight * (sums / num_objects)}
 
@@ -195,19 +195,12 @@ class MaskLoss:
         num_layers = predictions.logits.shape[0] if self.all_layers else 1
         pairs = matching if self.all_layers else matching.of_layer(-1)
         logits = predictions.masks(pairs.layer, pairs.image, pairs.query).float()
-        focal, dice = self._losses(logits, targets, pairs)
-        # Pairs of the last layer only are numbered from 0 like the layer itself.
-        pairs = pairs if self.all_layers else pairs._replace(layer=torch.zeros_like(pairs.layer))
-        shape = (num_layers, len(targets))
-        return {
-            "loss_mask": self.focal_weight * pairs.sum_by_entry(focal, shape) / num_objects,
-            "loss_dice": self.dice_weight * pairs.sum_by_entry(dice, shape) / num_objects,
-        }
+        each = self._losses(logits, targets, pairs)
+        focal, dice = pairs.sum_by_entry(each, (num_layers, len(targets))) / num_objects
+        return {"loss_mask": self.focal_weight * focal, "loss_dice": self.dice_weight * dice}
 
-    def _losses(
-        self, logits: Tensor, targets: TargetBatch, pairs: Matching
-    ) -> tuple[Tensor, Tensor]:
-        """Focal and Dice losses (M,) of (M, h, w) mask logits."""
+    def _losses(self, logits: Tensor, targets: TargetBatch, pairs: Matching) -> Tensor:
+        """Focal and Dice losses (2, M) of (M, h, w) mask logits."""
         image, local = pairs.image, pairs.local_target
         if self.resolution == "target":
             return upsampled_mask_losses(
@@ -218,7 +211,7 @@ class MaskLoss:
         size = (logits.shape[-2], logits.shape[-1])
         shares = targets.masks.gather_shares(image, local, size).flatten(1)
         flat = logits.flatten(1)
-        return mask_focal_loss(flat, shares), mask_dice_loss(flat, shares)
+        return focal_and_dice_losses(flat, shares)
 
 
 class SetCriterion:
@@ -325,7 +318,7 @@ def matching_metrics(
     wanted = targets.labels[last.global_target]
     decoded = scoring.decode(predictions.logits[-1])
     labels = decoded.labels.masked_fill(~decoded.is_object, -1)[last.image, last.query]
-    correct = (labels == wanted).float().sum() / max(len(wanted), 1)
+    correct = (labels == wanted).sum() * (100 / max(len(wanted), 1))
     # Numbers that the host knows, with one transfer.
     known = torch.tensor([*map(float, targets.counts), len(wanted) / len(targets.counts)])
     known = known.to(wanted.device, non_blocking=True)
@@ -333,9 +326,9 @@ def matching_metrics(
     cardinality = (decoded.is_object.sum(-1) - counts).abs().mean()
     kept = decoded.is_object & (decoded.scores > score_threshold)
     return {
-        "class_error": 100 - 100 * correct,
+        "class_error": 100 - correct,
         "cardinality_error": cardinality,
-        "kept_queries": kept.sum(-1).float().mean(),
+        "kept_queries": kept.sum() / len(kept),
         "matched_objects": matched,
     }
 

@@ -3,18 +3,14 @@
 Shapes: K masks, (h, w) as predicted, (H, W) of the targets, P pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import sigmoid_focal_loss
 
-# Target pixels of the masks whose losses are computed together. On a CPU tensors of this size stay
-# in the cache; a GPU needs more work per kernel launch.
-_PIXELS_AT_ONCE = {"cpu": 1 << 20}
-_PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
+from .targets import pixels_at_once
 
 
 def mask_focal_loss(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Tensor:
@@ -28,7 +24,7 @@ def mask_focal_loss(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Te
     Returns:
         (K,), non-negative.
     """
-    return sigmoid_focal_loss(logits, masks, alpha=alpha, gamma=2.0).mean(dim=1)
+    return _focal_loss(logits, logits.sigmoid(), masks, alpha)
 
 
 def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -41,29 +37,50 @@ def mask_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (K,) in 0 to 1.
     """
+    return _dice_loss(logits.sigmoid(), masks)
+
+
+def focal_and_dice_losses(logits: Tensor, masks: Tensor, *, alpha: float = 0.25) -> Tensor:
+    """(2, K): :func:`mask_focal_loss` and :func:`mask_dice_loss` with one sigmoid for both."""
     probabilities = logits.sigmoid()
+    focal = _focal_loss(logits, probabilities, masks, alpha)
+    return torch.stack([focal, _dice_loss(probabilities, masks)])
+
+
+def _focal_loss(logits: Tensor, probabilities: Tensor, masks: Tensor, alpha: float) -> Tensor:
+    # The weights of both sides and the probability of the wrong side, at every pixel.
+    weight = masks * (2 * alpha - 1) + (1 - alpha)
+    wrong = torch.lerp(probabilities, 1 - probabilities, masks)
+    entropy = F.binary_cross_entropy_with_logits(logits, masks, weight, reduction="none")
+    return (entropy * wrong.square()).mean(dim=1)
+
+
+def _dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
     overlap = (probabilities * masks).sum(dim=1)
     return 1 - (2 * overlap + 1) / (probabilities.sum(dim=1) + masks.sum(dim=1) + 1)
 
 
-def pixel_class_loss(logits: Tensor, class_map: Tensor, num_pixels: Tensor | None = None) -> Tensor:
-    """Cross entropy averaged over the pixels that have a class; 0 if there are none.
+def pixel_class_loss(
+    logits: Sequence[Tensor], class_map: Tensor, num_pixels: Tensor | None = None
+) -> Tensor:
+    """Cross entropy averaged over the pixels that have a class, summed over predictions.
 
     Args:
-        logits: (B, K, h, w), resized to ``class_map`` bilinearly.
-        class_map: (B, H, W) int64 in [0, K), negative where a pixel has no class.
+        logits: (B, K, h, w) each, resized to ``class_map`` bilinearly.
+        class_map: (B, H, W) int64 in [0, K), -1 where a pixel has no class.
         num_pixels: 0-d, a normaliser in place of the number of these pixels.
 
     Returns:
-        0-d, non-negative.
+        0-d, non-negative; 0 without such pixels.
     """
-    large = F.interpolate(
-        logits.float(), size=class_map.shape[-2:], mode="bilinear", align_corners=False
-    )
-    total = F.cross_entropy(large, class_map.clamp(min=-1), ignore_index=-1, reduction="sum")
+    large = [
+        F.interpolate(x.float(), size=class_map.shape[-2:], mode="bilinear", align_corners=False)
+        for x in logits
+    ]
+    totals = [F.cross_entropy(x, class_map, ignore_index=-1, reduction="sum") for x in large]
     if num_pixels is None:
         num_pixels = (class_map >= 0).sum()
-    return total / num_pixels.clamp(min=1)
+    return torch.stack(totals).sum() / num_pixels.clamp(min=1)
 
 
 def upsampled_mask_losses(
@@ -72,7 +89,7 @@ def upsampled_mask_losses(
     masks_of: Callable[[slice], Tensor],
     *,
     alpha: float = 0.25,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """:func:`mask_focal_loss` and :func:`mask_dice_loss` of predictions resized to their targets.
 
     The masks are processed a few at a time with activation checkpointing. Without it autograd would
@@ -85,18 +102,15 @@ def upsampled_mask_losses(
         alpha: weight of the pixels inside in the focal loss.
 
     Returns:
-        Focal and Dice losses, each (K,).
+        (2, K), Focal and Dice losses.
     """
 
     def losses_of(part: slice) -> Tensor:
         large = F.interpolate(logits[part, None], size=size, mode="bilinear", align_corners=False)
         large, masks = large.flatten(1), masks_of(part).flatten(1).to(large.dtype)
-        return torch.stack(
-            [mask_focal_loss(large, masks, alpha=alpha), mask_dice_loss(large, masks)]
-        )
+        return focal_and_dice_losses(large, masks, alpha=alpha)
 
-    pixels = _PIXELS_AT_ONCE.get(logits.device.type, _PIXELS_AT_ONCE_ELSEWHERE)
-    step = max(1, pixels // (size[0] * size[1]))
+    step = max(1, pixels_at_once(logits.device) // (size[0] * size[1]))
     starts = range(0, max(1, len(logits)), step)  # without masks one empty part keeps the graph
     parts = [
         checkpoint(
@@ -104,5 +118,4 @@ def upsampled_mask_losses(
         )
         for start in starts
     ]
-    focal, dice = torch.cat(parts, dim=1)
-    return focal, dice
+    return torch.cat(parts, dim=1)

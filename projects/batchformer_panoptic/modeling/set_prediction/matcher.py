@@ -4,6 +4,7 @@ Shapes: L decoder layers, B' = streams * B batch entries, Q queries, T_max: the 
 objects in an entry.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...errors import NonFiniteError
-from ...layers import cxcywh_to_xyxy, generalized_box_iou
+from ...layers import generalized_box_iou
 from .predictions import Predictions
 from .scoring import Scoring
 from .targets import TargetBatch
@@ -23,6 +24,7 @@ class Matching(NamedTuple):
     """Matched pairs of all decoder layers, ordered by layer, then batch entry, then query.
 
     Attributes:
+        row: (M,) int64, decoder layer and batch entry in one, l * B' + b; for pairs of one layer b.
         layer: (M,) int64, decoder layer of a pair.
         image: (M,) int64 in [0, B'), batch entry.
         query: (M,) int64 in [0, Q).
@@ -35,6 +37,7 @@ class Matching(NamedTuple):
             processes, that a softmax class loss is normalised by; None: by those of the process.
     """
 
+    row: Tensor
     layer: Tensor
     image: Tensor
     query: Tensor
@@ -52,6 +55,7 @@ class Matching(NamedTuple):
         layer %= len(self.layer_starts) - 1
         begin, end = self.layer_starts[layer : layer + 2]
         return self._replace(
+            row=self.image[begin:end],
             layer=self.layer[begin:end],
             image=self.image[begin:end],
             query=self.query[begin:end],
@@ -61,11 +65,9 @@ class Matching(NamedTuple):
         )
 
     def sum_by_entry(self, values: Tensor, shape: Sequence[int]) -> Tensor:
-        """(M,) values of the pairs -> (L, B') sums; ``shape`` is (L, B')."""
-        num_layers, num_entries = shape
-        flat = values.new_zeros(num_layers * num_entries)
-        flat = flat.index_add(0, self.layer * num_entries + self.image, values)
-        return flat.view(num_layers, num_entries)
+        """(..., M) values of the pairs -> (..., L, B') sums; ``shape`` is (L, B')."""
+        flat = values.new_zeros(*values.shape[:-1], math.prod(shape))
+        return flat.index_add(-1, self.row, values).unflatten(-1, tuple(shape))
 
 
 class CostTerm(Protocol):
@@ -129,8 +131,8 @@ class BoxGIoUCost:
     def __call__(self, predictions: Predictions, targets: TargetBatch) -> Tensor:
         """See :class:`CostTerm`."""
         return -generalized_box_iou(
-            cxcywh_to_xyxy(_boxes_of(predictions))[..., :, None, :],
-            cxcywh_to_xyxy(targets.padded_boxes_cxcywh)[..., None, :, :],
+            _boxes_of(predictions)[..., :, None, :],
+            targets.padded_boxes_cxcywh[..., None, :, :],
         )
 
 
@@ -166,8 +168,11 @@ class HungarianMatcher:
             NonFiniteError: a cost is NaN or infinite.
         """
         terms = {term.name: term(predictions, targets) for term in self.costs}
-        total = sum(term.weight * terms[term.name] for term in self.costs)
-        cost = torch.as_tensor(total).cpu().numpy()
+        first, *others = self.costs
+        total = first.weight * terms[first.name]
+        for term in others:
+            total = torch.add(total, terms[term.name], alpha=term.weight)
+        cost = total.cpu().numpy()
         counts = targets.counts
         real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # (B', T_max)
         bad = ~np.isfinite(cost).all(axis=(0, 2)) & real
@@ -201,9 +206,12 @@ def fixed_matching(
     """
     one = _to_matching([list(pairs)], counts, device)
     number = len(one.query)
+    layer = torch.arange(num_layers, device=device).repeat_interleave(number)
+    image = one.image.repeat(num_layers)
     return Matching(
-        layer=torch.arange(num_layers, device=device).repeat_interleave(number),
-        image=one.image.repeat(num_layers),
+        row=layer * len(counts) + image,
+        layer=layer,
+        image=image,
         query=one.query.repeat(num_layers),
         local_target=one.local_target.repeat(num_layers),
         global_target=one.global_target.repeat(num_layers),
@@ -235,6 +243,7 @@ def _to_matching(
     rows = [
         np.stack(
             [
+                np.full(len(queries), layer * len(counts) + image),
                 np.full(len(queries), layer),
                 np.full(len(queries), image),
                 queries,
@@ -247,6 +256,6 @@ def _to_matching(
     ]
     table = np.concatenate(rows, axis=1)
     per_layer = [sum(len(queries) for queries, _ in images) for images in pairs]
-    layer, image, query, local, total = torch.from_numpy(table).to(device, non_blocking=True)
     starts = tuple(np.cumsum([0, *per_layer]).tolist())
-    return Matching(layer, image, query, local, total, layer_starts=starts)
+    row, layer, image, query, local, total = torch.from_numpy(table).to(device, non_blocking=True)
+    return Matching(row, layer, image, query, local, total, layer_starts=starts)

@@ -93,8 +93,7 @@ class SoftmaxScoring(Scoring):
         class_counts: Tensor | None = None,
     ) -> Tensor:
         """Weighted cross entropy, averaged with its weights over all queries of the batch."""
-        weight = torch.ones(self.num_outputs, device=logits.device)
-        weight[-1] = self.no_object_weight
+        weight = F.pad(logits.new_ones(self.num_classes), (0, 1), value=self.no_object_weight)
         each = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), weight, reduction="none")
         if class_counts is None:
             total_weight = weight[classes].sum(dim=(1, 2))[:, None]  # (L, 1)

@@ -3,18 +3,23 @@
 Shapes: B' = streams * B batch entries, T objects of one image, K chosen objects.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers import xyxy_to_cxcywh
 
-# Full-size maps that are copied at a time while masks are made from them.
+# Pixels of the masks that are made, or whose losses are computed, together. On a CPU, tensors of
+# this size stay in the cache; a GPU needs more work per kernel launch.
+PIXELS_AT_ONCE = {"cpu": 1 << 20}
+_PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
+# Full-size maps that are copied at a time, whatever their size, while masks are made from them.
 _MASKS_AT_ONCE = 16
 
 PointLookup = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,13 +64,13 @@ class SegmentMap:
     @staticmethod
     def lookup(masks: Sequence["SegmentMap"], size: tuple[int, int]) -> MaskLookup:
         """See :class:`ObjectMasks`."""
-        maps = _pad_and_stack((m.segment_map for m in masks), size, value=-1)
+        maps = pad_and_stack([m.segment_map for m in masks], size, value=-1)
         return lambda position, index: _compare(maps, position, index)
 
     @staticmethod
     def point_lookup(masks: Sequence["SegmentMap"], size: tuple[int, int]) -> PointLookup:
         """See :class:`ObjectMasks`; memory grows with the points and not with the pixels."""
-        maps = _pad_and_stack((m.segment_map for m in masks), size, value=-1)
+        maps = pad_and_stack([m.segment_map for m in masks], size, value=-1)
         return lambda position, index, points: _sample(maps, position, index, points)
 
 
@@ -88,28 +93,57 @@ class ImageTarget:
         return self.labels.shape[0]
 
 
-def to_target(
-    inputs: dict[str, Any], device: torch.device, *, with_boxes: bool = True, with_masks: bool
-) -> ImageTarget:
-    """Read the target of one image from an input dict in Detectron2's format.
+def to_targets(
+    batched_inputs: Sequence[dict[str, Any]],
+    device: torch.device,
+    *,
+    padded_size: tuple[int, int] | None = None,
+    with_boxes: bool = True,
+    with_masks: bool,
+) -> list[ImageTarget]:
+    """Read the targets of images from input dicts in Detectron2's format.
+
+    All labels, boxes and maps are put together on the host, and cross to the device in one copy of
+    each.
 
     Args:
-        inputs: ``instances`` with ``gt_classes``; with ``gt_boxes`` for boxes; and ``segment_map``
-            (H, W) for masks.
-        device: where the target is moved to.
+        batched_inputs: ``instances`` with ``gt_classes``; with ``gt_boxes`` for boxes; and
+            ``segment_map`` (H, W) for masks.
+        device: where the targets are moved to.
+        padded_size: (height, width) that maps are padded to; by default the largest of the batch.
         with_boxes: whether boxes are read.
         with_masks: whether masks are read.
+
+    Returns:
+        One target for each image: views of the tensors of the batch.
     """
-    instances = inputs["instances"]
-    boxes, masks = None, None
+    instances = [inputs["instances"] for inputs in batched_inputs]
+    counts = [len(of_image) for of_image in instances]
+    labels = torch.cat([of_image.gt_classes for of_image in instances])
+    targets = [ImageTarget(x) for x in labels.to(device, non_blocking=True).split(counts)]
     if with_boxes:
-        height, width = instances.image_size
-        boxes = instances.gt_boxes.tensor
-        boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-        boxes = boxes.to(device, non_blocking=True)
+        sizes = np.array([of_image.image_size[::-1] * 2 for of_image in instances], np.float32)
+        boxes = torch.cat([of_image.gt_boxes.tensor for of_image in instances])
+        scale = torch.from_numpy(sizes.repeat(counts, 0)).to(boxes.device)
+        boxes = xyxy_to_cxcywh(boxes / scale).to(device, non_blocking=True)
+        targets = [
+            replace(target, boxes_cxcywh=x)
+            for target, x in zip(targets, boxes.split(counts), strict=True)
+        ]
     if with_masks:
-        masks = SegmentMap(inputs["segment_map"].to(device, non_blocking=True))
-    return ImageTarget(instances.gt_classes.to(device, non_blocking=True), boxes, masks)
+        maps = [inputs["segment_map"] for inputs in batched_inputs]
+        stacked = to_device(pad_and_stack(maps, padded_size, value=-1), device)
+        targets = [
+            replace(target, masks=SegmentMap(x)) for target, x in zip(targets, stacked, strict=True)
+        ]
+    return targets
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a large tensor to a device; to a GPU from pinned memory, so that nothing waits."""
+    if device.type == "cuda" and not host.is_cuda:
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 class TargetBatch:
@@ -147,13 +181,20 @@ class TargetBatch:
     @cached_property
     def padded_labels(self) -> Tensor:
         """(B', largest count) int64, meaningless past an entry's own objects."""
-        labels = [target.labels for target in self.targets]
-        return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
+        return self.labels[self._padded_index]
 
     @cached_property
     def padded_boxes_cxcywh(self) -> Tensor:
         """(B', largest count, 4) float32, meaningless past an entry's own objects."""
-        return torch.nn.utils.rnn.pad_sequence(self._boxes(), batch_first=True)
+        return self.boxes_cxcywh[self._padded_index]
+
+    @cached_property
+    def _padded_index(self) -> Tensor:
+        """(B', largest count) int64 positions in all objects, those of others past the own ones."""
+        ends = np.cumsum(self.counts)
+        index = (ends - self.counts)[:, None] + np.arange(max(self.counts, default=0))
+        host = torch.from_numpy(index.clip(max=max(sum(self.counts) - 1, 0)))
+        return host.to(self.targets[0].labels.device, non_blocking=True)
 
     @cached_property
     def masks(self) -> "BatchMasks":
@@ -247,12 +288,10 @@ class BatchMasks:
             local_index: (K,) int64, objects of these entries.
             size: (h, w) of the small map.
         """
-        parts = zip(
-            image_index.split(_MASKS_AT_ONCE), local_index.split(_MASKS_AT_ONCE), strict=True
-        )
+        step = _masks_at_once(self.size, image_index.device)
         shares = [
             F.interpolate(self.gather(image, local)[:, None].float(), size=size, mode="area")
-            for image, local in parts
+            for image, local in zip(image_index.split(step), local_index.split(step), strict=True)
         ]
         return torch.cat(shares)[:, 0]
 
@@ -272,11 +311,22 @@ def class_maps(
     maps = []
     for target in targets:
         assert isinstance(target.masks, SegmentMap)
-        index = target.masks.segment_map.long()
-        if len(target) > 0:
-            index = target.labels[index.clamp(min=0)].masked_fill(index < 0, -1)
-        maps.append(index)
-    return _pad_and_stack(maps, padded_size or _largest([m.shape for m in maps]), value=-1)
+        maps.append(target.masks.segment_map)
+    stacked = pad_and_stack(maps, padded_size, value=-1)
+    # The classes of all objects, after that of pixels without one.
+    classes = F.pad(torch.cat([target.labels for target in targets]), (1, 0), value=-1)
+    firsts = torch.from_numpy(np.cumsum([1, *(len(target) for target in targets[:-1])]))
+    firsts = firsts.to(classes.device, non_blocking=True)
+    return classes[(stacked + firsts[:, None, None]).masked_fill_(stacked < 0, 0)]
+
+
+def pixels_at_once(device: torch.device) -> int:
+    """Pixels of masks to process together; see ``PIXELS_AT_ONCE``."""
+    return PIXELS_AT_ONCE.get(device.type, _PIXELS_AT_ONCE_ELSEWHERE)
+
+
+def _masks_at_once(size: tuple[int, int], device: torch.device) -> int:
+    return max(_MASKS_AT_ONCE, pixels_at_once(device) // (size[0] * size[1]))
 
 
 def _largest(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -289,7 +339,8 @@ def _compare(maps: Tensor, map_index: Tensor, local_index: Tensor) -> Tensor:
     # smaller one to int64 as a whole.
     wanted = local_index.to(maps.dtype)[:, None, None]
     masks = torch.empty((len(map_index), *maps.shape[-2:]), dtype=torch.bool, device=maps.device)
-    parts = (x.split(_MASKS_AT_ONCE) for x in (map_index, wanted, masks))
+    step = _masks_at_once((maps.shape[-2], maps.shape[-1]), maps.device)
+    parts = (x.split(step) for x in (map_index, wanted, masks))
     for images, numbers, out in zip(*parts, strict=True):
         torch.eq(maps[images], numbers, out=out)
     return masks
@@ -318,8 +369,21 @@ def _sample(maps: Tensor, map_index: Tensor, local_index: Tensor, points: Tensor
     return value
 
 
-def _pad_and_stack(maps: Iterable[Tensor], size: tuple[int, int], value: int) -> Tensor:
-    height, width = size
-    return torch.stack(
-        [F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=value) for m in maps]
-    )
+def pad_and_stack(
+    maps: Sequence[Tensor], size: tuple[int, int] | None = None, value: int = 0
+) -> Tensor:
+    """Tensors (..., H_i, W_i) -> (B, ..., H, W), padded with a value to one size.
+
+    Args:
+        maps: at least one, of one type.
+        size: (H, W); by default the largest height and width.
+        value: of the padding, to the right and below.
+    """
+    height, width = size or _largest([x.shape[-2:] for x in maps])
+    if all(x.shape[-2:] == (height, width) for x in maps):
+        return maps[0][None] if len(maps) == 1 else torch.stack(list(maps))
+    shape = (len(maps), *maps[0].shape[:-2], height, width)
+    stacked = maps[0].new_full(shape, value)
+    for place, x in zip(stacked, maps, strict=True):
+        place[..., : x.shape[-2], : x.shape[-1]] = x
+    return stacked

@@ -5,6 +5,8 @@ head, L decoder layers. Parameter names are those of Atten4Vis/ConditionalDETR.
 """
 
 from collections.abc import Sequence
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -12,10 +14,10 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...layers import MLP, sine_encoding
+from ...layers import MLP, joint_linear, sine_encoding
 from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, post_norm_arguments
-from .layers import Decoder, FeedForwardLayer, MemoryGrid
+from .layers import Decoder, FeedForwardLayer, MemoryGrid, for_products
 
 
 class ConditionalAttention(nn.Module):
@@ -97,46 +99,50 @@ class ConditionalDecoderLayer(FeedForwardLayer):
     def forward(
         self,
         queries: Tensor,
-        query_pos: Tensor,
+        positions: Sequence[Tensor],
         spatial_query: Tensor,
-        memory: Tensor,
-        pos: Tensor,
+        key: Tensor,
+        key_pos: Tensor,
+        value: Tensor,
         valid_mask: Tensor | None,
     ) -> Tensor:
         """Update the queries.
 
         Args:
             queries: (B', Q, C) content of the queries.
-            query_pos: (B', Q, C) learned positions.
+            positions: outputs (B', Q, C) of :meth:`position_layers` for the learned positions.
             spatial_query: (B', Q, C) sine encoding of the reference points, scaled.
-            memory: (B', N, C).
-            pos: (B', N, C) position encoding of the tokens.
+            key: (B', N, C) output of ``ca_kcontent_proj`` for the memory.
+            key_pos: (B', N, C) output of ``ca_kpos_proj`` for the position encoding of the tokens.
+            value: (B', N, C) output of ``ca_v_proj`` for the memory.
             valid_mask: (B', 1, 1, N) bool, False at padding, or None.
 
         Returns:
             (B', Q, C).
         """
         split = self.self_attn.split_heads
-        attended = self.self_attn(
-            split(self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_pos)),
-            split(self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_pos)),
-            split(self.sa_v_proj(queries)),
-        )
+        self_attention = [self.sa_qcontent_proj, self.sa_kcontent_proj, self.sa_v_proj]
+        q, k, v = joint_linear(queries, self_attention)
+        attended = self.self_attn(split(q + positions[0]), split(k + positions[1]), split(v))
         queries = self.norm1(queries + self.dropout(attended))
 
-        content, key = self.ca_qcontent_proj(queries), self.ca_kcontent_proj(memory)
-        key_pos = self.ca_kpos_proj(pos)
+        content = self.ca_qcontent_proj(queries)
         if self.ca_qpos_proj is not None:
-            content, key = content + self.ca_qpos_proj(query_pos), key + key_pos
+            content, key = content + positions[2], key + key_pos
         spatial = self.ca_qpos_sine_proj(spatial_query)
         attended = self.cross_attn(
             torch.cat([split(content), split(spatial)], dim=-1),
             torch.cat([split(key), split(key_pos)], dim=-1),
-            split(self.ca_v_proj(memory)),
+            split(value),
             valid_mask,
         )
         queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)
+
+    def position_layers(self) -> list[nn.Linear]:
+        """The projections of the learned positions, of which the first layer has one more."""
+        layers = [self.sa_qpos_proj, self.sa_kpos_proj, self.ca_qpos_proj]
+        return [layer for layer in layers if layer is not None]
 
 
 class ConditionalDecoder(Decoder):
@@ -169,17 +175,30 @@ class ConditionalDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
+        queries = torch.zeros_like(query_pos)
+        query_pos = for_products(query_pos)
         references = self.ref_point_head(query_pos).float()
         # The position encoding of the tokens starts with the rows, reference points with x.
         where = sine_encoding(references.sigmoid().flip(-1), query_pos.shape[-1])
         valid_mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
-        queries = torch.zeros_like(query_pos)
+        # All layers read the same positions and the same memory: each is projected at once.
+        layers: list[Any] = list(self.layers)
+        positions = joint_linear(
+            query_pos, chain.from_iterable(x.position_layers() for x in layers)
+        )
+        of_memory = [x.ca_kcontent_proj for x in layers] + [x.ca_v_proj for x in layers]
+        keys_and_values = joint_linear(memory, of_memory)
+        keys, values = keys_and_values[: len(layers)], keys_and_values[len(layers) :]
+        keys_pos = joint_linear(pos, (x.ca_kpos_proj for x in layers))
+        of_layer = iter(positions)
         states = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             spatial = where if index == 0 else where * self.query_scale(queries)
-            queries = layer(queries, query_pos, spatial, memory, pos, valid_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states), references.expand(len(states), -1, -1, -1)
+            own = tuple(islice(of_layer, len(layer.position_layers())))
+            memories = keys[index], keys_pos[index], values[index]
+            queries = layer(queries, own, spatial, *memories, valid_mask)
+            states.append(queries)
+        return self.norm(torch.stack(states)), references.expand(len(states), -1, -1, -1)
 
 
 @TRANSFORMER_REGISTRY.register()

@@ -26,7 +26,7 @@ from .base import (
     mask_level,
 )
 from .detr import post_norm_arguments
-from .layers import BatchPadding, FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer, attend, for_products
 from .multi_scale import LevelProjection, Levels, describe_levels, flatten_maps
 
 _FEATURES_KEY = "MODEL.DEFORMABLE.IN_FEATURES"
@@ -64,7 +64,7 @@ class DeformableEncoderLayer(FeedForwardLayer):
     def forward(self, tokens: Tensor, levels: Levels) -> Tensor:
         """(B', N, C) tokens and their levels -> (B', N, C)."""
         attended = self.self_attn(
-            tokens + levels.pos,
+            for_products(tokens + levels.pos),
             levels.cell_centers(),
             tokens,
             levels.shapes,
@@ -120,10 +120,10 @@ class DeformableDecoderLayer(FeedForwardLayer):
             (B', Q, C).
         """
         keys = queries + query_pos
-        attended = self.self_attn(keys, keys, queries, need_weights=False)[0]
+        attended = attend(self.self_attn, keys, keys, queries)
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(
-            queries + query_pos,
+            for_products(queries + query_pos),
             levels.on_each_level(reference_points),
             memory,
             levels.shapes,
@@ -301,6 +301,7 @@ class DeformableDecoder(nn.Module):
             refinement all references have four numbers: those of the first layer are padded with
             the logit 0 for width and height if they are points.
         """
+        memory = for_products(memory)
         references = references.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         states, starts, refined = [], [], []
         for index, layer in enumerate(self.layers):

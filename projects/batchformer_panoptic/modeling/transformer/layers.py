@@ -7,6 +7,7 @@ layers. Parameter names are those of facebookresearch/detr.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,7 +90,7 @@ def padding_mask(
     """Padding masks at the resolution of a feature map.
 
     Equal to nearest-neighbour resizing of the full-resolution padding mask, as in DETR, but without
-    that mask: rows and columns are resized separately.
+    that mask: rows and columns are resized separately, on the host.
 
     Args:
         image_sizes: (height, width) in pixels of each of the B images, before padding.
@@ -100,21 +101,87 @@ def padding_mask(
     Returns:
         (B, h, w) bool, True where the cell is padding.
     """
-    valid = [
-        _valid_cells([size[axis] for size in image_sizes], padded_size[axis], map_size[axis])
+    sizes = np.asarray(image_sizes)
+    rows, columns = (
+        # While the model is traced the sizes are tensors.
+        _nearest_pixels(int(padded_size[axis]), int(map_size[axis])) < sizes[:, axis, None]
         for axis in (0, 1)
-    ]
-    rows, columns = (v.to(device, non_blocking=True) for v in valid)
-    return ~(rows[:, :, None] & columns[:, None, :])
+    )
+    mask = ~(rows[:, :, None] & columns[:, None, :])
+    return torch.from_numpy(mask).to(device, non_blocking=True)
 
 
-def _valid_cells(lengths: list[int], padded_length: int, num_cells: int) -> Tensor:
-    pixel = torch.arange(padded_length)
-    inside = (pixel < torch.tensor(lengths)[:, None]).float()
-    return F.interpolate(inside[:, None], size=num_cells, mode="nearest")[:, 0].bool()
+def _nearest_pixels(length: int, num_cells: int) -> np.ndarray:
+    """(num_cells,) the pixel that PyTorch's nearest-neighbour resizing takes for each cell."""
+    scale = np.float32(length) / np.float32(num_cells)
+    return np.floor(np.arange(num_cells, dtype=np.float32) * scale).clip(max=length - 1)
 
 
 # --- layers --------------------------------------------------------------------------------------
+
+
+def attend(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Multi-head attention with fewer operations than its module, which also copies masks.
+
+    Queries and keys are projected together where they are the same tensor.
+
+    Args:
+        attention: its parameters and its dropout are used; ``batch_first`` is not.
+        query: (B', Q, C).
+        key: (B', N, C).
+        value: (B', N, C).
+        mask: (B', Q or 1, N), bool and True where a query may attend, or float and added to the
+            scores; None for everywhere.
+
+    Returns:
+        (B', Q, C).
+    """
+    width = attention.embed_dim
+    inputs, widths = [query, key, value], [width, width, width]
+    if query is key:
+        inputs, widths = [query, value], [2 * width, width]
+    weights, biases = attention.in_proj_weight.split(widths), attention.in_proj_bias.split(widths)
+    projected = [F.linear(*of_input) for of_input in zip(inputs, weights, biases, strict=True)]
+    if query is key:
+        projected = [*projected[0].split(width, dim=-1), projected[1]]
+    dropout = attention.dropout if attention.training else 0.0
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
+    attended = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if mask is None else mask[:, None], dropout_p=dropout
+    )
+    result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
+    if dropout > 0:
+        # In memory the module's result has the queries first, and a dropout draws in this order.
+        result = result.transpose(0, 1).contiguous().transpose(0, 1)
+    return result
+
+
+def padding_bias(key_padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, N) bool, True at padding -> (B, 1, N) to add to scores, -inf there; None stays None.
+
+    Made once for all layers; PyTorch would convert a bool mask in every layer.
+    """
+    if key_padding_mask is None:
+        return None
+    mask = key_padding_mask[:, None]
+    return for_products(torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf))
+
+
+def for_products(x: Tensor) -> Tensor:
+    """Under autocast, cast a float32 input of several matrix products once.
+
+    Autocast would cast it for each of them. Outside autocast the input is returned as it is.
+    """
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class CheckpointedLayer(nn.Module):
@@ -183,13 +250,11 @@ class EncoderLayer(FeedForwardLayer):
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
 
-    def forward(self, tokens: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """(B', N, C) tokens and positions, (B', N) bool mask True at padding -> (B', N, C)."""
+    def forward(self, tokens: Tensor, pos: Tensor, padding_bias: Tensor | None) -> Tensor:
+        """(B', N, C) tokens and positions, and :func:`padding_bias` (B', 1, N) -> (B', N, C)."""
         inner = self.norm1(tokens) if self.pre_norm else tokens
         query = inner + pos
-        attended = self.self_attn(
-            query, query, inner, key_padding_mask=key_padding_mask, need_weights=False
-        )[0]
+        attended = attend(self.self_attn, query, query, inner, padding_bias)
         tokens = tokens + self.dropout(attended)
         if not self.pre_norm:
             tokens = self.norm1(tokens)
@@ -230,7 +295,7 @@ class DecoderLayer(FeedForwardLayer):
         query_pos: Tensor,
         memory: Tensor,
         memory_keys: Tensor,
-        key_padding_mask: Tensor | None,
+        padding_bias: Tensor | None,
     ) -> Tensor:
         """Update the queries.
 
@@ -239,26 +304,20 @@ class DecoderLayer(FeedForwardLayer):
             query_pos: (B', Q, C) learned positions, added to queries and keys of attention.
             memory: (B', N, C) values of the cross-attention.
             memory_keys: (B', N, C) its keys: memory plus position encoding.
-            key_padding_mask: (B', N) bool, True at padding, or None.
+            padding_bias: (B', 1, N) of :func:`padding_bias`, or None.
 
         Returns:
             (B', Q, C).
         """
         inner = self.norm1(queries) if self.pre_norm else queries
         keys = inner + query_pos
-        attended = self.self_attn(keys, keys, inner, need_weights=False)[0]
+        attended = attend(self.self_attn, keys, keys, inner)
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
             queries = self.norm1(queries)
 
         inner = self.norm2(queries) if self.pre_norm else queries
-        attended = self.multihead_attn(
-            inner + query_pos,
-            memory_keys,
-            memory,
-            key_padding_mask=key_padding_mask,
-            need_weights=False,
-        )[0]
+        attended = attend(self.multihead_attn, inner + query_pos, memory_keys, memory, padding_bias)
         queries = queries + self.dropout(attended)
         if not self.pre_norm:
             queries = self.norm2(queries)
@@ -298,7 +357,7 @@ class DETREncoder(nn.Module):
             self.batchformer,
             tokens,
             pos,
-            key_padding_mask,
+            padding_bias(key_padding_mask, tokens.dtype),
             key_padding_mask=key_padding_mask,
         )
         return (tokens if self.norm is None else self.norm(tokens)), streams
@@ -375,10 +434,11 @@ class DETRDecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, None]:
         """See :class:`Decoder`; there are no reference points."""
-        memory_keys = memory + pos
+        memory, memory_keys = for_products(memory), for_products(memory + pos)
+        bias = padding_bias(key_padding_mask, memory.dtype)
         queries = torch.zeros_like(query_pos)
         states = []
         for layer in self.layers:
-            queries = layer(queries, query_pos, memory, memory_keys, key_padding_mask)
-            states.append(self.norm(queries))
-        return torch.stack(states), None
+            queries = layer(queries, query_pos, memory, memory_keys, bias)
+            states.append(queries)
+        return self.norm(torch.stack(states)), None

@@ -31,7 +31,7 @@ from .base import (
     feature_shapes,
 )
 from .deformable import DeformableEncoder, DeformableEncoderLayer, xavier_except_deformable
-from .layers import BatchPadding, FeedForwardLayer
+from .layers import BatchPadding, FeedForwardLayer, attend
 from .mask_pilot import MaskPilot, PilotOutput, PilotQueries
 from .multi_scale import describe_levels, flatten_maps
 
@@ -181,10 +181,10 @@ class MaskedDecoderLayer(FeedForwardLayer):
         Returns:
             (B', Q, C).
         """
-        attended = _attend(self.cross_attn, queries + query_pos, memory + pos, memory, visible)
+        attended = attend(self.cross_attn, queries + query_pos, memory + pos, memory, visible)
         queries = self.norm1(queries + self.dropout(attended))
         keys = queries + query_pos
-        attended = _attend(self.self_attn, keys, keys, queries, visible_queries)
+        attended = attend(self.self_attn, keys, keys, queries, visible_queries)
         queries = self.norm2(queries + self.dropout(attended))
         return self._feed_forward(queries, self.norm3)
 
@@ -282,31 +282,6 @@ def visible_tokens(embeddings: Tensor, features: Tensor) -> Tensor:
     """
     visible = embeddings @ features >= 0  # the logit of one half
     return visible | ~visible.any(-1, keepdim=True)
-
-
-def _attend(
-    attention: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-) -> Tensor:
-    """Multi-head attention; its module would copy the mask for every head."""
-    weights = attention.in_proj_weight.chunk(3)
-    biases = attention.in_proj_bias.chunk(3)
-    q, k, v = (
-        F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-    )
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if visible is None else visible[:, None],
-        dropout_p=attention.dropout if attention.training else 0.0,
-    )
-    projected: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
-    return projected
 
 
 # --- the transformer -----------------------------------------------------------------------------

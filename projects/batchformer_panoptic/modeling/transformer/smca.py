@@ -19,7 +19,7 @@ from ...errors import UserError
 from ...layers import MLP
 from .base import TRANSFORMER_REGISTRY
 from .detr import SingleScaleTransformer, in_feature_shape, post_norm_arguments
-from .layers import Decoder, FeedForwardLayer, MemoryGrid
+from .layers import Decoder, FeedForwardLayer, MemoryGrid, attend, for_products
 
 # Numbers that shape the Gaussian of a head, for each choice of ``dynamic_scale``.
 DYNAMIC_SCALES = {"fixed": 0, "isotropic": 1, "per_axis": 2, "per_axis_and_product": 3}
@@ -281,7 +281,7 @@ class SMCADecoderLayer(FeedForwardLayer):
         where = self.locate(queries, query_pos)
         biases = self.prior.biases(where, centers, map_sizes, key_padding_mask)
         keys = queries + query_pos
-        attended = self.self_attn(keys, keys, queries, need_weights=False)[0]
+        attended = attend(self.self_attn, keys, keys, queries)
         queries = self.norm1(queries + self.dropout(attended))
         attended = self.multihead_attn(
             queries + query_pos, memory_keys, memory, biases, self.prior.level_weights(where)
@@ -320,7 +320,7 @@ class SMCADecoder(Decoder):
         grid: MemoryGrid,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Decoder`."""
-        memory_keys = memory + pos
+        memory, memory_keys = for_products(memory), for_products(memory + pos)
         queries = torch.zeros_like(query_pos)
         first = self.layers[0]
         assert isinstance(first, SMCADecoderLayer)
@@ -337,8 +337,8 @@ class SMCADecoder(Decoder):
                 grid.map_sizes,
                 key_padding_mask,
             )
-            states.append(self.norm(queries))
-        return torch.stack(states), references.expand(len(states), -1, -1, -1)
+            states.append(queries)
+        return self.norm(torch.stack(states)), references.expand(len(states), -1, -1, -1)
 
 
 def build_smca_decoder(cfg: CfgNode, strides: Sequence[int]) -> SMCADecoder:
