@@ -6,11 +6,13 @@ python tools/export_checkpoint.py SRC DST --format onnx --config-file F
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from batchformer_panoptic.checkpoint.conversion.export import (
+    HUGGINGFACE_FILES,
     check_config,
     check_official_input,
     not_exported,
@@ -21,6 +23,7 @@ from batchformer_panoptic.checkpoint.files import read_weights, write_weights
 from batchformer_panoptic.checkpoint.records import SETTINGS_KEY as SETTINGS
 from batchformer_panoptic.checkpoint.records import SettingsRecord
 from batchformer_panoptic.data.class_table import ClassTable
+from batchformer_panoptic.data.io import read_json
 from batchformer_panoptic.engine.setup import command_parser, load_config
 from batchformer_panoptic.errors import UserError, command
 
@@ -81,8 +84,13 @@ def check_paths(args: argparse.Namespace) -> None:
 
 def is_exported_folder(path: Path) -> bool:
     """Whether a folder holds only the files of an export, so that no other file would be lost."""
-    expected = {"config.json", "model.safetensors", "preprocessor_config.json"}
-    return path.is_dir() and {file.name for file in path.iterdir()} <= expected
+    return path.is_dir() and {file.name for file in path.iterdir()} <= set(HUGGINGFACE_FILES)
+
+
+def evaluation_of(weights: Path) -> dict[str, Any] | None:
+    """The recorded evaluation of the best weights of a training, or None for other weights."""
+    record = weights.with_suffix(".json")
+    return read_json(record) if weights.stem == "model_best" and record.exists() else None
 
 
 def export_graph(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
@@ -130,7 +138,8 @@ def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     else:
         table = content.get("class_table")
         classes = None if table is None else ClassTable.from_json(table)
-        to_huggingface(state, args.dst, cfg=cfg, classes=classes)
+        evaluation = evaluation_of(args.src)
+        to_huggingface(state, args.dst, cfg=cfg, classes=classes, evaluation=evaluation)
     dropped = not_exported(state, with_block=with_block)
     return [f"left out, {reason}: {name}" for name, reason in dropped]
 

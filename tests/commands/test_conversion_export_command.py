@@ -9,6 +9,7 @@ import torch
 
 from batchformer_panoptic.checkpoint.conversion import SOURCES, Request
 from batchformer_panoptic.checkpoint.conversion.export import to_official
+from batchformer_panoptic.checkpoint.conversion.model_card import model_card
 from batchformer_panoptic.checkpoint.files import read_weights
 from helpers.commands import REPO_ROOT, load_script
 from helpers.conversion_models import R50_DEPTHS, coco_panoptic, official_panoptic, save_checkpoint
@@ -59,6 +60,10 @@ def test_huggingface_out_and_in_again(
     options += ["--overwrite", "--opts", *opts_for(ours)]
     assert export.main(options) == 0
     assert json.loads((folder / "config.json").read_text())["id2label"]["132"] == "rug-merged"
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card
+    assert "| 132 | rug-merged | stuff |" in card
+    assert "No evaluation is recorded" in card
     options = ["--source", "huggingface", "--classes", "coco_panoptic"]
     assert convert.main([str(folder), str(back), *options]) == 0
     expected, found = (read_weights(str(path)) for path in (ours, back))
@@ -66,6 +71,23 @@ def test_huggingface_out_and_in_again(
     for name, value in expected["model"].items():
         assert torch.equal(found["model"][name], value), name
     assert found["class_table"] == expected["class_table"]
+
+
+def test_the_card_has_the_recorded_evaluation(export: ModuleType, tmp_path: Path) -> None:
+    result = {
+        "metric": "panoptic_seg/PQ",
+        "value": 84.595,
+        "iteration": 40,
+        "per_class": {"a|b": 7},
+    }
+    (tmp_path / "model_best.json").write_text(json.dumps(result))
+    assert export.evaluation_of(tmp_path / "model_final.pth") is None
+    evaluation = export.evaluation_of(tmp_path / "model_best.pth")
+    card = model_card(tiny_config("resnet"), None, evaluation, class_name="Mask2Former")
+    assert "PQ in percent after 40 steps" in card
+    assert "| all classes | 84.6 |" in card
+    assert r"| a\|b | 7.0 |" in card
+    assert "`SOLVER.MAX_ITER`" in card
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deformable two-stage": {
         "MODEL__DEFORMABLE__TWO_STAGE": True,
         "MODEL__DEFORMABLE__BOX_REFINE": True,
+        "MODEL__DETR__SCORING": "focal",
     },
     "mask2former": MASK2FORMER,
 }
