@@ -179,15 +179,13 @@ def make_step(
 class PlainMaskLoss(MaskLoss):
     """The mask losses of all masks at once, by plain autograd."""
 
-    def _losses(
-        self, logits: Tensor, targets: TargetBatch, pairs: Matching
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, logits: Tensor, targets: TargetBatch, pairs: Matching) -> Tensor:
         wanted = targets.masks.gather(pairs.image, pairs.local_target)
         large = F.interpolate(
             logits[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False
         )
         flat = large.flatten(1), wanted.flatten(1).float()
-        return mask_focal_loss(*flat), mask_dice_loss(*flat)
+        return torch.stack([mask_focal_loss(*flat), mask_dice_loss(*flat)])
 
 
 def plain_mask_losses(model: PanopticDETR) -> None:
