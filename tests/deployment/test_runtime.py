@@ -12,6 +12,7 @@ from PIL import Image
 
 from batchformer_panoptic import PanopticDETR
 from batchformer_panoptic.data import PanopticDatasetMapper
+from batchformer_panoptic.deployment import runtime
 from batchformer_panoptic.deployment.runtime import ModelError, Predictor, main, read_image
 from helpers.exported_models import PANOPTIC, TABLE, exported
 from helpers.tiny_model import tiny_cfg
@@ -55,6 +56,17 @@ def test_segments_are_those_of_the_model(model: PanopticDETR, folder: Path) -> N
         assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
         assert segment.area == len(rows)
         assert segment.class_name == TABLE.names[segment.class_id]
+
+
+def test_metadata_describe_the_model(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    described = json.loads({p.key: p.value for p in model.metadata_props}[runtime.METADATA_KEY])
+    assert [entry["name"] for entry in described["classes"]] == list(TABLE.names)
+    assert described["pixel_mean"] == [128.0] * 3
+    assert described["outputs"] == "results"
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert "GridSample" not in {node.op_type for node in model.graph.node}
+    assert (folder / "predict.py").read_text() == Path(runtime.__file__).read_text()
 
 
 def test_the_command_needs_no_torch(folder: Path, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ class ExportedModel(nn.Module):
 class RawModel(ExportedModel):
     """The predictions of all queries."""
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> RawOutputs:
-        """Predict.
+    def forward(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Return the fields of :class:`RawOutputs` that the model has.
 
         Args:
             images: (B, C, H, W) float32 values as in the file, 0 to 255, in the order of the
@@ -84,7 +84,7 @@ class RawModel(ExportedModel):
         if found.masks is not None:
             masks = _masks_of(found, query.expand(found.logits.shape[1], -1)).float()
         boxes = None if found.boxes is None else found.boxes[-1].float()
-        return RawOutputs(found.logits[-1].float(), boxes, masks)
+        return _as_dict(RawOutputs(found.logits[-1].float(), boxes, masks))
 
 
 class ResultModel(ExportedModel):
@@ -92,8 +92,8 @@ class ResultModel(ExportedModel):
 
     def forward(
         self, images: Tensor, image_sizes: Tensor, output_sizes: Tensor, score_threshold: Tensor
-    ) -> SegmentBatch | BoxBatch:
-        """Predict.
+    ) -> dict[str, Tensor]:
+        """Return the fields of :class:`SegmentBatch` or :class:`BoxBatch`.
 
         Args:
             images: see `RawModel`.
@@ -106,19 +106,16 @@ class ResultModel(ExportedModel):
         found = self._predict(images, image_sizes)
         decoded = self.model.scoring.decode(found.logits[-1].float())
         if found.masks is None:
-            return self._boxes(found, decoded.class_scores, output_sizes, score_threshold)
+            boxes = self._boxes(found, decoded.class_scores, output_sizes, score_threshold)
+            return _as_dict(boxes)
         used = decoded.is_object & (decoded.scores > score_threshold)
         query, kept = keep_queries(used, decoded.scores, decoded.labels, options.thing_class_ids)
         logits = enlarge(
             _masks_of(found, query).float(), found.padded_size, image_sizes, output_sizes
         )
-        return merge_batch(
-            logits,
-            pixels_of_images(output_sizes, (logits.shape[2], logits.shape[3])),
-            kept,
-            merge=options.merge,
-            options=options.panoptic,
-        )
+        inside = pixels_of_images(output_sizes, (logits.shape[2], logits.shape[3]))
+        segments = merge_batch(logits, inside, kept, merge=options.merge, options=options.panoptic)
+        return _as_dict(segments)
 
     def _boxes(
         self,
@@ -137,6 +134,11 @@ class ResultModel(ExportedModel):
         boxes = found.boxes[-1].float().gather(1, index)
         boxes = boxes_to_pixels(boxes, (1, 1)) * output_sizes.flip(1).repeat(1, 2)[:, None]
         return BoxBatch(boxes, detections.labels, detections.scores * valid)
+
+
+def _as_dict(outputs: RawOutputs | SegmentBatch | BoxBatch) -> dict[str, Tensor]:
+    """A dict, which files can hold; the classes of tuples would have to be known to a reader."""
+    return {name: value for name, value in outputs._asdict().items() if value is not None}
 
 
 def _masks_of(found: ModelPredictions, query: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
@@ -157,20 +158,36 @@ def export_pt2(model: PanopticDETR, description: dict[str, Any], path: Path) -> 
 
 
 def _with_float16(content: Any) -> Any:
-    """Convert the products of the network, and with them its weights; all else stays float32."""
-    float16 = _import("onnxruntime.transformers.float16")
-    nodes = content.graph.node
-    outside = [
-        node.name
-        for node in nodes
-        if not any("/model." in p.value for p in node.metadata_props if p.key == "namespace")
-    ]
-    return float16.convert_float_to_float16(
-        content,
-        keep_io_types=True,
-        op_block_list=sorted({node.op_type for node in nodes} - _PRODUCTS),
-        node_block_list=outside,
-    )
+    """Compute the products of the network, and store their weights, in float16.
+
+    Converters of whole graphs also round everything between operations, coordinates included.
+    """
+    onnx = _import("onnx")
+    graph, half = content.graph, onnx.TensorProto.FLOAT16
+    weights = {weight.name: weight for weight in graph.initializer}
+    nodes: list[Any] = []
+    converted: set[str] = set()
+    for node in graph.node:
+        is_network = any("/model." in p.value for p in node.metadata_props if p.key == "namespace")
+        nodes.append(node)
+        if node.op_type not in _PRODUCTS or not is_network:
+            continue
+        for name in set(node.input) - converted - {""}:
+            if name in weights:
+                values = onnx.numpy_helper.to_array(weights[name]).astype(np.float16)
+                graph.initializer.append(onnx.numpy_helper.from_array(values, f"{name}_half"))
+            else:
+                cast = onnx.helper.make_node("Cast", [name], [f"{name}_half"], to=half)
+                nodes.insert(-1, cast)
+            converted.add(name)
+        (output,) = node.output
+        node.input[:] = [name and f"{name}_half" for name in node.input]
+        node.output[:] = [f"{output}_product"]
+        cast = onnx.helper.make_node("Cast", node.output, [output], to=onnx.TensorProto.FLOAT)
+        nodes.append(cast)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return content
 
 
 def _import(name: str) -> Any:

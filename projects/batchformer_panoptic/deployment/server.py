@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Limit the time that a client may take to send its request."""
-        self.timeout = self.server.limits.seconds
+        self.timeout = self.server.limits.seconds  # type: ignore[misc]
         super().setup()
 
     def do_GET(self) -> None:
