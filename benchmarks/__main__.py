@@ -17,6 +17,7 @@ from batchformer_panoptic.errors import UserError, command, one_line
 
 from . import (
     cost_curves,
+    deployed,
     digits_accuracy,
     gpu_cost,
     inference,
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "training": training_step,
     "streams": two_streams,
     "operators": operators,
+    "deployed": deployed,
     "mask2former": mask2former_cost,
     "pq": pq_evaluation,
     "loading": loading,

@@ -19,6 +19,7 @@ FORBIDDEN = {
     "evaluation": {"engine"},
     "checkpoint": {"engine"},
     "visualization": {"engine"},
+    "deployment": {"engine", "evaluation", "visualization"},
     "config": {"modeling", "data", "engine", "evaluation", "checkpoint"},
     "errors": {"config", "modeling", "data", "engine", "evaluation", "checkpoint"},
 }

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.commands import REPO_ROOT, load_script
 
-MAX_FILES = 130
+MAX_FILES = 140
 MAX_SHORT_FILES = 20
 MAX_FILES_OF_A_STEP = 20
 

@@ -113,7 +113,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_imports_are_declared() -> None:
     declared = required_names("options", "install_requires") | WITH_DETECTRON2
     declared |= required_names("options.extras_require", "timm")
-    for extra in ("heic", "wandb", "mlflow"):
+    for extra in ("heic", "wandb", "mlflow", "onnx"):
         declared |= required_names("options.extras_require", extra)
     imported: dict[str, str] = {}
     for path in PACKAGE.rglob("*.py"):
@@ -415,6 +415,7 @@ def test_the_wheel_contains_modules_configs_and_commands(wheel: Path, checkout: 
             next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         )
     expected = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    expected.add("deployment/page.html")
     for pattern in (
         "train_net.py",
         "demo/*.py",

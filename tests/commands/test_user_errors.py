@@ -32,6 +32,7 @@ COMMANDS = {
     ],
     "tools/plot_metrics.py": [ABSENT, "--output", "{tmp}/curves.png"],
     "tools/predict.py": [*CONFIG, "--input", "a.png", "--output", "{tmp}/predictions"],
+    "tools/serve.py": [f"{ABSENT}.onnx"],
     "tools/setup_env.py": ["--venv", "{tmp}", "--stamp", "{tmp}/stamp"],
     "tools/study.py": [f"{ABSENT}.yaml"],
     "tools/visualize_data.py": [*CONFIG, "--output", "{tmp}"],

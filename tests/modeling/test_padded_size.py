@@ -33,7 +33,7 @@ def test_padded_sizes_suit_all_parts(backbone, transformer, expected, monkeypatc
 def test_masks_are_supervised_at_the_padded_size(resolution, monkeypatch):
     """Backbones with a size divisibility pad even a batch of one image."""
     model = tiny_model(MODEL__MASK_HEAD__LOSS_RESOLUTION=resolution).train()
-    model._size_divisibility = 32
+    model.size_divisibility = 32
     (inputs,) = random_inputs([(40, 40)], [1])
     truth = F.pad(inputs["segment_map"].float() + 1, (0, 24, 0, 24))  # (64, 64)
     logits = F.interpolate(truth[None, None], size=(16, 16), mode="area")[0] * 40 - 20
@@ -50,7 +50,7 @@ def test_masks_are_supervised_at_the_padded_size(resolution, monkeypatch):
 
 def test_class_maps_cover_the_padding_of_the_batch(monkeypatch):
     model = tiny_model(MODEL__SEMANTIC_AUX__ENABLED=True).train()
-    model._size_divisibility = 32
+    model.size_divisibility = 32
     found = {}
 
     def recorded(logits, class_map, num_pixels):

@@ -161,7 +161,8 @@ def deform_attn_torch(
     offset = (images * num_tokens + first.int()) * num_heads + heads  # (B, h, L, P)
     rows = rows * (width.int() * num_heads) + offset[:, None, :, None]
     entries = rows[:, :, :, :, None] + (columns * num_heads)[:, :, :, None]
-    summed = _WeightedBags.apply(
+    weighted_sums = _sums_of_gathered if torch.compiler.is_exporting() else _WeightedBags.apply
+    summed = weighted_sums(
         value.reshape(-1, head_dim),
         entries.flatten(3).flatten(0, 2),
         shares.flatten(3).flatten(0, 2).to(value.dtype),
@@ -195,6 +196,19 @@ class _WeightedBags(torch.autograd.Function):
                 out = F.embedding_bag(entries, table.detach(), per_sample_weights=leaf, mode="sum")
             (of_shares,) = torch.autograd.grad(out, leaf, gradient)
         return of_table, None, of_shares
+
+
+# Samples that an exported graph gathers at a time.
+_GATHERED = 16
+
+
+def _sums_of_gathered(table: Tensor, entries: Tensor, shares: Tensor) -> Tensor:
+    """`_WeightedBags` in terms of gathering, since formats for deployment have no embedding bag.
+
+    Only a few of the K samples of each bag exist at a time.
+    """
+    parts = zip(entries.split(_GATHERED, 1), shares.split(_GATHERED, 1), strict=True)
+    return sum((share[:, None] @ F.embedding(rows, table))[:, 0] for rows, share in parts)
 
 
 def _gradient_of_table(table: Tensor, entries: Tensor, shares: Tensor, gradient: Tensor) -> Tensor:

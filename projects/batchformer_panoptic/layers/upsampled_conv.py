@@ -26,7 +26,7 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     rows, columns = x.shape[-2:]
-    if not (_is_double(height, rows) and _is_double(width, columns)):
+    if not (_is_known(height, width) and _is_double(height, rows) and _is_double(width, columns)):
         if size != (rows, columns):
             x = F.interpolate(x, size=size, mode="nearest")
         return F.conv2d(x, weight, padding=1)
@@ -42,6 +42,11 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
         last = F.conv2d(last, weight[..., :2], padding=(1, 0))
         large = torch.cat([large[..., : width - 1], last], dim=3)
     return large
+
+
+def _is_known(*sizes: int) -> bool:
+    """Whether sizes are numbers; those of an exported graph may be variables."""
+    return not torch.compiler.is_exporting() or all(isinstance(size, int) for size in sizes)
 
 
 def _is_double(large: int, small: int) -> bool:

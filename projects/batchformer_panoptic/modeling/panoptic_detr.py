@@ -57,7 +57,7 @@ from .set_prediction.targets import (
     to_targets,
 )
 from .transformer import Transformer, TransformerOutput, build_transformer
-from .transformer.layers import BatchPadding
+from .transformer.layers import BatchPadding, batch_padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class PanopticDETR(nn.Module):
         if freeze_detr and mask_head is None:
             raise ValueError("freeze_detr trains the mask head only, and there is no mask head")
         self.backbone = backbone
-        self._size_divisibility = math.lcm(
+        self.size_divisibility = math.lcm(
             *(max(getattr(part, "size_divisibility", 0), 1) for part in (backbone, transformer))
         )
         self.transformer = transformer
@@ -269,7 +269,7 @@ class PanopticDETR(nn.Module):
         """
         images = [inputs["image"] for inputs in batched_inputs]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        divisor = self._size_divisibility
+        divisor = self.size_divisibility
         height, width = (
             -(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True)
         )
@@ -283,7 +283,7 @@ class PanopticDETR(nn.Module):
     def predict(
         self,
         features: dict[str, Tensor],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, int]] | Tensor,
         padded_size: tuple[int, int],
         targets: Sequence[ImageTarget] | None = None,
     ) -> ModelPredictions:
@@ -294,14 +294,13 @@ class PanopticDETR(nn.Module):
 
         Args:
             features: backbone maps (B, C_i, H_i, W_i) by name.
-            image_sizes: (height, width) of each image before padding.
+            image_sizes: (height, width) of each image before padding; a tensor (B, 2) int64 in a
+                graph to be exported.
             padded_size: (height, width) of the batch.
             targets: of the B images, for transformers that use them in training.
         """
-        # While the model is traced the sizes are tensors.
-        sizes = [(int(height), int(width)) for height, width in image_sizes]
         given = [targets] if self.training and self.transformer.uses_targets and targets else []
-        padding = BatchPadding(sizes, padded_size)
+        padding = batch_padding(image_sizes, padded_size)
         output: TransformerOutput = self.transformer(features, padding, self.box_head, *given)
         first = 0 if self.training and self.deep_supervision else -1
         layers = output.from_layer(first)

@@ -27,7 +27,12 @@ from .mask2former import (
     refuse_unless_mask2former,
     to_official_mask2former,
 )
+from .model_card import model_card
 
+HUGGINGFACE_FILES = (
+    *("config.json", "model.safetensors", "preprocessor_config.json"),
+    "README.md",  # the model card
+)
 _EXTRA = "huggingface"
 _GROUPS = 8  # of the group norms in published mask heads
 
@@ -133,18 +138,24 @@ def check_config(state: Mapping[str, Tensor], cfg: CfgNode) -> None:
 
 
 def to_huggingface(
-    state: Mapping[str, Tensor], folder: Path, *, cfg: CfgNode, classes: ClassTable | None
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    cfg: CfgNode,
+    classes: ClassTable | None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder for ``from_pretrained`` of transformers, with the same predictions.
 
-    The files are ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``. The
-    folder is written completely or not at all; an existing one is replaced.
+    The files are those of ``HUGGINGFACE_FILES``. The folder is written completely or not at all; an
+    existing one is replaced.
 
     Args:
         state: as in `to_official`; BatchFormer blocks are left out.
         folder: to be written.
         cfg: the config of the training.
         classes: names of the classes; None: their indices are the names.
+        evaluation: the content of ``model_best.json``, for the model card.
 
     Raises:
         UserError: transformers is not installed, or does not support the model.
@@ -168,6 +179,8 @@ def to_huggingface(
     try:
         with writing(folder):
             _write_folder(temporary, theirs, config, processor)
+            card = model_card(cfg, classes, evaluation, class_name=config.architectures[0])
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)

@@ -193,6 +193,8 @@ class MaskHead(nn.Module):
         of_image = self._image_parts(output.projected_map, maps)
         step = self.queries_per_step(of_image)
         decode = partial(self._decode, of_image)
+        if torch.compiler.is_exporting():  # with an unknown number of queries
+            return decode(attention, source_index)
         if len(queries) > step and torch.is_grad_enabled():
             # The maps of a step are not kept but computed again in the backward pass.
             decode = partial(checkpoint, decode, use_reentrant=False)

@@ -39,6 +39,47 @@ class BatchPadding(NamedTuple):
         height, width = feature_map.shape[-2:]
         return padding_mask(self.image_sizes, self.padded_size, (height, width), feature_map.device)
 
+    def sizes_xy(self, device: torch.device) -> Tensor:
+        """(B, 2) float32: width and height in pixels of each image, before padding."""
+        sizes = torch.tensor(self.image_sizes, dtype=torch.float32).flip(-1)
+        return sizes.to(device, non_blocking=True)
+
+
+class ExportedPadding(BatchPadding):
+    """The same for an exported graph, in which ``image_sizes`` is an int64 tensor (B, 2)."""
+
+    @property
+    def is_padded(self) -> bool:
+        """True: the graph is made once for all sizes."""
+        return True
+
+    def mask_like(self, feature_map: Tensor) -> Tensor:
+        """See `BatchPadding`."""
+        rows, columns = (
+            self._valid_cells(axis, feature_map.shape[2 + axis], feature_map.device)
+            for axis in (0, 1)
+        )
+        return ~(rows[:, :, None] & columns[:, None])
+
+    def _valid_cells(self, axis: int, num_cells: int, device: torch.device) -> Tensor:
+        cells = torch.arange(num_cells, dtype=torch.float32, device=device)
+        scale = torch.full((), self.padded_size[axis], dtype=torch.float32) / num_cells
+        return (cells * scale).floor() < torch.as_tensor(self.image_sizes)[:, axis, None]
+
+    def sizes_xy(self, device: torch.device) -> Tensor:
+        """See `BatchPadding`."""
+        return torch.as_tensor(self.image_sizes).float().flip(-1)
+
+
+def batch_padding(
+    image_sizes: Sequence[tuple[int, int]] | Tensor, padded_size: tuple[int, int]
+) -> BatchPadding:
+    """The padding of a batch; sizes are a tensor (B, 2) in a graph to be exported."""
+    if isinstance(image_sizes, Tensor):
+        return ExportedPadding(image_sizes, padded_size)  # type: ignore[arg-type]
+    # While the model is traced the sizes are tensors.
+    return BatchPadding([(int(height), int(width)) for height, width in image_sizes], padded_size)
+
 
 def padding_mask(
     image_sizes: Sequence[tuple[int, int]],
@@ -340,8 +381,7 @@ class MemoryGrid(NamedTuple):
 
     def image_sizes_xy(self, device: torch.device) -> Tensor:
         """(B', 2) float32: width and height in pixels of each image, before padding."""
-        sizes = torch.tensor(self.padding.image_sizes, dtype=torch.float32).flip(-1)
-        return self.streams.expand(sizes.to(device, non_blocking=True))
+        return self.streams.expand(self.padding.sizes_xy(device))
 
 
 class Decoder(nn.Module):

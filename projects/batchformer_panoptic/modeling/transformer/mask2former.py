@@ -118,7 +118,7 @@ class PixelDecoder(nn.Module):
             projection(features[name])
             for name, projection in zip(self.token_maps, self.input_proj, strict=True)
         ]
-        masks = [x.new_zeros((len(x), *x.shape[-2:]), dtype=torch.bool) for x in maps]
+        masks = [x.new_zeros((x.shape[0], *x.shape[-2:]), dtype=torch.bool) for x in maps]
         levels = describe_levels(
             maps, masks, self.position_encoding, self.level_embed, is_padded=False
         )

@@ -1,0 +1,1 @@
+"""Trained models in formats that need neither Detectron2 nor this package."""
