@@ -11,6 +11,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from batchformer_panoptic.checkpoint.conversion.detection_huggingface import (
+    CLASSES as DETECTION_CLASSES,
+)
 from batchformer_panoptic.checkpoint.conversion.export import (
     HUGGINGFACE_FILES,
     check_config,
@@ -140,7 +143,10 @@ def export(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
         classes = None if table is None else ClassTable.from_json(table)
         evaluation = evaluation_of(args.src)
         to_huggingface(state, args.dst, cfg=cfg, classes=classes, evaluation=evaluation)
-    dropped = not_exported(state, with_block=with_block)
+    has_masks = (
+        args.format == "official" or cfg.MODEL.DETR.TRANSFORMER_NAME not in DETECTION_CLASSES
+    )
+    dropped = not_exported(state, with_block=with_block, masks=has_masks)
     return [f"left out, {reason}: {name}" for name, reason in dropped]
 
 

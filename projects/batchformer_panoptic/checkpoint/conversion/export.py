@@ -18,6 +18,8 @@ from ..mismatch import is_pilot
 from ..records import SettingsRecord
 from . import mask2former_huggingface
 from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
+from .detection_huggingface import CLASSES as DETECTION_CLASSES
+from .detection_huggingface import detection_config, detection_processor, detection_weights
 from .detr import ALIAS, ALIASED, ours_to_official
 from .huggingface import ours_to_huggingface, split_projections
 from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
@@ -71,8 +73,16 @@ def to_official(
     return official
 
 
-def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple[str, str]]:
-    """Return the keys that an export leaves out, with the reason."""
+def not_exported(
+    state: Mapping[str, Tensor], *, with_block: bool, masks: bool = True
+) -> list[tuple[str, str]]:
+    """Return the keys that an export leaves out, with the reason.
+
+    Args:
+        state: a state dict.
+        with_block: whether the target has BatchFormer blocks.
+        masks: whether the target has masks for this model.
+    """
     dropped = []
     with_block = with_block and not is_mask2former(state)
     for name in state:
@@ -82,9 +92,19 @@ def not_exported(state: Mapping[str, Tensor], *, with_block: bool) -> list[tuple
             dropped.append((name, "exported batch norms are frozen"))
         elif name.startswith(BLOCKS) and not with_block:
             dropped.append((name, "the BatchFormer block is for training only"))
+        elif name.startswith("mask_head.") and not masks:
+            dropped.append((name, "transformers has no masks for this model"))
         elif is_pilot(name):
             dropped.append((name, "mask-piloted training adds queries in training only"))
     return dropped
+
+
+def without_training_parts(
+    state: Mapping[str, Tensor], *, with_block: bool = False, masks: bool = True
+) -> dict[str, Tensor]:
+    """Return the weights that an export keeps; see `not_exported`."""
+    dropped = {name for name, _ in not_exported(state, with_block=with_block, masks=masks)}
+    return {name: value for name, value in state.items() if name not in dropped}
 
 
 def check_official_input(cfg: CfgNode) -> None:
@@ -161,21 +181,32 @@ def to_huggingface(
         UserError: transformers is not installed, or does not support the model.
     """
     transformers = _transformers()
-    check_config(state, cfg)
-    model = _exportable(state, with_block=False)
-    if is_mask2former(model):
+    name = cfg.MODEL.DETR.TRANSFORMER_NAME
+    if name in DETECTION_CLASSES:
+        model = without_training_parts(state, masks=False)
+        _check_expressible(model, cfg)
+        config = detection_config(
+            transformers,
+            cfg,
+            backbone=_resnet_config(transformers, model, cfg),
+            names=_class_names(classes, cfg.MODEL.DETR.NUM_CLASSES),
+        )
+        theirs = detection_weights(transformers, model, config)
+        processor = detection_processor(transformers, cfg)
+    elif is_mask2former(state):
+        check_config(state, cfg)
+        model = _exportable(state, with_block=False)
         mask2former_huggingface.check_expressible(model, cfg)
         config = mask2former_huggingface.huggingface_config(transformers, model, cfg, classes)
         theirs = mask2former_huggingface.huggingface_weights(model, cfg.MODEL.DETR.NO_OBJECT_WEIGHT)
+        processor = mask2former_huggingface.image_processor(transformers, cfg)
     else:
+        check_config(state, cfg)
+        model = _exportable(state, with_block=False)
         config = _huggingface_config(transformers, model, cfg, classes)
         theirs = _huggingface_weights(model)
+        processor = _image_processor(transformers, cfg, segm=has_masks(model))
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    processor = (
-        mask2former_huggingface.image_processor(transformers, cfg)
-        if is_mask2former(model)
-        else _image_processor(transformers, cfg, segm=has_masks(model))
-    )
     try:
         with writing(folder):
             _write_folder(temporary, theirs, config, processor)
@@ -199,8 +230,7 @@ def _huggingface_weights(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _exportable(state: Mapping[str, Tensor], *, with_block: bool) -> dict[str, Tensor]:
     """Return the exported part of a state dict, which must be a complete published model."""
-    dropped = {name for name, _ in not_exported(state, with_block=with_block)}
-    model = {name: value for name, value in state.items() if name not in dropped}
+    model = without_training_parts(state, with_block=with_block)
     if is_mask2former(model):
         refuse_unless_mask2former(model, "the model is not a published Mask2Former")
         return model
@@ -247,24 +277,10 @@ def _huggingface_config(
 ) -> Any:
     _check_expressible(model, cfg)
     node = cfg.MODEL.DETR
-    num_classes = model["box_head.class_embed.weight"].shape[0] - 1
-    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
-    if len(names) != num_classes:
-        raise UserError(
-            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
-            "of the data set they were trained on"
-        )
-    shape = resnet_shape(model)
+    names = _class_names(classes, model["box_head.class_embed.weight"].shape[0] - 1)
     return transformers.DetrConfig(
         use_timm_backbone=False,
-        backbone_config=transformers.ResNetConfig(
-            embedding_size=shape.stem,
-            hidden_sizes=list(shape.widths),
-            depths=list(shape.depths),
-            layer_type="bottleneck" if shape.bottleneck else "basic",
-            downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        ),
+        backbone_config=_resnet_config(transformers, model, cfg),
         num_queries=node.NUM_OBJECT_QUERIES,
         d_model=node.HIDDEN_DIM,
         encoder_layers=node.ENC_LAYERS,
@@ -281,6 +297,28 @@ def _huggingface_config(
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         architectures=["DetrForSegmentation" if has_masks(model) else "DetrForObjectDetection"],
+    )
+
+
+def _class_names(classes: ClassTable | None, num_classes: int) -> list[str]:
+    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
+    if len(names) != num_classes:
+        raise UserError(
+            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
+            "of the data set they were trained on"
+        )
+    return names
+
+
+def _resnet_config(transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode) -> Any:
+    shape = resnet_shape(model)
+    return transformers.ResNetConfig(
+        embedding_size=shape.stem,
+        hidden_sizes=list(shape.widths),
+        depths=list(shape.depths),
+        layer_type="bottleneck" if shape.bottleneck else "basic",
+        downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
+        out_features=["stage1", "stage2", "stage3", "stage4"],
     )
 
 
