@@ -57,7 +57,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
                     answers[way].append(predict(process))
         maps = [np.load(Path(folder, f"{way}.npy")) for way in workers]
         differ = int((maps[0] != maps[1]).sum())
-        assert differ <= maps[0].size / 10_000, differ
+        # Masks of random weights nearly tie in more pixels than those of trained ones.
+        assert differ <= maps[0].size / 1000, differ
         assert maps[0].max() > 0
         return {
             "model": name,

@@ -64,19 +64,39 @@ def test_prediction_of_the_guide_runs_as_printed(
     assert names["prediction"].draw().shape == (48, 64, 3)
 
 
-def test_digits_are_those_of_the_benchmark() -> None:
-    zoo = load_script("tools/make_model_zoo.py")
-    runs = json.loads((REPO_ROOT / "benchmarks" / "results" / "digits.json").read_text())
+def test_comparisons_are_those_of_the_study_and_the_benchmark() -> None:
+    study = load_script("tools/study.py")
+    plan = study.read_study(REPO_ROOT / "benchmarks" / "studies" / "shapes_100.yaml")
+    folder = REPO_ROOT / "docs" / "results" / "study"
+    results = {run: study.read_result(plan, run, folder) for run in plan.runs()}
+    finished = {run: result for run, result in results.items() if result is not None}
+    (point,) = plan.points
+    arms = [study.of_arm(finished, point, arm) for arm in ("without", "equal_time", "with", "self")]
+    seeds = set(arms[0])
+    assert all(set(arm) == seeds for arm in arms)
     expected = [
+        ["synthetic images, 100 for training", "PQ"]
+        + [study.spread(study.values(arm, "all")) for arm in arms]
+    ]
+    spread = load_script("tools/make_model_zoo.py").spread
+    digits = json.loads((REPO_ROOT / "benchmarks" / "results" / "digits.json").read_text())
+    expected += [
         [
             f"handwritten digits, {row['labels']} labels per class",
             "top-1",
-            zoo.spread(row["plain_top1"]),
-            zoo.spread(row["block_top1"]),
+            spread(row["plain_top1"]),
+            "",
+            spread(row["block_top1"]),
+            spread(row["self_top1"]),
         ]
-        for row in runs["rows"]
+        for row in digits["rows"]
     ]
-    assert rows(section("Does the block help?")) == expected
+    text = section("Does the block help?")
+    assert rows(text) == expected
+    gain, over_longer = (study.gains(arms[2], arms[other], "all") for other in (0, 1))
+    assert f"{len(seeds)} seeds" in text
+    assert f"{np.mean(gain):.1f} PQ" in text
+    assert f"{np.mean(over_longer):.1f} more than" in text
 
 
 def test_results_are_those_of_the_result_files() -> None:
