@@ -463,8 +463,12 @@ def report(study: Study, results: Path, document: Path) -> None:
     _, closed, tail = rest.partition(end)
     if not closed:
         raise UserError(f"{document} needs the lines {begin.strip()} and {end} to write between")
-    content = "No run has finished yet.\n"
-    if finished:
+    # Studies share runs: a single point is not a curve, nor one arm a comparison.
+    complete = [
+        point for point in study.points if all(of_arm(finished, point, arm) for arm in study.arms)
+    ]
+    content = "Too few runs have finished yet.\n"
+    if len(complete) >= min(2, len(study.points)):
         picture = Path("images") / f"study_{study.name}.svg"
         write_atomically(str(document.parent / picture), partial(draw, study, finished))
         content = f"{tables(study, finished)}\n![PQ of each arm]({picture})\n"
@@ -487,6 +491,8 @@ def tables(study: Study, finished: Mapping[Run, Result]) -> str:
         arms = {arm: of_arm(finished, point, arm) for arm in study.arms}
         unit = next(iter(arms.values()))
         for arm, runs in arms.items():
+            if not runs:
+                continue
             times = [a / b for a, b in paired(runs, unit, lambda one: one["seconds"])]
             steps = study.steps_of(point, arm)
             qualities.append(
@@ -497,6 +503,8 @@ def tables(study: Study, finished: Mapping[Run, Result]) -> str:
         for one, other in study.compare:
             of_group = {group: gains(arms[one], arms[other], group) for group in GROUPS}
             gain = of_group["all"]
+            if not gain:
+                continue
             differences.append(
                 [*point, f"{title(one)} - {title(other)}", len(gain)]
                 + [spread(of_group[group], "+") for group in GROUPS]

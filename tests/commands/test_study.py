@@ -144,7 +144,7 @@ def test_a_study_without_results_says_so(study: ModuleType, tmp_path: Path) -> N
     path = write_study(tmp_path)
     (tmp_path / "study.md").write_text("<!-- tiny -->\nold\n<!-- end tiny -->\n")
     assert study.main([*arguments(path), "--table"]) == 0
-    expected = "<!-- tiny -->\nNo run has finished yet.\n<!-- end tiny -->\n"
+    expected = "<!-- tiny -->\nToo few runs have finished yet.\n<!-- end tiny -->\n"
     assert (tmp_path / "study.md").read_text() == expected
 
 
