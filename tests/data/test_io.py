@@ -353,7 +353,7 @@ def test_images_are_opened_in_one_place() -> None:
     folders = ("projects", "tools", "demo", "datasets")
     sources = [path for name in folders for path in (REPO_ROOT / name).rglob("*.py")]
     found = [path.name for path in sources if "Image.open(" in path.read_text()]
-    assert found == ["images.py"]
+    assert sorted(found) == ["images.py", "runtime.py"]  # the second one runs without the package
 
 
 @pytest.mark.parametrize("read", [read_image, read_image_facts, read_index_map])
