@@ -133,13 +133,14 @@ def test_segments_of_every_transformer(tmp_path: Path, name: str) -> None:
                 rtol=1e-4,
             )
     assert segments > 0
-    assert different <= pixels / 10_000
+    assert different <= pixels / 5000  # where masks of random weights tie
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detr", "deformable two-stage"])
 def test_boxes_of_a_model_without_masks(tmp_path: Path, name: str) -> None:
-    model = exported(tmp_path, **overrides_of(name) | BOXES_ONLY)
+    focal = {"MODEL__DETR__SCORING": "focal", "MODEL__DETR__PAD_IN_TEST": True}
+    model = exported(tmp_path, **overrides_of(name) | BOXES_ONLY | focal)
     session = session_of(tmp_path)
     inputs = random_inputs(BATCHES[2])
     outputs = [(entry["height"], entry["width"]) for entry in inputs]
@@ -148,8 +149,8 @@ def test_boxes_of_a_model_without_masks(tmp_path: Path, name: str) -> None:
         "score_threshold": np.array(0.0, np.float32),
     }
     found = run(session, feeds)
-    for i, entry in enumerate(inputs):
-        expected = model([entry])[0]["instances"]
+    for i, result in enumerate(model(inputs)):
+        expected = result["instances"]
         count = len(expected)
         assert count > 0
         assert int((found["scores"][i] > 0).sum()) == count
