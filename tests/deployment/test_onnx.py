@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchformer_panoptic.deployment.onnx import export_pt2
+from batchformer_panoptic.deployment.runtime import Predictor
 from helpers.exported_models import PANOPTIC, TABLE, description_of, exported
 from helpers.tiny_model import MASK2FORMER, random_inputs, tiny_model
 
@@ -48,9 +49,9 @@ def session_of(folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / "model.onnx")
 
 
-def padded(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+def padded(inputs: list[dict[str, Any]], divisor: int) -> dict[str, Any]:
     sizes = [tuple(entry["image"].shape[1:]) for entry in inputs]
-    height, width = (max(axis) for axis in zip(*sizes, strict=True))
+    height, width = (-(-max(axis) // divisor) * divisor for axis in zip(*sizes, strict=True))
     images = np.full((len(inputs), 3, height, width), 99, np.float32)
     for image, entry in zip(images, inputs, strict=True):
         h, w = entry["image"].shape[1:]
@@ -75,7 +76,7 @@ def test_raw_predictions_of_every_transformer(tmp_path: Path, name: str) -> None
     session = session_of(tmp_path)
     for sizes in BATCHES:
         inputs = random_inputs(sizes)
-        feeds = padded(inputs)
+        feeds = padded(inputs, model.size_divisibility)
         found = run(session, feeds)
         with torch.no_grad():
             images = model.preprocess(inputs)
@@ -110,7 +111,7 @@ def test_segments_of_every_transformer(tmp_path: Path, name: str) -> None:
         outputs = [(entry["height"], entry["width"]) for entry in inputs]
         found = run(
             session,
-            padded(inputs)
+            padded(inputs, model.size_divisibility)
             | {
                 "output_sizes": np.array(outputs, np.int64),
                 "score_threshold": np.array(0.0, np.float32),
@@ -144,7 +145,7 @@ def test_boxes_of_a_model_without_masks(tmp_path: Path, name: str) -> None:
     session = session_of(tmp_path)
     inputs = random_inputs(BATCHES[2])
     outputs = [(entry["height"], entry["width"]) for entry in inputs]
-    feeds = padded(inputs) | {
+    feeds = padded(inputs, model.size_divisibility) | {
         "output_sizes": np.array(outputs, np.int64),
         "score_threshold": np.array(0.0, np.float32),
     }
@@ -170,7 +171,7 @@ def test_float16_halves_the_weights(tmp_path: Path, name: str) -> None:
     exported(tmp_path, outputs="raw", float16=True, **overrides)
     half = session_of(tmp_path)
     assert bytes_of_weights(tmp_path) < 0.65 * size  # norms, biases and tables stay as they are
-    feeds = padded(random_inputs(BATCHES[2]))
+    feeds = padded(random_inputs(BATCHES[2]), 32)
     for key, value in run(precise, feeds).items():
         found = run(half, feeds)[key]
         assert found.dtype == torch.float32
@@ -180,8 +181,13 @@ def test_float16_halves_the_weights(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_graph_of_one_size(tmp_path: Path) -> None:
-    exported(tmp_path, outputs="raw", size=(64, 96))
+    exported(tmp_path, size=(64, 96), **PANOPTIC)
     assert session_of(tmp_path).get_inputs()[0].shape[2:] == [64, 96]
+    photo = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    found = Predictor.load(tmp_path / "model.onnx", score_threshold=0.0).predict(photo)
+    assert found.segment_map is not None
+    assert found.segment_map.shape == (50, 40)
+    assert found.segments
 
 
 @pytest.mark.slow
@@ -193,7 +199,10 @@ def test_pt2_runs_in_pytorch(tmp_path: Path) -> None:
     graph = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     assert TABLE.names[0] in extra["description.json"]
     inputs = random_inputs(BATCHES[2])
-    feeds = {key: torch.from_numpy(value) for key, value in padded(inputs).items()}
+    feeds = {
+        key: torch.from_numpy(value)
+        for key, value in padded(inputs, model.size_divisibility).items()
+    }
     found = graph(feeds["images"], feeds["image_sizes"], feeds["image_sizes"], torch.tensor(0.2))
     for i, result in enumerate(model(inputs)):
         expected = result["panoptic_seg"][0]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..modeling.panoptic_detr import ModelPredictions, PanopticDETR
 from ..modeling.postprocessing.masks import boxes_to_pixels
@@ -60,9 +59,6 @@ class ExportedModel(nn.Module):
         model = self.model
         inside = pixels_of_images(image_sizes, (images.shape[2], images.shape[3]))
         images = (images - model.pixel_mean) / model.pixel_std * inside[:, None]
-        # Padded to what the backbone needs, so that a user may pass any size.
-        divisor = model.size_divisibility
-        images = F.pad(images, (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor))
         features = model.backbone(images)
         return model.predict(features, image_sizes, (images.shape[2], images.shape[3]))
 
@@ -75,7 +71,8 @@ class RawModel(ExportedModel):
 
         Args:
             images: (B, C, H, W) float32 values as in the file, 0 to 255, in the order of the
-                channels of ``INPUT.FORMAT``; smaller images of a batch are padded with any value.
+                channels of ``INPUT.FORMAT``, padded with any value to a common size that is a
+                multiple of ``size_divisibility``.
             image_sizes: (B, 2) int64, (height, width) of each image.
         """
         found = self._predict(images, image_sizes)

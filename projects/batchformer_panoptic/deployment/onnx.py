@@ -26,7 +26,7 @@ RUNTIME_NAME = "predict.py"
 # Operators of --float16. Coordinates, position encodings and softmax would lose too much.
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # Sizes of the example; all of them are variables of the graph.
-_BATCH, _SIZE = 2, (192, 224)
+_BATCH, _SIZE = 2, (192, 256)
 
 
 def export_program(
@@ -37,17 +37,33 @@ def export_program(
     Args:
         model: in evaluation mode, on the CPU; not changed.
         outputs: "results" for segments or boxes, "raw" for the predictions of all queries.
-        size: (height, width) of the only accepted images; None: any batch and size.
+        size: (height, width) of the only accepted images; None: any batch, and any multiples of
+            the model's ``size_divisibility``, which keep the sizes of maps simple expressions.
 
     Raises:
-        UserError: the merge of the config has no form as a graph.
+        UserError: the merge of the config has no form as a graph, the size is no such multiple, or
+            the backbone needs a size.
     """
     height, width = size or _SIZE
+    divisor = model.size_divisibility
+    if height % divisor or width % divisor:
+        raise UserError(
+            f"--size is {height} {width}; this model needs multiples of {divisor}, to which images "
+            "are padded"
+        )
+    if size is None and any(type(module).__name__.endswith("Same") for module in model.modules()):
+        raise UserError(
+            "the backbone pads by the size of its input, as TensorFlow does, so that a graph for "
+            "all sizes cannot be made: give --size HEIGHT WIDTH"
+        )
     batch = _BATCH
     sizes = torch.tensor([[height, width]] * batch)
     images = torch.zeros(batch, len(model.pixel_mean), height, width)
     dynamic = Dim.DYNAMIC
-    of_images = {0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic}
+    of_images: dict[int, Any] = {0: dynamic}
+    if size is None:
+        rows, columns = (divisor * Dim(name, min=2) for name in ("rows", "columns"))
+        of_images |= {2: rows, 3: columns} if divisor > 1 else {2: dynamic, 3: dynamic}
     inputs: tuple[Tensor, ...] = (images, sizes)
     shapes: tuple[dict[int, Any], ...] = (of_images, {0: dynamic})
     if outputs == "results":
@@ -89,6 +105,7 @@ def describe(
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "normalized_in_graph": True,
+        "size_divisor": model.size_divisibility,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "score_threshold": (

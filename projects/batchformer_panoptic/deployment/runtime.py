@@ -238,6 +238,11 @@ class Predictor:
         values = np.asarray(rgb.resize((width, height), Image.Resampling.BILINEAR), np.float32)
         if self._metadata["format"] == "BGR":
             values = values[..., ::-1]
+        divisor = self._metadata["size_divisor"]
+        below, right = -height % divisor, -width % divisor
+        if "size" in self._metadata:
+            below, right = self._metadata["size"][0] - height, self._metadata["size"][1] - width
+        values = np.pad(values, ((0, below), (0, right), (0, 0)))
         sizes = np.array([[height, width]], np.int64)
         outputs = dict(
             zip(
@@ -261,11 +266,15 @@ class Predictor:
         return Prediction(pixels, segment_map, self._segments(outputs, segment_map), self.classes)
 
     def _network_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) to resize to: the rule of Detectron2's ResizeShortestEdge."""
+        """(height, width) to resize to: the rule of Detectron2's ResizeShortestEdge.
+
+        For a graph of one size: the largest size that fits.
+        """
         shortest, longest = self._metadata["min_size"], self._metadata["max_size"]
         if "size" in self._metadata:
-            fixed: tuple[int, int] = tuple(self._metadata["size"])
-            return fixed
+            largest = self._metadata["size"]
+            scale = min(largest[0] / height, largest[1] / width)
+            return max(1, round(scale * height)), max(1, round(scale * width))
         if shortest == 0:
             return height, width
         scale = shortest / min(height, width)
