@@ -111,7 +111,7 @@ def export_graph(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     cfg.TEST.FAST.ENABLED = cfg.TEST.FAST.COMPILE = cfg.TEST.FAST.BFLOAT16 = False
     configure_for_drawing(cfg)
     predictor = Predictor(cfg)
-    size = tuple(args.size) if args.size else None
+    size = args.size or None
     model = predictor.model
     description = describe(model, cfg, predictor.class_table, outputs=args.outputs, size=size)
     args.dst.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchformer_panoptic.deployment.runtime import Prediction, Segment
+from batchformer_panoptic.deployment.runtime import PredictedSegment, Prediction
 from batchformer_panoptic.deployment.server import Limits, PredictionServer
 
 CLASSES = [
@@ -49,8 +49,8 @@ class LeftAndRight:
         segment_map = np.full((height, width), 2, np.int32)
         segment_map[:, :half] = 1
         segments = [
-            Segment(1, 0, "disc", True, 0.9, height * half, (0, 0, half, height)),
-            Segment(2, 1, "grass", False, 0.8, height * half, (half, 0, half, height)),
+            PredictedSegment(1, 0, "disc", True, 0.9, height * half, (0, 0, half, height)),
+            PredictedSegment(2, 1, "grass", False, 0.8, height * half, (half, 0, half, height)),
         ]
         return Prediction(pixels, segment_map, segments, CLASSES)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ _BATCH, _SIZE = 2, (192, 256)
 
 
 def export_program(
-    model: PanopticDETR, *, outputs: str = "results", size: tuple[int, int] | None = None
+    model: PanopticDETR, *, outputs: str = "results", size: Sequence[int] | None = None
 ) -> ExportedProgram:
     """Export a model to a graph of PyTorch operators.
 
@@ -56,9 +57,8 @@ def export_program(
             "the backbone pads by the size of its input, as TensorFlow does, so that a graph for "
             "all sizes cannot be made: give --size HEIGHT WIDTH"
         )
-    batch = _BATCH
-    sizes = torch.tensor([[height, width]] * batch)
-    images = torch.zeros(batch, len(model.pixel_mean), height, width)
+    sizes = torch.tensor([[height, width]] * _BATCH)
+    images = torch.zeros(_BATCH, len(model.pixel_mean), height, width)
     dynamic = Dim.DYNAMIC
     of_images: dict[int, Any] = {0: dynamic}
     if size is None:
@@ -92,7 +92,7 @@ def describe(
     table: ClassTable,
     *,
     outputs: str,
-    size: tuple[int, int] | None,
+    size: Sequence[int] | None,
 ) -> dict[str, Any]:
     """What a program needs to know to use a graph; the metadata of exported files."""
     options = model.inference_options
@@ -140,8 +140,8 @@ def export_onnx(
         UserError: a package of the extra "onnx" is missing, or see :func:`export_program`.
     """
     onnx, slimmer, _ = map(_import, ("onnx", "onnxslim", "onnxscript"))  # torch needs the last one
-    outputs, size = description["outputs"], description.get("size")
-    program = export_program(model, outputs=outputs, size=None if size is None else (*size,))
+    outputs = description["outputs"]
+    program = export_program(model, outputs=outputs, size=description.get("size"))
     names = ["images", "image_sizes", "output_sizes", "score_threshold"]
     exported = torch.onnx.export(
         program,
@@ -166,10 +166,7 @@ def export_pt2(model: PanopticDETR, description: dict[str, Any], path: Path) -> 
 
     Its extra file ``description.json`` holds the description.
     """
-    size = description.get("size")
-    program = export_program(
-        model, outputs=description["outputs"], size=None if size is None else (*size,)
-    )
+    program = export_program(model, outputs=description["outputs"], size=description.get("size"))
     extra = {"description.json": json.dumps(description, ensure_ascii=False)}
     write_atomically(str(path), lambda name: torch.export.save(program, name, extra_files=extra))
 

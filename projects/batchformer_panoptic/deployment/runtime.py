@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 METADATA_KEY = "batchformer_panoptic"
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "GIF")
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif", ".gif"}
-_BOX_SCORE = 0.5
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -37,7 +36,7 @@ class ModelError(Exception):
     """A file that cannot be used; the message is for the user."""
 
 
-class Segment(NamedTuple):
+class PredictedSegment(NamedTuple):
     """One segment, or one box of a model without masks.
 
     Attributes:
@@ -73,7 +72,7 @@ class Prediction:
         self,
         image: Pixels,
         segment_map: npt.NDArray[np.int32] | None,
-        segments: Sequence[Segment],
+        segments: Sequence[PredictedSegment],
         classes: Sequence[dict[str, Any]],
     ) -> None:
         self.image = image
@@ -286,7 +285,7 @@ class Predictor:
 
     def _segments(
         self, outputs: dict[str, Any], segment_map: npt.NDArray[np.int32]
-    ) -> list[Segment]:
+    ) -> list[PredictedSegment]:
         areas = outputs["areas"][0]
         count = int((areas > 0).sum())
         boxes = _boxes_of(segment_map, count)
@@ -295,7 +294,7 @@ class Predictor:
             for i, box in enumerate(boxes)
         ]
 
-    def _boxes(self, outputs: dict[str, Any]) -> list[Segment]:
+    def _boxes(self, outputs: dict[str, Any]) -> list[PredictedSegment]:
         found = zip(outputs["boxes"][0], outputs["labels"][0], outputs["scores"][0], strict=True)
         kept = [(box, label, score) for box, label, score in found if score > 0]
         return [
@@ -311,11 +310,11 @@ class Predictor:
 
     def _segment(
         self, number: int, label: Any, score: Any, area: Any, box: tuple[float, ...]
-    ) -> Segment:
+    ) -> PredictedSegment:
         entry = self.classes[int(label)]
         bbox = (box[0], box[1], box[2], box[3])
         size = area.item() if isinstance(area, np.generic) else area
-        return Segment(
+        return PredictedSegment(
             number, int(label), entry["name"], bool(entry["isthing"]), float(score), size, bbox
         )
 

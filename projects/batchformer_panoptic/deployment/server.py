@@ -120,10 +120,10 @@ class PredictionServer(ThreadingHTTPServer):
                 self._model.release()
         finally:
             self._waiting.release()
-        return describe(prediction)
+        return answer_of(prediction)
 
 
-def describe(prediction: Prediction) -> dict[str, Any]:
+def answer_of(prediction: Prediction) -> dict[str, Any]:
     """The answer of the endpoint: size, segments and, with masks, the COCO panoptic PNG."""
     height, width = prediction.image.shape[:2]
     colors = {entry["id"]: entry["color"] for entry in prediction.classes}

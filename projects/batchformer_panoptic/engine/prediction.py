@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,30 +22,9 @@ from ..data import ClassTable
 from ..data.images import ImageArray, write_image
 from ..data.io import read_coco_json, write_atomically, write_json, writing
 from ..data.segment_maps import segment_extents, write_segment_map
+from ..deployment.runtime import PredictedSegment
 from ..errors import UserError, one_line
 from ..visualization import draw_result, legend, legend_entries
-
-
-class PredictedSegment(NamedTuple):
-    """One segment, or one box of a model without masks.
-
-    Attributes:
-        id: the value of its pixels in the segment map, from 1 on.
-        class_id: contiguous id, an index of the class table.
-        class_name: name of the class.
-        is_thing: whether the class has countable instances.
-        score: 0 to 1.
-        area: pixels; of a box, width * height.
-        bbox_xywh: tight around the pixels, (x, y, width, height) in pixels.
-    """
-
-    id: int
-    class_id: int
-    class_name: str
-    is_thing: bool
-    score: float
-    area: float
-    bbox_xywh: tuple[float, float, float, float]
 
 
 class Prediction:

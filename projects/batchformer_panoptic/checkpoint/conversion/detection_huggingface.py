@@ -3,7 +3,7 @@
 transformers has no masks for these models; a mask head is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from .core import AFFINE, NameTable, Row, refuse_mismatch
-from .huggingface import resnet_rows, split_projections
+from .huggingface import STAGES, detr_arguments, resnet_config, resnet_rows, split_projections
 
 # Transformer: class of the model, class of its config.
 CLASSES = {
@@ -48,10 +48,10 @@ _BACKBONE_ROWS = resnet_rows("model.backbone.model.")
 _QUERIES = Row("model.query_position_embeddings.", "transformer.query_embed.", "weight")
 
 
-def _self_attention(part: str, *, projections: str = _SEPARATE) -> list[Row]:
+def _self_attention(part: str) -> list[Row]:
     ours, theirs = f"{_OURS.format(part)}self_attn.", f"{_THEIRS.format(part)}self_attn."
     return [
-        Row(theirs, ours, projections),
+        Row(theirs, ours, _SEPARATE),
         Row(f"{theirs}o_proj.", f"{ours}out_proj.", AFFINE),
     ]
 
@@ -110,21 +110,22 @@ _DEFORMABLE = NameTable(
 )
 
 
-def detection_config(transformers: Any, cfg: CfgNode, *, backbone: Any, names: list[str]) -> Any:
+def detection_config(
+    transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode, names: Sequence[str]
+) -> Any:
     """Build the config of transformers.
 
     Args:
         transformers: the library.
+        model: the weights, which determine the ResNet.
         cfg: the config of the training.
-        backbone: the config of the ResNet; its maps are chosen here.
         names: names of the classes.
     """
-    node, name = cfg.MODEL.DETR, cfg.MODEL.DETR.TRANSFORMER_NAME
-    model_class, config_class = CLASSES[name]
-    stages = {f"res{i + 1}": f"stage{i}" for i in range(1, 5)}
+    node = cfg.MODEL.DETR
+    model_class, config_class = CLASSES[node.TRANSFORMER_NAME]
     further: dict[str, Any] = {}
     used = [node.IN_FEATURE]
-    if name == "deformable":
+    if node.TRANSFORMER_NAME == "deformable":
         own = cfg.MODEL.DEFORMABLE
         used = list(own.IN_FEATURES)
         further = {
@@ -135,26 +136,14 @@ def detection_config(transformers: Any, cfg: CfgNode, *, backbone: Any, names: l
             "two_stage": own.TWO_STAGE,
             "two_stage_num_proposals": node.NUM_OBJECT_QUERIES,
         }
-    backbone.out_features = [stages[feature] for feature in used]
+    stage_of = dict(zip(("res2", "res3", "res4", "res5"), STAGES, strict=True))
+    stages = [stage_of[feature] for feature in used]
     return getattr(transformers, config_class)(
-        use_timm_backbone=False,
-        backbone_config=backbone,
-        num_queries=node.NUM_OBJECT_QUERIES,
-        d_model=node.HIDDEN_DIM,
-        encoder_layers=node.ENC_LAYERS,
-        decoder_layers=node.DEC_LAYERS,
-        encoder_attention_heads=node.NHEADS,
-        decoder_attention_heads=node.NHEADS,
-        encoder_ffn_dim=node.DIM_FEEDFORWARD,
-        decoder_ffn_dim=node.DIM_FEEDFORWARD,
-        dropout=node.DROPOUT,
-        attention_dropout=node.DROPOUT,
-        activation_dropout=node.DROPOUT,
-        focal_alpha=node.FOCAL_ALPHA,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        architectures=[model_class],
+        **detr_arguments(cfg, names),
         **further,
+        backbone_config=resnet_config(transformers, model, cfg, stages),
+        focal_alpha=node.FOCAL_ALPHA,
+        architectures=[model_class],
     )
 
 

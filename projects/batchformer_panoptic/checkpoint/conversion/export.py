@@ -21,7 +21,14 @@ from .core import BLOCKS, TORCHVISION_INPUT, refuse_mismatch
 from .detection_huggingface import CLASSES as DETECTION_CLASSES
 from .detection_huggingface import detection_config, detection_processor, detection_weights
 from .detr import ALIAS, ALIASED, ours_to_official
-from .huggingface import ours_to_huggingface, split_projections
+from .huggingface import (
+    STAGES,
+    class_names,
+    detr_arguments,
+    ours_to_huggingface,
+    resnet_config,
+    split_projections,
+)
 from .layout import compare_with_layout, has_masks, resnet_shape, settings_of
 from .mask2former import (
     is_mask2former,
@@ -185,12 +192,8 @@ def to_huggingface(
     if name in DETECTION_CLASSES:
         model = without_training_parts(state, masks=False)
         _check_expressible(model, cfg)
-        config = detection_config(
-            transformers,
-            cfg,
-            backbone=_resnet_config(transformers, model, cfg),
-            names=_class_names(classes, cfg.MODEL.DETR.NUM_CLASSES),
-        )
+        names = class_names(classes, cfg.MODEL.DETR.NUM_CLASSES)
+        config = detection_config(transformers, model, cfg, names)
         theirs = detection_weights(transformers, model, config)
         processor = detection_processor(transformers, cfg)
     elif is_mask2former(state):
@@ -276,49 +279,12 @@ def _huggingface_config(
     transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode, classes: ClassTable | None
 ) -> Any:
     _check_expressible(model, cfg)
-    node = cfg.MODEL.DETR
-    names = _class_names(classes, model["box_head.class_embed.weight"].shape[0] - 1)
+    names = class_names(classes, model["box_head.class_embed.weight"].shape[0] - 1)
     return transformers.DetrConfig(
-        use_timm_backbone=False,
-        backbone_config=_resnet_config(transformers, model, cfg),
-        num_queries=node.NUM_OBJECT_QUERIES,
-        d_model=node.HIDDEN_DIM,
-        encoder_layers=node.ENC_LAYERS,
-        decoder_layers=node.DEC_LAYERS,
-        encoder_attention_heads=node.NHEADS,
-        decoder_attention_heads=node.NHEADS,
-        encoder_ffn_dim=node.DIM_FEEDFORWARD,
-        decoder_ffn_dim=node.DIM_FEEDFORWARD,
-        # This project has one dropout rate, transformers three.
-        dropout=node.DROPOUT,
-        attention_dropout=node.DROPOUT,
-        activation_dropout=node.DROPOUT,
-        eos_coefficient=node.NO_OBJECT_WEIGHT,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
+        **detr_arguments(cfg, names),
+        backbone_config=resnet_config(transformers, model, cfg, STAGES),
+        eos_coefficient=cfg.MODEL.DETR.NO_OBJECT_WEIGHT,
         architectures=["DetrForSegmentation" if has_masks(model) else "DetrForObjectDetection"],
-    )
-
-
-def _class_names(classes: ClassTable | None, num_classes: int) -> list[str]:
-    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
-    if len(names) != num_classes:
-        raise UserError(
-            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
-            "of the data set they were trained on"
-        )
-    return names
-
-
-def _resnet_config(transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode) -> Any:
-    shape = resnet_shape(model)
-    return transformers.ResNetConfig(
-        embedding_size=shape.stem,
-        hidden_sizes=list(shape.widths),
-        depths=list(shape.depths),
-        layer_type="bottleneck" if shape.bottleneck else "basic",
-        downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
-        out_features=["stage1", "stage2", "stage3", "stage4"],
     )
 
 

@@ -5,13 +5,15 @@ Query, key and value projections are separate parameters there and one parameter
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
+from ...data.class_table import ClassTable
 from ...errors import UserError
 from .core import (
     AFFINE,
@@ -33,10 +35,13 @@ from .detr import (
     official_to_ours,
     ours_to_official,
 )
+from .layout import resnet_shape
 
 _PROJECTIONS = rf"(?:[qkv]_proj|out_proj)\.{AFFINE}"
 _ENCODER, _DECODER = "model.encoder.layers.#.", "model.decoder.layers.#."
 _OURS_ENCODER, _OURS_DECODER = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
+# Names of the maps res2 to res5.
+STAGES = ("stage1", "stage2", "stage3", "stage4")
 _CONV_ENCODER = "model.backbone.conv_encoder.model."
 
 
@@ -185,6 +190,58 @@ def split_projections(
         else:
             split[name] = value
     return split
+
+
+def class_names(classes: ClassTable | None, num_classes: int) -> list[str]:
+    """Names of the classes of a model; None: their indices.
+
+    Raises:
+        UserError: the class table has another number of classes.
+    """
+    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
+    if len(names) != num_classes:
+        raise UserError(
+            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
+            "of the data set they were trained on"
+        )
+    return names
+
+
+def resnet_config(
+    transformers: Any, model: Mapping[str, Tensor], cfg: CfgNode, stages: Sequence[str]
+) -> Any:
+    """The config of the ResNet of a model, which returns the maps of some stages."""
+    shape = resnet_shape(model)
+    return transformers.ResNetConfig(
+        embedding_size=shape.stem,
+        hidden_sizes=list(shape.widths),
+        depths=list(shape.depths),
+        layer_type="bottleneck" if shape.bottleneck else "basic",
+        downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
+        out_features=list(stages),
+    )
+
+
+def detr_arguments(cfg: CfgNode, names: Sequence[str]) -> dict[str, Any]:
+    """Arguments that the configs of DETR, Conditional-DETR and Deformable-DETR share."""
+    node = cfg.MODEL.DETR
+    return {
+        "use_timm_backbone": False,
+        "num_queries": node.NUM_OBJECT_QUERIES,
+        "d_model": node.HIDDEN_DIM,
+        "encoder_layers": node.ENC_LAYERS,
+        "decoder_layers": node.DEC_LAYERS,
+        "encoder_attention_heads": node.NHEADS,
+        "decoder_attention_heads": node.NHEADS,
+        "encoder_ffn_dim": node.DIM_FEEDFORWARD,
+        "decoder_ffn_dim": node.DIM_FEEDFORWARD,
+        # This project has one dropout rate, transformers three.
+        "dropout": node.DROPOUT,
+        "attention_dropout": node.DROPOUT,
+        "activation_dropout": node.DROPOUT,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def settings_of_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,7 +22,13 @@ from .core import (
     Row,
     rename,
 )
-from .huggingface import merge_projections, resnet_rows, split_projections
+from .huggingface import (
+    class_names,
+    merge_projections,
+    resnet_config,
+    resnet_rows,
+    split_projections,
+)
 from .layout import has_swin, resnet_shape
 from .mask2former import (
     CRITERION,
@@ -259,13 +265,7 @@ def huggingface_config(
 ) -> Any:
     """The ``Mask2FormerConfig`` of a complete model."""
     detr, node = cfg.MODEL.DETR, cfg.MODEL.MASK2FORMER
-    num_classes = len(state[CLASS_KEYS[0]]) - 1
-    names = [str(i) for i in range(num_classes)] if classes is None else list(classes.names)
-    if len(names) != num_classes:
-        raise UserError(
-            f"the weights have {num_classes} classes, the class table {len(names)}: use the table "
-            "of the data set they were trained on"
-        )
+    names = class_names(classes, len(state[CLASS_KEYS[0]]) - 1)
     return transformers.Mask2FormerConfig(
         backbone_config=_backbone_config(transformers, state, cfg),
         feature_size=detr.HIDDEN_DIM,
@@ -303,15 +303,7 @@ def _backbone_config(transformers: Any, state: Mapping[str, Tensor], cfg: CfgNod
             drop_path_rate=cfg.MODEL.SWIN.DROP_PATH_RATE,
             out_features=stages,
         )
-    shape = resnet_shape(state)
-    return transformers.ResNetConfig(
-        embedding_size=shape.stem,
-        hidden_sizes=list(shape.widths),
-        depths=list(shape.depths),
-        layer_type="bottleneck" if shape.bottleneck else "basic",
-        downsample_in_bottleneck=bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
-        out_features=stages,
-    )
+    return resnet_config(transformers, state, cfg, stages)
 
 
 def image_processor(transformers: Any, cfg: CfgNode) -> Any:
